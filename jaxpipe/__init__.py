@@ -1,0 +1,50 @@
+"""jaxpipe: pipeline parallelism for JAX in which any schedule becomes one XLA program."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from jaxpipe import errors as errors
+from jaxpipe import schedule as schedule
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from jaxpipe.runtime.mesh import make_mesh, simulate_devices
+    from jaxpipe.runtime.model import Block, Embed, HeadLoss, Model
+    from jaxpipe.runtime.pipeline import Pipeline
+    from jaxpipe.runtime.sequential import sequential
+
+_LAZY = {
+    "make_mesh": "jaxpipe.runtime.mesh",
+    "simulate_devices": "jaxpipe.runtime.mesh",
+    "Block": "jaxpipe.runtime.model",
+    "Embed": "jaxpipe.runtime.model",
+    "HeadLoss": "jaxpipe.runtime.model",
+    "Model": "jaxpipe.runtime.model",
+    "Pipeline": "jaxpipe.runtime.pipeline",
+    "sequential": "jaxpipe.runtime.sequential",
+}
+"""Names that need jax, imported at first use: `import jaxpipe.schedule` must not load jax."""
+
+__all__ = [
+    "Block",
+    "Embed",
+    "HeadLoss",
+    "Model",
+    "Pipeline",
+    "errors",
+    "make_mesh",
+    "schedule",
+    "sequential",
+    "simulate_devices",
+]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'jaxpipe' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted(__all__)
