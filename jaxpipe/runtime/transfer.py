@@ -1,0 +1,38 @@
+"""Hops between neighbours, and the barriers that keep them in flight while a lane computes.
+
+One `ppermute` per direction: an open chain when every device has one stage, a ring when activations wrap around. XLA
+places a permute next to its consumer unless a barrier fixes where it starts and ends (the pass
+`collective-permute-motion`); with the barriers the schedulers of GPU and TPU start it before the lane and wait for it
+after.
+"""
+
+import jax
+from jax import lax
+
+from jaxpipe.runtime.mesh import PIPE
+from jaxpipe.runtime.model import Tree
+
+
+def hop(values: Tree, devices: int, repeats: int, step: int) -> Tree:
+    """Sends to the neighbour.
+
+    Args:
+        values: Arrays of this device.
+        devices: P. With one device a hop is a handover to itself.
+        repeats: V. With V = 1 nothing wraps around and the ends of the chain receive zeros.
+        step: 1 to the right (activations), -1 to the left (gradients).
+
+    Returns:
+        What the other neighbour sent.
+    """
+    if devices == 1:
+        return values
+    pairs = [(d, (d + step) % devices) for d in range(devices)]
+    if repeats == 1:
+        pairs = [(a, b) for a, b in pairs if b == a + step]
+    return jax.tree.map(lambda x: lax.ppermute(x, PIPE, pairs), values)
+
+
+def fence(arriving: Tree, leaving: Tree) -> tuple[Tree, Tree]:
+    """Ends a lane: what was in flight has arrived, and what the lane made may leave."""
+    return lax.optimization_barrier((arriving, leaving))

@@ -1,0 +1,48 @@
+"""Paths in nested dicts, and ties between them: a leaf of the head that lives in the embedding."""
+
+from collections.abc import Mapping
+
+from jaxpipe.errors import PartitionError
+from jaxpipe.runtime.model import Tree
+
+
+def get_path(tree: Tree, path: str):
+    """The leaf or subtree at a slash-separated path below `tree`.
+
+    Raises:
+        PartitionError: There is nothing at the path.
+    """
+    for depth, key in enumerate(parts := path.split("/")):
+        if not isinstance(tree, Mapping) or key not in tree:
+            have = ", ".join(map(str, tree)) if isinstance(tree, Mapping) else "no keys"
+            raise PartitionError(f"path {path!r} has no {'/'.join(parts[: depth + 1])!r}; there is {have}")
+        tree = tree[key]
+    return tree
+
+
+def set_path(tree: Tree, path: str, value) -> Tree:
+    """A copy of `tree` with `value` at a slash-separated path; missing dicts on the way are made."""
+    key, _, rest = path.partition("/")
+    return {**tree, key: set_path(tree.get(key, {}), rest, value) if rest else value}
+
+
+def drop_path(tree: Tree, path: str) -> Tree:
+    """A copy of `tree` without what is at the path, nor the dicts that are empty then."""
+    key, _, rest = path.partition("/")
+    below = drop_path(tree[key], rest) if rest else {}
+    return {k: below if k == key else v for k, v in tree.items() if k != key or below}
+
+
+def tie(head: Tree, embed: Tree, ties: Mapping[str, str]) -> Tree:
+    """The head's parameters with the tied leaves put in from the embedding."""
+    for to, source in ties.items():
+        head = set_path(head, to.removeprefix("head/"), get_path(embed, source.removeprefix("embed/")))
+    return head
+
+
+def untie(head: Tree, ties: Mapping[str, str]) -> Tree:
+    """The head's own parameters: without the tied leaves."""
+    for to in ties:
+        get_path(head, path := to.removeprefix("head/"))
+        head = drop_path(head, path)
+    return head

@@ -1,0 +1,67 @@
+"""What an action costs, in any unit of time. Never part of a schedule: the same order is priced for many machines."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxpipe.errors import ScheduleError
+from jaxpipe.schedule.ir import Action, Schedule
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Times of the phases.
+
+    A number is the time of a full device (all its V stages) for one microbatch, so that costs do not change with V. A
+    sequence has one number per stage, in stage order.
+
+    Attributes:
+        forward: tF.
+        backward_input: tI, the gradient of the stage's input.
+        backward_weight: tW, the gradient of its weights. A full backward costs tI + tW.
+        hop: Time of one transfer between neighbours.
+        recompute: Added to every B or I, for stages that run their forward again.
+
+    Raises:
+        ScheduleError: A cost is negative.
+
+    Example:
+        >>> Costs(forward=1.0, backward_input=1.0, backward_weight=1.0).backward_input
+        1.0
+    """
+
+    forward: float | Sequence[float] = 1.0
+    backward_input: float | Sequence[float] = 1.0
+    backward_weight: float | Sequence[float] = 1.0
+    hop: float = 0.0
+    recompute: float | Sequence[float] = 0.0
+
+    def __post_init__(self):
+        for name in ("forward", "backward_input", "backward_weight", "hop", "recompute"):
+            value = getattr(self, name)
+            if min(value if isinstance(value, Sequence) else (value,)) < 0:
+                raise ScheduleError(f"{name}={value} must not be negative; try 0")
+
+    def of(self, action: Action, schedule: Schedule) -> float:
+        """The time of one action.
+
+        Raises:
+            ScheduleError: A per-stage sequence does not have one number per stage.
+        """
+        match action.phase:
+            case "F":
+                names = ("forward",)
+            case "B":
+                names = ("backward_input", "backward_weight", "recompute")
+            case "I":
+                names = ("backward_input", "recompute")
+            case _:
+                names = ("backward_weight",)
+        return sum(self._stage_cost(name, action.stage, schedule) for name in names)
+
+    def _stage_cost(self, name: str, stage: int, schedule: Schedule) -> float:
+        value = getattr(self, name)
+        if not isinstance(value, Sequence):
+            return value / schedule.repeats
+        if len(value) != schedule.stages:
+            raise ScheduleError(f"{name} has {len(value)} numbers but must have one per stage; try {schedule.stages}")
+        return value[stage]
