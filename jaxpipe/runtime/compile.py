@@ -9,12 +9,16 @@ One `shard_map`, manual over `pipe` and `data`; inside it one `lax.scan` per pha
     dy = head, dx = B lane  ... while head and backward lane compute
     fence(rf, dx)
 
+What a lane makes besides passes its fence too. Otherwise the scheduler hides the hop behind the small updates that come
+after the lane and starts it when the lane is done.
+
 Idle lanes skip. Buffers and accumulators are updated outside the conditionals: updated inside, XLA copies them whole,
 in the branch that does nothing too. An idle lane writes a scratch slot.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -53,13 +57,14 @@ class Program:
     stage: Stage
     ends: Ends
 
-    def __call__(self, params: Tree, batch: Tree, key: Any) -> tuple[Any, Any, Tree]:
+    def __call__(self, params: Tree, batch: Tree, key: Any, loop: Callable | None = None) -> tuple[Any, Any, Tree]:
         """Runs the whole microbatch loop.
 
         Args:
             params: Pipeline parameters.
             batch: Leaves ``[B, ...]``.
             key: A key or None.
+            loop: ``(lanes, state) -> state`` in place of the table's loop, for measurements.
 
         Returns:
             ``(loss_sum, weight, grads)``: global sums, and the gradient of `loss_sum` (None if the table has no
@@ -69,7 +74,7 @@ class Program:
         columns = {name: jnp.asarray(rows, jnp.int32) for name, rows in self.table.columns.items()}
         trains = any(phase.backward for phase in self.table.phases)
         body = jax.shard_map(
-            self._device,
+            partial(self._device, loop),
             mesh=self.mesh,
             in_specs=(
                 PartitionSpec(PIPE),
@@ -86,13 +91,15 @@ class Program:
         places = jnp.arange(self.mesh.shape[PIPE]), jnp.arange(self.mesh.shape[DATA])
         return body(*places, columns, params, batch, key)
 
-    def _device(self, device, shard, columns: dict, params: Tree, batch: Tree, key):
+    def _device(self, loop, device, shard, columns: dict, params: Tree, batch: Tree, key):
         """What one device does. Local shapes: device [1], shard [1], columns [ticks, 1], batch [B / data, ...]."""
         columns = {name: column[:, 0] for name, column in columns.items()}
         batch = jax.tree.map(lambda x: x.reshape(self.table.schedule.microbatches, -1, *x.shape[1:]), batch)
         lanes = Lanes(self, device[0], shard[0], batch, key, *self._weights(params))
         state = lanes.start(params)
-        for phase in self.table.phases:
+        if loop is not None:
+            state = loop(lanes, state)
+        for phase in self.table.phases if loop is None else ():
             rows = {name: column[phase.start : phase.stop] for name, column in columns.items()}
             state, _ = lax.scan(lambda s, row, phase=phase: (lanes.tick(s, row, phase), None), state, rows)
         axes = (PIPE, DATA)
@@ -172,20 +179,21 @@ class Lanes:
         if phase.backward:
             rb = hop(state["dx"], schedule.devices, schedule.repeats, -1)  # [1]
         if phase.forward:
-            state, y = self.forward_lane(state, row)
+            state, y, residuals = self.forward_lane(state, row)
             if phase.backward:
-                rb, y = fence(rb, y)
-            state = state | {"rf": hop(y, schedule.devices, schedule.repeats, 1)}  # [2]
+                rb, (y, residuals) = fence(rb, (y, residuals))
+            state = self.keep(state, row, residuals) | {"rf": hop(y, schedule.devices, schedule.repeats, 1)}  # [2]
         if phase.head:
             state, dy = self.head_lane(state, row, y)
         if phase.backward:
-            state, dx = self.backward_lane(state, row, rb, dy)
-            rf, dx = fence(state["rf"], dx) if phase.forward else (state["rf"], dx)
-            state = state | {"rf": rf, "dx": dx}
+            state, dx, dw = self.backward_lane(state, row, rb, dy)
+            if phase.forward:
+                state["rf"], (dx, dw) = fence(state["rf"], (dx, dw))
+            state = self.add_gradients(state, row, dx, dw) | {"dx": dx}
         return state
 
-    def forward_lane(self, state: dict, row: dict) -> tuple[dict, Tree]:
-        """Takes in what arrived, runs the stage, keeps its input and residuals."""
+    def forward_lane(self, state: dict, row: dict) -> tuple[dict, Tree, list]:
+        """Takes in what arrived, keeps it, and runs the stage: its output and residuals."""
         table, stage = self.program.table, self.program.stage
         active = row["f_repeat"] >= 0
         slots, arrived = state["activation"], state["rf"]
@@ -193,10 +201,7 @@ class Lanes:
             slots = _put(slots, row["f_arrival"], arrived)
             arrived = _get(slots, row["f_activation"])
         context = self.context(row["f_microbatch"], row["f_repeat"])
-        first = (self.device == 0) & (row["f_repeat"] == 0)
-        embed = self.program.model.embed.apply
-        key = keys.embed_key(context.group)
-        x = lax.cond(first, lambda: embed(self.ends["embed"], context.mb, key), lambda: arrived)
+        x = self.embed_lane(arrived, context, row["f_repeat"])
         slots = _put(slots, jnp.where(active, row["f_activation"], -1), x)
 
         def idle():
@@ -204,10 +209,19 @@ class Lanes:
 
         branches = [lambda w=w: stage.forward(w, x, context) for w in self.blocks]
         y, residuals = _switch(row["f_repeat"], idle, branches)
-        state = state | {"activation": slots}
-        if "residual" in state:
-            state["residual"] = _put(state["residual"], row["f_residual"], residuals)
-        return state, y
+        return state | {"activation": slots}, y, residuals
+
+    def embed_lane(self, arrived: Tree, context: Context, repeat) -> Tree:
+        """The stage's input: what arrived, or on the first stage the embedded microbatch."""
+        first = (self.device == 0) & (repeat == 0)
+        embed, key = self.program.model.embed.apply, keys.embed_key(context.group)
+        return lax.cond(first, lambda: embed(self.ends["embed"], context.mb, key), lambda: arrived)
+
+    def keep(self, state: dict, row: dict, residuals: list) -> dict:
+        """Puts the residuals into their slot."""
+        if "residual" not in state:
+            return state
+        return state | {"residual": _put(state["residual"], row["f_residual"], residuals)}
 
     def head_lane(self, state: dict, row: dict, y: Tree) -> tuple[dict, Tree]:
         """Loss of the microbatch that leaves the last stage and, when training, its gradient."""
@@ -241,10 +255,10 @@ class Lanes:
             state["gradient"] = _put(state["gradient"], row["h_gradient"], dy)
         return state, dy
 
-    def backward_lane(self, state: dict, row: dict, rb: Tree, dy: Tree) -> tuple[dict, Tree]:
-        """Runs a stage's vjp on the gradient that arrived or that the head made, and adds up the weights' gradients."""
-        program, table = self.program, self.program.table
-        stage, repeats = program.stage, table.schedule.repeats
+    def backward_lane(self, state: dict, row: dict, rb: Tree, dy: Tree) -> tuple[dict, Tree, Tree]:
+        """Runs a stage's vjp on the gradient that arrived or that the head made: gradients of its input and weights."""
+        table, stage = self.program.table, self.program.stage
+        repeats = table.schedule.repeats
         repeat = row["b_repeat"]
         if "gradient" in state:
             state = state | {"gradient": _put(state["gradient"], row["b_arrival"], rb)}
@@ -265,19 +279,24 @@ class Lanes:
             return stage.backward(weights, x, residuals, context, gradient)
 
         dw, dx = _switch(repeat, idle, [lambda w=w: branch(w) for w in self.blocks])
-        at = jnp.maximum(repeat, 0)
-        state = state | {"blocks": jax.tree.map(lambda acc, g: _add_at(acc, at, g), state["blocks"], list(dw))}
-        first = (self.device == 0) & (repeat == 0)
+        return state, dx, dw
 
+    def add_gradients(self, state: dict, row: dict, dx: Tree, dw: Tree) -> dict:
+        """Adds a stage's weight gradients to the accumulators, and the embedding's on the first stage."""
+        apply, repeat = self.program.model.embed.apply, row["b_repeat"]
+        at = jnp.maximum(repeat, 0)
+        blocks = jax.tree.map(lambda acc, g: _add_at(acc, at, g), state["blocks"], list(dw))
+        context = self.context(row["b_microbatch"], repeat)
+        first = (self.device == 0) & (repeat == 0)
         embed, key = self.ends["embed"], keys.embed_key(context.group)
 
         def embed_gradient():
-            _, vjp = jax.vjp(lambda p: program.model.embed.apply(p, context.mb, key), embed)
+            _, vjp = jax.vjp(lambda p: apply(p, context.mb, key), embed)
             return vjp(dx)[0]
 
         gradient = lax.cond(first, embed_gradient, lambda: _zeros(embed))
-        state["ends"] = state["ends"] | {"embed": accumulate(state["ends"]["embed"], gradient)}
-        return state, dx
+        ends = state["ends"] | {"embed": accumulate(state["ends"]["embed"], gradient)}
+        return state | {"blocks": blocks, "ends": ends}
 
     def context(self, microbatch, repeat) -> Context:
         """What a lane needs to know of the microbatch and stage it works on; anything valid where it is idle."""

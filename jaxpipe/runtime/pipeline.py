@@ -16,9 +16,10 @@ from jaxpipe.runtime.logical import logical_optimizer
 from jaxpipe.runtime.mesh import DATA, PIPE
 from jaxpipe.runtime.model import Model, Tree
 from jaxpipe.runtime.relayout import Layout
+from jaxpipe.runtime.sizes import model_bytes
 from jaxpipe.runtime.stage import Context, Remat, Stage, cast_dtypes
 from jaxpipe.runtime.tree import get_path, set_path, tie, untie
-from jaxpipe.schedule import Costs, Schedule, TickTable, build, lower
+from jaxpipe.schedule import Costs, ModelBytes, Schedule, TickTable, build, lower
 
 REMATS = ("full", "none", "all")
 
@@ -134,7 +135,7 @@ class Pipeline:
             ConfigError: B does not divide.
         """
         key = _typed(key)
-        loss, weight, grads = self._program(params, batch, self.table, key is not None)(params, batch, key)
+        loss, weight, grads = self.program(params, batch, self.table, key is not None)(params, batch, key)
         return loss / weight, jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
 
     def loss(self, params: Tree, batch: Tree, key=None):
@@ -150,7 +151,7 @@ class Pipeline:
     @cached_property
     def _loss(self):
         def loss(params, batch, key):
-            program = self._program(params, batch, self._forward_table, key is not None)
+            program = self.program(params, batch, self._forward_table, key is not None)
             total, weight, _ = program(params, batch, key)
             return total / weight
 
@@ -210,8 +211,24 @@ class Pipeline:
             lambda k, mb: embed.apply(embed.init(k, mb), mb, None), jax.eval_shape(lambda: jax.random.key(0)), mb
         )
 
-    def _program(self, params: Tree, batch: Tree, table: TickTable, random: bool) -> Program:
-        """The program for these shapes."""
+    def sizes(self, batch: Tree) -> ModelBytes:
+        """Bytes of the model's pieces per device, for `TickTable.bytes`.
+
+        Args:
+            batch: A batch, arrays or shapes, leaves ``[B, ...]``.
+        """
+        params = jax.eval_shape(self.init, jax.eval_shape(lambda: jax.random.key(0)), batch)
+        return model_bytes(self.program(params, batch), params)
+
+    def program(self, params: Tree, batch: Tree, table: TickTable | None = None, random: bool = False) -> Program:
+        """What is fixed for parameters and batches of these shapes.
+
+        Args:
+            params: Arrays or shapes.
+            batch: Arrays or shapes.
+            table: The table to run, by default `table`.
+            random: Whether there will be a key.
+        """
         mb = self._microbatch(batch)
         params, key = _shapes(params), jax.eval_shape(lambda: jax.random.key(0))
         carry = jax.eval_shape(lambda p, mb: self.model.embed.apply(p, mb, None), params["embed"], mb)
@@ -226,7 +243,7 @@ class Pipeline:
         stage = Stage(applies, self.remat, _with_dtypes(blocks, casts), carry, context)
         ends = {"embed": params["embed"], "head": params["head"]}
         ends = Ends(self.model, self.schedule.devices, _with_dtypes(ends, self._end_dtypes(ends, carry, mb, key)))
-        return Program(self.model, table, self.layout, self.mesh, stage, ends)
+        return Program(self.model, table or self.table, self.layout, self.mesh, stage, ends)
 
     def _end_dtypes(self, ends: Tree, carry: Tree, mb: Tree, key) -> Tree:
         """The dtypes that embedding and head compute with; a tied leaf keeps its own unless both agree."""

@@ -14,6 +14,7 @@ What arrives in a tick was sent by the neighbour's same lane one tick earlier.
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import Literal
@@ -22,6 +23,7 @@ from jaxpipe.errors import ScheduleError
 from jaxpipe.schedule.costs import Costs
 from jaxpipe.schedule.ir import Action, Schedule
 from jaxpipe.schedule.pack import LANE, Packed, lockstep_makespan, pack
+from jaxpipe.schedule.rules import Deadlock
 from jaxpipe.schedule.verify import verify
 
 Column = tuple[tuple[int, ...], ...]
@@ -204,7 +206,8 @@ def _choose(schedule: Schedule, packing: str, costs: Costs, memory: str) -> Pack
     if packing in ("auto", "paired"):
         candidates.append(pack(schedule, "paired"))
         if memory == "ideal":
-            candidates.append(pack(schedule, "paired", advance=True))
+            with suppress(Deadlock):  # not every order leaves room for it
+                candidates.append(pack(schedule, "paired", advance=True))
     if memory == "strict":
         own = pack(schedule, "single").peak_stages()
         fitting = [p for p in candidates if all(a <= b for a, b in zip(p.peak_stages(), own, strict=True))]

@@ -1,0 +1,70 @@
+"""How many floating-point operations a program's matrix products hold, counted in its jaxpr."""
+
+import math
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from jaxpipe.runtime.model import Tree
+
+
+def dot_flops(function: Any, *args: Any) -> int:
+    """Floating-point operations of all matrix products that a call makes; two per multiply-add.
+
+    A conditional counts its dearest branch and a scan its body times its length.
+
+    Args:
+        function: Anything that can be traced.
+        args: Arrays or shapes.
+    """
+    return _flops(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _flops(jaxpr: Jaxpr) -> int:
+    return sum(_eqn_flops(eqn) for eqn in jaxpr.eqns)
+
+
+def _eqn_flops(eqn: Any) -> int:
+    if eqn.primitive.name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        left = eqn.invars[0].aval.shape
+        return 2 * eqn.outvars[0].aval.size * math.prod(left[dim] for dim in contracted)
+    inner = [
+        _flops(value.jaxpr if isinstance(value, ClosedJaxpr) else value)
+        for entry in eqn.params.values()
+        for value in (entry if isinstance(entry, tuple | list) else (entry,))
+        if isinstance(value, ClosedJaxpr | Jaxpr)
+    ]
+    if eqn.primitive.name == "cond":
+        return max(inner)
+    return sum(inner) * eqn.params.get("length", 1) if eqn.primitive.name == "scan" else sum(inner)
+
+
+def arithmetic_ratio(pipe: Any, params: Tree, batch: Tree) -> float:
+    """Arithmetic that the table's actions execute over the model's own: 3 times its forward.
+
+    1 means that no matrix product runs twice and none runs for nothing; 4/3 that every block's forward runs twice.
+
+    Args:
+        pipe: A `Pipeline`.
+        params: Its parameters, arrays or shapes.
+        batch: A batch, arrays or shapes.
+    """
+    program = pipe.program(params, batch)
+    stage, model = program.stage, program.model
+    weights, carry, context = stage.params, stage.carry, stage.context
+    actions = {lane: sum(r >= 0 for row in pipe.table.columns[f"{lane}_repeat"] for r in row) for lane in "fb"}
+    heads = sum(r >= 0 for row in pipe.table.columns["h_gradient"] for r in row)
+    head = jax.eval_shape(program.ends.head, dict(program.ends.shapes))
+
+    def loss(head, carry, context):
+        return model.head_loss.apply(head, carry, context.mb, context.group)[0]
+
+    executed = (
+        actions["f"] * dot_flops(stage.forward, weights, carry, context)
+        + actions["b"] * dot_flops(stage.backward, weights, carry, stage.residuals, context, carry)
+        + heads * dot_flops(jax.value_and_grad(loss, (0, 1)), head, carry, context)
+    )
+    forward = actions["f"] * dot_flops(stage.run, weights, carry, context) + heads * dot_flops(loss, head, carry, context)
+    return executed / (3 * forward)

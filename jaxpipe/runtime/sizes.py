@@ -1,0 +1,44 @@
+"""What a model's pieces weigh in the compiled loop: the numbers that `TickTable.bytes` multiplies."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jaxpipe.runtime.compile import Program
+from jaxpipe.runtime.ends import accumulator_dtype
+from jaxpipe.runtime.model import Tree
+from jaxpipe.schedule import ModelBytes
+
+
+def tree_bytes(tree: Tree, dtype=None) -> int:
+    """Bytes of all leaves, optionally as if they had another dtype given by ``dtype(leaf.dtype)``."""
+    return sum(
+        math.prod(leaf.shape) * jnp.dtype(dtype(leaf.dtype) if dtype else leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def model_bytes(program: Program, params: Tree) -> ModelBytes:
+    """Bytes per device of the pieces of a program.
+
+    Working memory of a backward is what the compiler reports for one stage's backward alone, compiled for one device.
+
+    Args:
+        program: The program.
+        params: Shapes of the pipeline parameters.
+    """
+    stage, repeats = program.stage, program.table.schedule.repeats
+    ends = dict(program.ends.shapes)
+    args = stage.params, stage.carry, stage.residuals, stage.context, stage.carry
+    backward = jax.jit(stage.backward).lower(*args).compile().memory_analysis()
+    casts = tree_bytes(stage.params) if tree_bytes(stage.params) < tree_bytes(params["blocks"][0]) else 0
+    return ModelBytes(
+        carry=tree_bytes(stage.carry),
+        residual=tree_bytes(stage.residuals),
+        backward=backward.temp_size_in_bytes + backward.output_size_in_bytes,
+        ends=tree_bytes(ends),
+        ends_gradient=tree_bytes(ends, accumulator_dtype),
+        stage_gradient=repeats * tree_bytes(stage.params, accumulator_dtype),
+        casts=repeats * casts,
+    )
