@@ -205,7 +205,7 @@ class Lanes:
         slots = _put(slots, jnp.where(active, row["f_activation"], -1), x)
 
         def idle():
-            return x, _zeros(stage.residuals)
+            return x, self.zeros(stage.residuals)
 
         branches = [lambda w=w: stage.forward(w, x, context) for w in self.blocks]
         y, residuals = _switch(row["f_repeat"], idle, branches)
@@ -246,7 +246,7 @@ class Lanes:
             return (total, weight, *vjp(jnp.ones((), dtype)))
 
         def idle():
-            return zero, zero, _zeros(head), y
+            return zero, zero, self.zeros(head), y
 
         total, weight, dhead, dy = lax.cond(active, run, idle)
         state = state | {"loss": state["loss"] + total, "weight": state["weight"] + weight}
@@ -271,7 +271,7 @@ class Lanes:
         context = self.context(row["b_microbatch"], repeat)
 
         def idle():
-            return _zeros(stage.params), gradient
+            return self.zeros(stage.params), gradient
 
         def branch(weights):
             x = _get(state["activation"], row["b_activation"])
@@ -294,9 +294,20 @@ class Lanes:
             _, vjp = jax.vjp(lambda p: apply(p, context.mb, key), embed)
             return vjp(dx)[0]
 
-        gradient = lax.cond(first, embed_gradient, lambda: _zeros(embed))
+        gradient = lax.cond(first, embed_gradient, lambda: self.zeros(embed))
         ends = state["ends"] | {"embed": accumulate(state["ends"]["embed"], gradient)}
         return state | {"blocks": blocks, "ends": ends}
+
+    def zeros(self, shapes: Tree) -> Tree:
+        """What an idle lane returns.
+
+        Each leaf is filled from a scalar of its own that XLA cannot see to be zero. Equal constants would be made once
+        and then copied into every output.
+        """
+        leaves, tree = jax.tree.flatten(shapes)
+        scalars = [jnp.minimum(self.device + k, 0) for k in range(len(leaves))]
+        filled = [jnp.full(s.shape, x.astype(s.dtype)) for s, x in zip(leaves, scalars, strict=True)]
+        return jax.tree.unflatten(tree, filled)
 
     def context(self, microbatch, repeat) -> Context:
         """What a lane needs to know of the microbatch and stage it works on; anything valid where it is idle."""
@@ -315,10 +326,6 @@ def _switch(repeat, idle: Callable, branches: list[Callable]):
 def _slots(shapes: Tree, count: int) -> Tree:
     """Buffers of `count` slots and, at the end, one that idle lanes write."""
     return jax.tree.map(lambda s: jnp.zeros((count + 1, *s.shape), s.dtype), shapes)
-
-
-def _zeros(shapes: Tree) -> Tree:
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
 def _put(slots: Tree, at, values: Tree) -> Tree:

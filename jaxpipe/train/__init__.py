@@ -1,0 +1,11 @@
+"""Training runs: a TOML config in, a trained model, metrics and curves out.
+
+Reading order: `config` (what can be said), `corpus` and `data` (tokens, then batches), `assemble` (the parts of a run),
+`optim`, `step` (one compiled step), `track` (its numbers), `loop` (all steps).
+"""
+
+from jaxpipe.train.config import Config, load
+from jaxpipe.train.loop import Result, train
+from jaxpipe.train.track import NonFiniteError
+
+__all__ = ["Config", "NonFiniteError", "Result", "load", "train"]
