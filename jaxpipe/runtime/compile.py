@@ -104,7 +104,7 @@ class Program:
             state, _ = lax.scan(lambda s, row, phase=phase: (lanes.tick(s, row, phase), None), state, rows)
         axes = (PIPE, DATA)
         loss, weight = lax.psum(state["loss"], axes), lax.psum(state["weight"], axes)
-        return loss, weight, self._reduce(state, params) if "blocks" in state else None
+        return loss, weight, self._reduce(state) if "blocks" in state else None
 
     def _weights(self, params: Tree) -> tuple[list, Tree]:
         """The stages' weights of this device and the gathered ends, in the dtypes that the lanes compute with."""
@@ -117,11 +117,12 @@ class Program:
         ]
         return blocks, self.ends.gather({"embed": params["embed"], "head": params["head"]})
 
-    def _reduce(self, state: dict, params: Tree) -> Tree:
+    def _reduce(self, state: dict) -> Tree:
         """Local accumulators to gradients: the one reduction per step."""
+        repeats = self.table.schedule.repeats
         blocks = [
-            jax.tree.map(lambda acc, c=c: lax.psum(acc[c][None], DATA), stage)
-            for c, stage in enumerate([state["blocks"]] * self.table.schedule.repeats)
+            jax.tree.map(lambda acc, c=c: lax.psum(acc[None] if repeats == 1 else acc[c][None], DATA), state["blocks"])
+            for c in range(repeats)
         ]
         ends = self.ends.reduce(state["ends"])
         return {**ends, "blocks": blocks}
@@ -159,12 +160,14 @@ class Lanes:
         state["activation"] = _slots(stage.carry, table.slots.activation)
         if not any(phase.backward for phase in table.phases):
             return state
+        # One row per repeat. A lone row would only be in the way: XLA adds to [1, ...] in a new buffer and copies it back.
+        rows = (schedule.repeats,) if schedule.repeats > 1 else ()
         state |= {
             "dx": carry,
             "residual": _slots(stage.residuals, table.slots.residual),
             "ends": jax.tree.map(lambda x: jnp.zeros(x.shape, accumulator_dtype(x.dtype)), self.ends),
             "blocks": [
-                jax.tree.map(lambda x: jnp.zeros((schedule.repeats, *x.shape[1:]), accumulator_dtype(x.dtype)), tree)
+                jax.tree.map(lambda x: jnp.zeros((*rows, *x.shape[1:]), accumulator_dtype(x.dtype)), tree)
                 for tree in params["blocks"][0]
             ],
         }
@@ -285,7 +288,10 @@ class Lanes:
         """Adds a stage's weight gradients to the accumulators, and the embedding's on the first stage."""
         apply, repeat = self.program.model.embed.apply, row["b_repeat"]
         at = jnp.maximum(repeat, 0)
-        blocks = jax.tree.map(lambda acc, g: _add_at(acc, at, g), state["blocks"], list(dw))
+        if self.program.table.schedule.repeats == 1:
+            blocks = accumulate(state["blocks"], list(dw))
+        else:
+            blocks = jax.tree.map(lambda acc, g: _add_at(acc, at, g), state["blocks"], list(dw))
         context = self.context(row["b_microbatch"], repeat)
         first = (self.device == 0) & (repeat == 0)
         embed, key = self.ends["embed"], keys.embed_key(context.group)

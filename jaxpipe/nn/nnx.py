@@ -1,0 +1,171 @@
+"""Flax NNX modules as a pipeline's model: three factories become plain functions over plain dicts.
+
+An NNX module is structure plus state. The structure (a graph definition) is the same for every block and is taken once,
+without computing anything; the state is split into parameters, which the pipeline owns, and random streams, which are
+made anew from the key of each call. There is no third kind: a pipeline runs a block many times, in an order that the
+schedule decides, so a statistic or a cache that a call updates would have no defined value.
+
+Parameters are nested dicts with string keys, named like the module's attributes: ``{"attn": {"qkv": {"kernel": …}}}``;
+members of an `nnx.List` are named "0", "1", ….
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxpipe.errors import ConfigError
+from jaxpipe.runtime.model import Block, Embed, HeadLoss, Model, Tree
+
+Factory = Callable[[nnx.Rngs], nnx.Module]
+"""Makes a module from random streams."""
+
+
+def nnx_model(
+    *,
+    embed: Factory,
+    block: Factory,
+    num_layers: int,
+    head: Factory,
+    loss: Callable[[Any, Tree], tuple[Any, Any]],
+    tie: Mapping[str, str] | None = None,
+    embed_call: Callable[[Any, Tree], Tree] = lambda module, mb: module(mb),
+    block_call: Callable[[Any, Tree, Tree], Tree] = lambda module, carry, mb: module(carry),
+    head_call: Callable[[Any, Tree, Tree], Any] = lambda module, carry, mb: module(carry),
+) -> Model:
+    """Makes a model from NNX modules.
+
+    A module is evaluated as it was built when there is a key, and in `nnx.Module.eval` mode when there is none. Every
+    random stream in it (one per `nnx.Dropout`) starts anew at each call, from the key and its place in the module.
+
+    Args:
+        embed: Factory of the embedding.
+        block: Factory of one transformer layer, whose output is like its input in structure, shapes and dtypes.
+        num_layers: Number of blocks, at least 1.
+        head: Factory of the head.
+        loss: ``(logits, mb) -> (loss_sum, weight)``, where `logits` is what the head returns: two scalars.
+        tie: Leaves of the head that live in the embedding: ``{"head/kernel": "embed/table"}``.
+        embed_call: How the embedding is called: ``(module, mb) -> carry``.
+        block_call: How a block is called: ``(module, carry, mb) -> carry``; `mb` for masks and positions.
+        head_call: How the head is called: ``(module, carry, mb) -> logits``.
+
+    Returns:
+        The model, ready for `Pipeline` and `sequential`.
+
+    Raises:
+        ConfigError: A module with state that is neither `nnx.Param` nor a random stream.
+
+    Example:
+        >>> model = nnx_model(
+        ...     embed=lambda rngs: nnx.Embed(10, 4, rngs=rngs),
+        ...     block=lambda rngs: nnx.Linear(4, 4, rngs=rngs),
+        ...     num_layers=3,
+        ...     head=lambda rngs: nnx.Linear(4, 1, rngs=rngs),
+        ...     loss=lambda y, mb: (((y[..., 0] - mb["y"]) ** 2).sum(), mb["y"].size),
+        ...     embed_call=lambda module, mb: module(mb["x"]),
+        ... )
+        >>> params = model.blocks[0].init(jax.random.key(0), None)
+        >>> jax.tree.map(jnp.shape, params)
+        {'bias': (4,), 'kernel': (4, 4)}
+    """
+    way_in = _Part("embed", embed, embed_call)
+    layer = _Part("block", block, block_call)
+    way_out = _Part("head", head, head_call)
+    return Model(
+        embed=Embed(
+            init=lambda key, mb: way_in.init(key),
+            apply=lambda params, mb, key: way_in.apply(params, key, mb),
+        ),
+        blocks=[
+            Block(
+                init=lambda key, carry: layer.init(key),
+                apply=lambda params, carry, mb, key: layer.apply(params, key, carry, mb),
+            )
+        ]
+        * num_layers,
+        head_loss=HeadLoss(
+            init=lambda key, carry, mb: way_out.init(key),
+            apply=lambda params, carry, mb, key: loss(way_out.apply(params, key, carry, mb), mb),
+        ),
+        tie=dict(tie or {}),
+    )
+
+
+class _Part:
+    """One module as two functions: `init` makes its parameters, `apply` calls it with given ones."""
+
+    def __init__(self, name: str, factory: Factory, call: Callable[..., Any]):
+        self.name, self.factory, self.call = name, factory, call
+        graphdef: Any = None
+
+        def split():
+            nonlocal graphdef
+            graphdef, *states = nnx.split(self._make(nnx.Rngs(0)), nnx.Param, nnx.RngState, ...)
+            return states
+
+        params, streams, rest = (list(nnx.to_flat_state(state)) for state in jax.eval_shape(split))
+        _refuse_state(name, graphdef, rest)
+        self.graphdef, self.params, self.streams = graphdef, params, streams
+
+    def init(self, key) -> dict[str, Any]:
+        """The parameters of a new module, as nested dicts with string keys."""
+        tree: dict[str, Any] = {}
+        for path, variable in nnx.to_flat_state(nnx.state(self._make(nnx.Rngs(key)), nnx.Param)):
+            *parents, leaf = map(str, path)
+            node = tree
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[leaf] = variable.get_value()
+        return tree
+
+    def apply(self, params, key, *inputs):
+        """Calls the module with these parameters, and with random streams from `key`."""
+        state = [(path, variable.replace(_at(params, path))) for path, variable in self.params]
+        module = nnx.merge(self.graphdef, nnx.from_flat_state(state + self._seeded(key)))
+        if key is None:
+            module.eval()
+        return self.call(module, *inputs)
+
+    def _make(self, rngs: nnx.Rngs):
+        """The module; where its parameters are placed is up to the pipeline, not to annotations in the module."""
+        with nnx.use_eager_sharding(False):
+            return self.factory(rngs)
+
+    def _seeded(self, key) -> list:
+        """The random streams with their counts at zero and a key of their own each."""
+        base = jax.random.key(0) if key is None else key
+        if not jnp.issubdtype(base.dtype, jax.dtypes.prng_key):
+            base = jax.random.wrap_key_data(base)
+        state = []
+        for number, (path, variable) in enumerate(self.streams):
+            like = variable.get_value()
+            if isinstance(variable, nnx.RngKey):
+                value = jax.random.fold_in(base, number)
+                value = jax.random.split(value, like.shape) if like.shape else value
+            else:
+                value = jnp.zeros(like.shape, like.dtype)
+            state.append((path, variable.replace(value)))
+        return state
+
+
+def _at(params, path):
+    for name in path:
+        params = params[str(name)]
+    return params
+
+
+def _refuse_state(name: str, graphdef, rest: list):
+    """Raises for the first leaf that is neither a parameter nor a random stream."""
+    found = [(".".join(map(str, path)), leaf) for path, leaf in rest]
+    # Made while tracing, an array that is a bare attribute ends up in the structure.
+    bare = [(key, getattr(at, "value", None)) for key, at in graphdef.attributes]
+    found += [(key, value) for key, value in bare if isinstance(value, jax.Array)]
+    if found:
+        path, leaf = found[0]
+        kind = type(leaf).__name__ if isinstance(leaf, nnx.Variable) else "array"
+        raise ConfigError(
+            f"{name}.{path} is of type {kind}, but a pipeline's modules may hold only nnx.Param and random streams; "
+            "try computing it in __call__, or a layer without state (LayerNorm for BatchNorm)"
+        )

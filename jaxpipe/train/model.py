@@ -1,0 +1,89 @@
+"""Where the reference models meet the pipeline: a configuration becomes a model that a pipeline can run.
+
+The loss is here because it belongs to training, not to the model: a batch is ``{"tokens", "targets"}``, integers
+[B, T], and an optional ``"mask"`` [B, T] of bools or weights.
+
+Shape legend: B rows, T positions, V vocabulary, L layers.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxpipe.models import gpt
+from jaxpipe.models.gpt import GPTConfig
+from jaxpipe.nn import nnx_model
+from jaxpipe.runtime.model import Model, Tree
+from jaxpipe.runtime.tree import tie
+
+
+def gpt_model(cfg: GPTConfig) -> Model:
+    """A GPT for `Pipeline` and `sequential`, with the next-token loss.
+
+    Args:
+        cfg: The model. With ``tied=True`` the head's kernel lives in the embedding.
+
+    Example:
+        >>> from jaxpipe.models.gpt import PRESETS
+        >>> model = gpt_model(PRESETS["tiny"])
+        >>> len(model.blocks), model.tie
+        (4, {'head/kernel': 'embed/table'})
+    """
+    return _model(cfg, cross_entropy)
+
+
+def gpt_logits(cfg: GPTConfig, canonical: Tree, tokens_BT) -> jax.Array:
+    """The logits of a GPT with no pipeline and no dropout, for sampling and for looking inside.
+
+    Args:
+        cfg: The model.
+        canonical: ``{"embed", "blocks": {"block": leaves [L, ...]}, "head"}``; a tied head has no kernel.
+        tokens_BT: Integers in [0, V).
+
+    Returns:
+        [B, T, V], float32 (float64 for a float64 model).
+    """
+    model = _model(cfg, lambda logits_BTV, mb: (logits_BTV, None))
+    x_BTD = model.embed.apply(canonical["embed"], {"tokens": tokens_BT}, None)
+
+    def one_layer(x_BTD, params):
+        return model.blocks[0].apply(params, x_BTD, {}, None), None
+
+    x_BTD, _ = jax.lax.scan(one_layer, x_BTD, canonical["blocks"]["block"])
+    head = tie(canonical["head"], canonical["embed"], model.tie)
+    return model.head_loss.apply(head, x_BTD, {}, None)[0]
+
+
+def cross_entropy(logits_BTV, mb: Tree):
+    """The next-token loss of one row group.
+
+    Args:
+        logits_BTV: Any float dtype; the loss is computed in float32 or wider.
+        mb: ``targets`` [B, T], integers in [0, V); optionally ``mask`` [B, T], a weight per token. Where the mask is 0
+            the target may be anything; elsewhere a target out of range gives NaN.
+
+    Returns:
+        ``(loss_sum, weight)``: the sum of mask times cross entropy in nats, and the sum of the mask.
+    """
+    logits_BTV = logits_BTV.astype(jnp.promote_types(logits_BTV.dtype, jnp.float32))
+    targets_BT, num_classes = mb["targets"], logits_BTV.shape[-1]
+    # A comparison instead of a gather: its gradient is elementwise, not a scatter.
+    is_target_BTV = jnp.arange(num_classes)[None, None] == targets_BT[..., None]
+    target_BT = jnp.sum(logits_BTV, axis=-1, where=is_target_BTV)
+    ce_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT
+    ce_BT = jnp.where((targets_BT >= 0) & (targets_BT < num_classes), ce_BT, jnp.nan)
+    if "mask" not in mb:
+        return ce_BT.sum(), jnp.asarray(ce_BT.size, ce_BT.dtype)
+    mask_BT = mb["mask"].astype(ce_BT.dtype)
+    return jnp.sum(mask_BT * jnp.where(mask_BT != 0, ce_BT, 0.0)), mask_BT.sum()
+
+
+def _model(cfg: GPTConfig, loss) -> Model:
+    return nnx_model(
+        embed=lambda rngs: gpt.Embed(cfg, rngs=rngs),
+        block=lambda rngs: gpt.Block(cfg, rngs=rngs),
+        num_layers=cfg.num_layers,
+        head=lambda rngs: gpt.Head(cfg, rngs=rngs),
+        loss=loss,
+        tie={"head/kernel": "embed/table"} if cfg.tied else {},
+        embed_call=lambda module, mb: module(mb["tokens"]),
+    )

@@ -1,0 +1,6 @@
+"""Strict settings for every test: 8 simulated CPU devices, and arrays of different rank never broadcast by accident."""
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
