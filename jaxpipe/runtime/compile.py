@@ -88,7 +88,7 @@ class Program:
             axis_names={PIPE, DATA},
             check_vma=False,
         )
-        places = jnp.arange(self.mesh.shape[PIPE]), jnp.arange(self.mesh.shape[DATA])
+        places = (jnp.arange(self.mesh.shape[axis], dtype=jnp.int32) for axis in (PIPE, DATA))
         return body(*places, columns, params, batch, key)
 
     def _device(self, loop, device, shard, columns: dict, params: Tree, batch: Tree, key):

@@ -140,11 +140,11 @@ def _run(jaxpr: Jaxpr, consts: Sequence, inputs: Sequence[Lanes]) -> list[Lanes]
         return Lanes(atom.val) if isinstance(atom, Literal) else env[atom]
 
     for eqn in jaxpr.eqns:
-        env.update(zip(eqn.outvars, _run_eqn(eqn, [read(v) for v in eqn.invars]), strict=True))
+        env.update(zip(eqn.outvars, _run_eqn(jaxpr, eqn, [read(v) for v in eqn.invars]), strict=True))
     return [read(v) for v in jaxpr.outvars]
 
 
-def _run_eqn(eqn: JaxprEqn, values: list[Lanes]) -> list[Lanes]:
+def _run_eqn(jaxpr: Jaxpr, eqn: JaxprEqn, values: list[Lanes]) -> list[Lanes]:
     name = eqn.primitive.name
     inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr")
     if name in CALLS and inner is not None:
@@ -155,20 +155,20 @@ def _run_eqn(eqn: JaxprEqn, values: list[Lanes]) -> list[Lanes]:
     tags = {v.tag for v in values if v.tag is not None}
     if name in REDUCTIONS and len(tags) > 1 and all(v.aval.shape == () for v in eqn.outvars):
         arrays = [REDUCTIONS[name](v.array).astype(v.array.dtype) if v.laned else v.array for v in values]
-        return [Lanes(out, False, MIXED) for out in _bind(eqn, arrays)]
+        return [Lanes(out, False, MIXED) for out in _bind(jaxpr, eqn, arrays)]
     if name == "concatenate" and len(tags) > 1 and eqn.outvars[0].aval.ndim == 1:
         # Scalars of all leaves, stacked to be reduced: every lane becomes an entry.
-        return [Lanes(out, False, MIXED) for out in _bind(eqn, [v.array.reshape(-1) for v in values])]
+        return [Lanes(out, False, MIXED) for out in _bind(jaxpr, eqn, [v.array.reshape(-1) for v in values])]
     tags.discard(MIXED)
     if not any(v.laned for v in values):
         tag = tags.pop() if len(tags) == 1 else None
-        return [Lanes(out, False, tag) for out in _bind(eqn, [v.array for v in values])]
+        return [Lanes(out, False, tag) for out in _bind(jaxpr, eqn, [v.array for v in values])]
     if len(tags) > 1:
         raise ConfigError(
             f"the optimizer joins several layers by {name!r}, which is no reduction to a scalar; "
             f"try a transformation that joins leaves by one of {', '.join(REDUCTIONS)}"
         )
-    mapped = jax.vmap(lambda *arrays: _bind(eqn, arrays), in_axes=[0 if v.laned else None for v in values])
+    mapped = jax.vmap(lambda *arrays: _bind(jaxpr, eqn, arrays), in_axes=[0 if v.laned else None for v in values])
     return [Lanes(out, True, *tags) for out in mapped(*(v.array for v in values))]
 
 
@@ -190,10 +190,16 @@ def _run_cond(eqn: JaxprEqn, values: list[Lanes]) -> list[Lanes]:
     return results
 
 
-def _bind(eqn: JaxprEqn, arrays: Sequence) -> list:
-    """Runs one equation."""
+def _bind(jaxpr: Jaxpr, eqn: JaxprEqn, arrays: Sequence) -> list:
+    """Runs one equation of a program."""
     given = [(var, array) for var, array in zip(eqn.invars, arrays, strict=True) if not isinstance(var, Literal)]
-    program = Jaxpr((), [var for var, _ in given], eqn.outvars, [eqn], eqn.effects)
+    program = jaxpr.replace(
+        constvars=[],
+        invars=[var for var, _ in given],
+        outvars=eqn.outvars,
+        eqns=[eqn],
+        debug_info=jaxpr.debug_info.with_unknown_names(),
+    )
     return jax.core.eval_jaxpr(program, (), *(array for _, array in given))
 
 

@@ -32,7 +32,8 @@ def model_bytes(program: Program, params: Tree) -> ModelBytes:
     ends = dict(program.ends.shapes)
     args = stage.params, stage.carry, stage.residuals, stage.context, stage.carry
     backward = jax.jit(stage.backward).lower(*args).compile().memory_analysis()
-    casts = tree_bytes(stage.params) if tree_bytes(stage.params) < tree_bytes(params["blocks"][0]) else 0
+    leaves = zip(jax.tree.leaves(stage.params), jax.tree.leaves(params["blocks"][0]), strict=True)
+    casts = tree_bytes([cast for cast, rest in leaves if cast.dtype != rest.dtype])
     return ModelBytes(
         carry=tree_bytes(stage.carry),
         residual=tree_bytes(stage.residuals),

@@ -1,0 +1,147 @@
+"""What several tests share: a small model of plain functions, tree comparison, and pairwise covering sets."""
+
+import itertools
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxpipe as jp
+from jaxpipe.schedule import build
+
+TOLERANCE = {"float32": 1e-5, "float64": 1e-12, "bfloat16": 2e-2}
+"""Largest error of a leaf over its largest entry, by dtype."""
+
+WIDTH, VOCAB, LENGTH = 8, 12, 5
+ROWS = 2
+
+
+def tree_allclose(actual: Any, expected: Any) -> None:
+    """Asserts equal structure, dtypes and shapes, and values equal to `TOLERANCE`."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, a), b in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        name = jax.tree_util.keystr(path)
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), f"{name}: {a.dtype}{a.shape} != {b.dtype}{b.shape}"
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        error = np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)
+        assert error <= TOLERANCE[str(actual_dtype(path, expected))], f"{name}: relative error {error:.2e}"
+
+
+def actual_dtype(path, tree) -> Any:
+    """The dtype of the leaf at a path."""
+    for key in path:
+        tree = tree[getattr(key, "key", getattr(key, "idx", None))]
+    return tree.dtype
+
+
+def toy_model(
+    layers: int, dropout: float = 0.0, tied: bool = False, dtype: str = "float32", width: int = WIDTH
+) -> jp.Model:
+    """A residual network of plain functions with two products per block, dropout in all parts, and a masked loss."""
+
+    def normal(key, *shape):
+        return 0.4 * jax.random.normal(key, shape, dtype)
+
+    def drop(x, key):
+        if key is None or not dropout:
+            return x
+        return jnp.where(jax.random.bernoulli(key, 1 - dropout, x.shape), x / (1 - dropout), 0)
+
+    def block_init(key, carry):
+        up, down = jax.random.split(key)
+        scale = jnp.ones(width, dtype)
+        return {"up": normal(up, width, 2 * width), "down": normal(down, 2 * width, width), "scale": scale}
+
+    def block(p, x, mb, key):
+        return x + drop(jnp.tanh((x * p["scale"][None, None]) @ p["up"]) @ p["down"], key)
+
+    def head_init(key, carry, mb):
+        return {"kernel": normal(key, VOCAB, width), "out": {"bias": jnp.zeros(VOCAB, dtype)}}
+
+    def head(p, x, mb, key):
+        logits = jax.nn.log_softmax(drop(x, key) @ p["kernel"].T + p["out"]["bias"][None, None])
+        ce = -jnp.take_along_axis(logits, mb["targets"][..., None], -1)[..., 0]
+        mask = mb["mask"].astype(ce.dtype)
+        return (ce * mask).sum(), mask.sum()
+
+    return jp.Model(
+        jp.Embed(
+            lambda key, mb: {"table": normal(key, VOCAB, width)},
+            lambda p, mb, key: drop(p["table"][mb["tokens"]], key),
+        ),
+        [jp.Block(block_init, block)] * layers,
+        jp.HeadLoss(head_init, head),
+        tie={"head/kernel": "embed/table"} if tied else {},
+    )
+
+
+def toy_batch(rows: int, length: int = LENGTH) -> dict[str, np.ndarray]:
+    """Random tokens, targets, and a mask that keeps a different share of every row."""
+    rng = np.random.default_rng(rows)
+    tokens, targets = rng.integers(0, VOCAB, (2, rows, length), dtype=np.int32)
+    mask = (np.arange(length)[None] <= np.arange(rows)[:, None] % length).astype(np.float32)
+    return {"tokens": tokens, "targets": targets, "mask": mask}
+
+
+def toy_pipeline(
+    name: str,
+    devices: int,
+    microbatches: int,
+    repeats: int = 1,
+    *,
+    blocks: int = 1,
+    data: int = 1,
+    remat: Any = "full",
+    memory: Any = "ideal",
+    dropout: float = 0.0,
+    tied: bool = False,
+    dtype: str = "float32",
+    width: int = WIDTH,
+) -> jp.Pipeline:
+    """The toy model with so many blocks per stage on a mesh of the first devices."""
+    model = toy_model(blocks * devices * repeats, dropout, tied, dtype, width)
+    schedule = build(name, devices=devices, microbatches=microbatches, repeats=repeats)
+    return jp.Pipeline(model, schedule=schedule, mesh=jp.make_mesh(devices, data), remat=remat, memory=memory)
+
+
+@cache
+def toy_oracle(layers: int, row_groups: int, dropout: float, tied: bool, dtype: str) -> tuple[Any, Any, Any]:
+    """``(canonical, loss, grads)`` of the unpipelined toy model on the standard batch and keys."""
+    oracle = jp.sequential(toy_model(layers, dropout, tied, dtype), row_groups=row_groups)
+    batch = toy_batch(2 * row_groups)
+    canonical = oracle.init(jax.random.key(0), batch)
+    key = jax.random.key(1) if dropout else None
+    loss, grads = jax.jit(oracle.value_and_grad)(canonical, batch, key)
+    return canonical, loss, grads
+
+
+def pairwise(factors: Mapping[str, Sequence], legal: Any, seed: int = 0, pool: int = 400) -> Iterator[dict]:
+    """Cases in which every legal pair of factor values occurs, chosen greedily from random legal ones.
+
+    Args:
+        factors: The values of each factor.
+        legal: ``case -> bool``.
+        seed: Of the candidates.
+        pool: Candidates per choice.
+    """
+    everything = [
+        case
+        for values in itertools.product(*factors.values())
+        if legal(case := dict(zip(factors, values, strict=True)))
+    ]
+    missing = set().union(*(_pairs(case) for case in everything))
+    rng = random.Random(seed)
+    while missing:
+        sample = rng.sample(everything, min(pool, len(everything)))
+        best = max(sample, key=lambda case: len(_pairs(case) & missing))
+        if gained := _pairs(best) & missing:
+            missing -= gained
+            yield best
+
+
+def _pairs(case: dict) -> set:
+    return set(itertools.combinations(case.items(), 2))

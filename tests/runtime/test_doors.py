@@ -1,0 +1,116 @@
+"""Wrong input to the mesh, the pipeline and the oracle: one line that says rule, value and nearest valid choice."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers import toy_batch, toy_model, toy_pipeline
+
+import jaxpipe as jp
+from jaxpipe.errors import ConfigError, PartitionError
+from jaxpipe.runtime.pipeline import check_split
+from jaxpipe.schedule import build
+
+
+def one_line(error) -> str:
+    """The message, which must be a single line."""
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def test_too_few_devices():
+    with pytest.raises(ConfigError) as error:
+        jp.make_mesh(16)
+    assert one_line(error) == (
+        "mesh pipe=16 needs 16 devices but there are 8 (cpu); try mesh.pipe=8 or mesh.simulate=16 to simulate them on the CPU"
+    )
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0])
+def test_axis_sizes_are_whole_numbers(size):
+    with pytest.raises(ConfigError) as error:
+        jp.make_mesh(pipe=size)
+    assert "must be a whole number of at least 1; try 1" in one_line(error)
+
+
+def test_simulating_after_jax_has_started_is_refused():
+    jax.devices()
+    with pytest.raises(ConfigError) as error:
+        jp.simulate_devices(64)
+    assert "must be set before JAX starts, and it already runs with 8 cpu devices" in one_line(error)
+
+
+def test_layers_that_do_not_divide():
+    with pytest.raises(PartitionError) as error:
+        check_split(10, 4, 2)
+    assert one_line(error) == "num_layers=10 must be a multiple of devices=4 * repeats=2 = 8; try num_layers=8 or 16"
+
+
+def test_mesh_and_schedule_of_different_sizes():
+    with pytest.raises(ConfigError) as error:
+        jp.Pipeline(toy_model(4), schedule=build("1f1b", devices=4, microbatches=4), mesh=jp.make_mesh(2))
+    assert one_line(error) == "mesh.pipe=2 must equal the schedule's devices=4; try mesh.pipe=4"
+
+
+def test_unknown_remat():
+    with pytest.raises(ConfigError) as error:
+        toy_pipeline("1f1b", 2, 2, remat="some")
+    assert one_line(error) == "remat='some' must be one of full, none, all; try 'full'"
+
+
+def test_batches_that_do_not_divide():
+    pipe = toy_pipeline("1f1b", 2, 4, data=2)
+    params = pipe.init(jax.random.key(0), toy_batch(16))
+    with pytest.raises(ConfigError) as error:
+        jax.jit(pipe.value_and_grad)(params, toy_batch(20))
+    assert one_line(error) == "batch size 20 must be a multiple of microbatches=4 * data=2 = 8; try 16"
+
+
+def test_batch_leaves_of_different_sizes():
+    batch = toy_batch(4)
+    batch["mask"] = batch["mask"][:2]
+    with pytest.raises(ConfigError) as error:
+        toy_pipeline("1f1b", 2, 2).init(jax.random.key(0), batch)
+    assert "leading sizes ['2', '4'] but must share one" in one_line(error)
+
+
+def test_a_block_that_changes_the_carry():
+    model = toy_model(2)
+    wider = jp.Block(model.blocks[0].init, lambda p, x, mb, key: jnp.concatenate([x, x], -1))
+    pipe = jp.Pipeline(
+        jp.Model(model.embed, [wider] * 2, model.head_loss),
+        schedule=build("1f1b", devices=2, microbatches=2),
+        mesh=jp.make_mesh(2),
+    )
+    params = pipe.init(jax.random.key(0), toy_batch(4))
+    with pytest.raises(PartitionError) as error:
+        pipe.loss(params, toy_batch(4))
+    assert "block 0 returns float32[2, 5, 16]" in one_line(error) and "try float32[2, 5, 8]" in one_line(error)
+
+
+def test_blocks_of_several_kinds():
+    model = toy_model(2)
+    mixed = [model.blocks[0], jp.Block(model.blocks[0].init, model.blocks[0].apply, kind="other")]
+    with pytest.raises(PartitionError) as error:
+        jp.Pipeline(
+            jp.Model(model.embed, mixed, model.head_loss),
+            schedule=build("1f1b", devices=2, microbatches=2),
+            mesh=jp.make_mesh(2),
+        )
+    assert "blocks of kinds block, other must all be of one kind" in one_line(error)
+
+
+def test_a_model_without_blocks_and_a_tie_to_nowhere():
+    model = toy_model(2)
+    with pytest.raises(PartitionError, match="must hold at least one block"):
+        jp.Model(model.embed, [], model.head_loss)
+    with pytest.raises(PartitionError, match="must map a path 'head/…' to a path 'embed/…'"):
+        jp.Model(model.embed, model.blocks, model.head_loss, tie={"kernel": "embed/table"})
+    tied = jp.Model(model.embed, model.blocks, model.head_loss, tie={"head/kernle": "embed/table"})
+    with pytest.raises(PartitionError, match="path 'kernle' has no 'kernle'; there is kernel, out"):
+        jp.sequential(tied).init(jax.random.key(0), toy_batch(2))
+
+
+def test_row_groups_of_the_oracle():
+    with pytest.raises(ConfigError, match="row_groups=0 must be at least 1; try 1"):
+        jp.sequential(toy_model(1), row_groups=0)

@@ -1,0 +1,115 @@
+"""Loss and every gradient leaf of the compiled loop against the unpipelined model."""
+
+import jax
+import pytest
+from helpers import TOLERANCE, pairwise, toy_batch, toy_oracle, toy_pipeline, tree_allclose
+
+import jaxpipe as jp
+
+FACTORS = {
+    "schedule": ["gpipe", "1f1b", "1f1b strict", "eager_1f1b", "interleaved_1f1b"],
+    "devices": [1, 2, 4, 8],
+    "repeats": [1, 2],
+    "microbatches": [1, 3, 4, 8, 16],
+    "remat": ["full", "none", "all"],
+    "dropout": [0.0, 0.25],
+    "tied": [False, True],
+    "dtype": ["float32", "float64"],
+    "blocks": [1, 2],
+}
+
+
+def legal(case: dict) -> bool:
+    """V = 2 is only interleaved, and no model has more than 16 blocks."""
+    fits = case["devices"] * case["repeats"] * case["blocks"] <= 16
+    return fits and (case["repeats"] == 1 or case["schedule"] == "interleaved_1f1b")
+
+
+def ids(case: dict) -> str:
+    """A readable name."""
+    return "-".join(f"{key[0]}{value}" for key, value in case.items())
+
+
+FAST = list(pairwise(FACTORS, legal))
+SLOW = [case for seed in (1, 2, 3) for case in pairwise(FACTORS, legal, seed) if case not in FAST]
+
+
+def check(schedule, devices, repeats, microbatches, remat, dropout, tied, dtype, blocks, data=1):
+    """Runs one case."""
+    name, _, memory = schedule.partition(" ")
+    with jax.enable_x64(dtype == "float64"):
+        pipe = toy_pipeline(
+            name,
+            devices,
+            microbatches,
+            repeats,
+            blocks=blocks,
+            data=data,
+            remat=remat,
+            memory=memory or "ideal",
+            dropout=dropout,
+            tied=tied,
+            dtype=dtype,
+        )
+        layers = devices * repeats * blocks
+        canonical, loss, grads = toy_oracle(layers, microbatches * data, dropout, tied, dtype)
+        batch = toy_batch(2 * microbatches * data)
+        params = pipe.from_canonical(canonical)
+        key = jax.random.key(1) if dropout else None
+        got, got_grads = jax.jit(pipe.value_and_grad)(params, batch, key)
+        assert got.dtype == dtype
+        assert abs(float(got) - float(loss)) <= TOLERANCE[dtype] * abs(float(loss))
+        tree_allclose(pipe.to_canonical(got_grads), grads)
+
+
+def test_the_covering_set_is_small():
+    assert len(FAST) <= 60 and len(SLOW) <= 250
+
+
+@pytest.mark.parametrize("case", FAST, ids=ids)
+def test_gradients_equal_the_oracle(case):
+    check(**case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SLOW, ids=ids)
+def test_gradients_equal_the_oracle_more_cases(case):
+    check(**case)
+
+
+@pytest.mark.parametrize("remat", ["full", "none"])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_data_shards_see_the_row_groups_of_the_global_batch(devices, remat):
+    check("interleaved_1f1b", devices, 2, 4, remat, 0.25, True, "float32", 1, data=4)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize(
+    ("schedule", "devices", "repeats"), [("1f1b", 4, 1), ("gpipe", 2, 1), ("interleaved_1f1b", 2, 2)]
+)
+def test_forward_only_loss_equals_the_training_loss(schedule, devices, repeats, dropout):
+    pipe = toy_pipeline(schedule, devices, 4, repeats, dropout=dropout)
+    canonical, loss, _ = toy_oracle(devices * repeats, 4, dropout, False, "float32")
+    got = pipe.loss(pipe.from_canonical(canonical), toy_batch(8), jax.random.key(1) if dropout else None)
+    assert float(got) == pytest.approx(float(loss), rel=1e-6)
+
+
+def test_old_style_keys_give_the_same_numbers():
+    pipe = toy_pipeline("1f1b", 2, 2, dropout=0.25)
+    batch = toy_batch(4)
+    params = pipe.init(jax.random.key(0), batch)
+    new, old = (pipe.loss(params, batch, key) for key in (jax.random.key(3), jax.random.PRNGKey(3)))
+    assert float(new) == float(old)
+
+
+def test_a_microbatch_whose_mask_is_empty_changes_nothing_but_its_weight():
+    pipe = toy_pipeline("1f1b", 2, 2)
+    batch = toy_batch(4)
+    batch["mask"][:2] = 0
+    params = pipe.init(jax.random.key(0), batch)
+    loss, grads = jax.jit(pipe.value_and_grad)(params, batch)
+    half = {name: leaf[2:] for name, leaf in batch.items()}
+    oracle = jp.sequential(pipe.model)
+    expected, expected_grads = oracle.value_and_grad(pipe.to_canonical(params), half)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+    tree_allclose(pipe.to_canonical(grads), expected_grads)

@@ -1,0 +1,138 @@
+"""The compiled program: its loops, hops, idle branches and memory, read off XLA's output."""
+
+import re
+from functools import cache
+
+import jax
+import pytest
+from helpers import ROWS, toy_batch, toy_pipeline
+from hlo import computations, copies, holds_product, loop_bodies
+
+import jaxpipe as jp
+
+WIDTH, LENGTH = 24, 20
+
+
+@cache
+def pipeline(name, devices, repeats, microbatches, remat, memory="ideal") -> jp.Pipeline:
+    """The toy model with two blocks per stage, no two of its sizes equal."""
+    return toy_pipeline(name, devices, microbatches, repeats, blocks=2, remat=remat, memory=memory, width=WIDTH)
+
+
+def shapes(pipe: jp.Pipeline):
+    """Parameters and batch as shapes on the mesh."""
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=pipe.batch_sharding),
+        toy_batch(ROWS * pipe.schedule.microbatches, LENGTH),
+    )
+    params = jax.eval_shape(pipe.init, jax.random.key(0), batch)
+    placed = jax.tree.map(
+        lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h), params, pipe.layout.shardings(params)
+    )
+    return placed, batch
+
+
+@cache
+def compiled(*case):
+    """The compiled training step of a case of `pipeline`."""
+    pipe = pipeline(*case)
+    return jax.jit(pipe.value_and_grad).lower(*shapes(pipe)).compile()
+
+
+def temp_bytes(*case) -> int:
+    """What XLA plans for temporaries, per device."""
+    return compiled(*case).memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("remat", ["full", "none"])
+@pytest.mark.parametrize(
+    ("name", "repeats", "memory"),
+    [("interleaved_1f1b", 2, "ideal"), ("eager_1f1b", 1, "ideal"), ("1f1b", 1, "ideal"), ("1f1b", 1, "strict")],
+)
+def test_temporaries_are_flat_in_the_microbatches(name, repeats, memory, remat):
+    few, many = (temp_bytes(name, 2, repeats, m, remat, memory) for m in (8, 64))
+    batch = 3 * 4 * ROWS * LENGTH * (64 - 8)  # the batch itself, cut into microbatches
+    tables = 12 * 4 * 3 * (64 - 8) * repeats
+    assert abs(many - few) <= 0.02 * few + batch + tables
+
+
+@pytest.mark.parametrize("remat", ["full", "none"])
+def test_temporaries_of_gpipe_grow_with_the_microbatches(remat):
+    few, many = (temp_bytes("gpipe", 2, 1, m, remat) for m in (8, 64))
+    carry = ROWS * LENGTH * WIDTH * 4
+    assert many - few >= (64 - 8) * carry
+
+
+@pytest.mark.parametrize("remat", ["full", "none", "all"])
+@pytest.mark.parametrize(
+    ("name", "repeats", "memory"),
+    [("interleaved_1f1b", 2, "ideal"), ("1f1b", 1, "ideal"), ("1f1b", 1, "strict"), ("gpipe", 1, "ideal")],
+)
+def test_temporaries_are_what_the_table_says(name, repeats, memory, remat):
+    case = (name, 2, repeats, 8, remat, memory)
+    pipe = pipeline(*case)
+    planned = sum(pipe.table.bytes(pipe.sizes(shapes(pipe)[1])).values())
+    assert 0.6 * planned <= temp_bytes(*case) <= 1.2 * planned
+
+
+@pytest.mark.parametrize(("name", "repeats"), [("interleaved_1f1b", 2), ("1f1b", 1)])
+def test_the_program_does_not_grow_with_the_microbatches(name, repeats):
+    few, many = (compiled(name, 2, repeats, m, "none", "ideal").as_text().count("\n") for m in (8, 64))
+    assert abs(many - few) <= 0.02 * few
+
+
+@pytest.mark.parametrize(("name", "repeats"), [("interleaved_1f1b", 2), ("1f1b", 1)])
+def test_one_loop_per_phase_and_each_hop_once_per_tick(name, repeats):
+    case = (name, 4, repeats, 8, "none", "ideal")
+    bodies = loop_bodies(compiled(*case).as_text())
+    hops = [sum(bool(re.search(r" collective-permute(-start)?\(", line)) for line in body) for body in bodies]
+    phases = pipeline(*case).table.phases
+    assert sorted(hops) == sorted(phase.forward + phase.backward for phase in phases) == [1, 1, 2]
+
+
+def test_no_collective_but_hops_inside_the_loops():
+    for body in loop_bodies(compiled("interleaved_1f1b", 2, 2, 8, "none", "ideal").as_text()):
+        assert not [line for line in body if re.search(r" (all-reduce|all-gather|reduce-scatter|all-to-all)", line)]
+
+
+@pytest.mark.parametrize(("name", "repeats"), [("interleaved_1f1b", 2), ("1f1b", 1)])
+def test_idle_branches_hold_no_matrix_product(name, repeats):
+    text = compiled(name, 2, repeats, 8, "none", "ideal").as_text()
+    parts = computations(text)
+
+    def has_dot(name: str) -> bool:
+        return any(holds_product(line, parts) for line in parts[name])
+
+    conditionals = [line for body in parts.values() for line in body if " conditional(" in line]
+    branches = [
+        re.findall(r"%([\w.\-]+)", found)
+        for line in conditionals
+        for found in re.findall(r"branch_computations=\{(.*?)\}", line)
+    ]
+    branches += [
+        [re.search(rf"{side}_computation=%([\w.\-]+)", line).group(1) for side in ("false", "true")]  # pyright: ignore
+        for line in conditionals
+        if "true_computation" in line
+    ]
+    lanes = [branch for branch in branches if any(map(has_dot, branch))]
+    assert len(lanes) >= 4  # forward and backward lane, each in two phases
+    for idle, *work in lanes:
+        assert not has_dot(idle)
+        assert all(map(has_dot, work))
+
+
+@pytest.mark.parametrize("remat", ["full", "none"])
+@pytest.mark.parametrize(("name", "repeats"), [("interleaved_1f1b", 2), ("1f1b", 1)])
+def test_loops_copy_no_stash_accumulator_or_weight(name, repeats, remat):
+    case = (name, 2, repeats, 8, remat, "ideal")
+    pipe = pipeline(*case)
+    params, batch = shapes(pipe)
+    program = pipe.program(params, batch)
+    weights = {leaf.shape for leaf in jax.tree.leaves(program.stage.params) if leaf.ndim > 1}
+    slots = pipe.table.slots
+    stash = {(slots.residual + 1, *leaf.shape) for leaf in program.stage.residuals}
+    stash |= {(slots.activation + 1, *leaf.shape) for leaf in jax.tree.leaves(program.stage.carry)}
+    accumulators = {(repeats, *shape) for shape in weights}
+    text = compiled(*case).as_text()
+    found = [copy for body in loop_bodies(text, inner=True) for copy in copies(body)]
+    assert not [shape for shape in found if shape in weights | stash | accumulators]
