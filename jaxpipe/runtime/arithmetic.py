@@ -66,5 +66,7 @@ def arithmetic_ratio(pipe: Any, params: Tree, batch: Tree) -> float:
         + actions["b"] * dot_flops(stage.backward, weights, carry, stage.residuals, context, carry)
         + heads * dot_flops(jax.value_and_grad(loss, (0, 1)), head, carry, context)
     )
-    forward = actions["f"] * dot_flops(stage.run, weights, carry, context) + heads * dot_flops(loss, head, carry, context)
+    forward = actions["f"] * dot_flops(stage.run, weights, carry, context) + heads * dot_flops(
+        loss, head, carry, context
+    )
     return executed / (3 * forward)

@@ -73,7 +73,7 @@ class Program:
         specs = self.layout.specs(params)
         columns = {name: jnp.asarray(rows, jnp.int32) for name, rows in self.table.columns.items()}
         trains = any(phase.backward for phase in self.table.phases)
-        body = jax.shard_map(
+        body: Any = jax.shard_map(
             partial(self._device, loop),
             mesh=self.mesh,
             in_specs=(
@@ -160,7 +160,7 @@ class Lanes:
         state["activation"] = _slots(stage.carry, table.slots.activation)
         if not any(phase.backward for phase in table.phases):
             return state
-        # One row per repeat. A lone row would only be in the way: XLA adds to [1, ...] in a new buffer and copies it back.
+        # One row per repeat, but no lone row: XLA adds to [1, ...] in a new buffer and copies it back.
         rows = (schedule.repeats,) if schedule.repeats > 1 else ()
         state |= {
             "dx": carry,

@@ -1,8 +1,8 @@
 """Optimizers that see the model's separate layers, run on the pipeline's stacked leaves.
 
-A block leaf of the pipeline tree is ``[P, ...]``: one layer per device, its *lanes*. An optimizer must not see that: weight
-decay asks for a leaf's ndim, LAMB and Adafactor for its norm or its rows, global-norm clipping for the norm of the whole
-model. Splitting the leaf into P leaves would make XLA copy every layer to every device.
+A block leaf of the pipeline tree is ``[P, ...]``: one layer per device, its *lanes*. An optimizer must not see that:
+weight decay asks for a leaf's ndim, LAMB and Adafactor for its norm or its rows, global-norm clipping for the norm of
+the whole model. Splitting the leaf into P leaves would make XLA copy every layer to every device.
 
 So the transformation is traced once on a tree with one lane of each leaf, and the traced program is run on the stacked
 leaves, equation by equation:
@@ -22,7 +22,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.core import eval_jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpipe.errors import ConfigError
@@ -153,10 +154,10 @@ def _run_eqn(jaxpr: Jaxpr, eqn: JaxprEqn, values: list[Lanes]) -> list[Lanes]:
     if name == "cond" and not values[0].laned and any(v.laned for v in values):
         return _run_cond(eqn, values)
     tags = {v.tag for v in values if v.tag is not None}
-    if name in REDUCTIONS and len(tags) > 1 and all(v.aval.shape == () for v in eqn.outvars):
+    if name in REDUCTIONS and len(tags) > 1 and all(_shape(v) == () for v in eqn.outvars):
         arrays = [REDUCTIONS[name](v.array).astype(v.array.dtype) if v.laned else v.array for v in values]
         return [Lanes(out, False, MIXED) for out in _bind(jaxpr, eqn, arrays)]
-    if name == "concatenate" and len(tags) > 1 and eqn.outvars[0].aval.ndim == 1:
+    if name == "concatenate" and len(tags) > 1 and len(_shape(eqn.outvars[0])) == 1:
         # Scalars of all leaves, stacked to be reduced: every lane becomes an entry.
         return [Lanes(out, False, MIXED) for out in _bind(jaxpr, eqn, [v.array.reshape(-1) for v in values])]
     tags.discard(MIXED)
@@ -190,6 +191,10 @@ def _run_cond(eqn: JaxprEqn, values: list[Lanes]) -> list[Lanes]:
     return results
 
 
+def _shape(var: Var) -> tuple[int, ...]:
+    return var.aval.shape  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _bind(jaxpr: Jaxpr, eqn: JaxprEqn, arrays: Sequence) -> list:
     """Runs one equation of a program."""
     given = [(var, array) for var, array in zip(eqn.invars, arrays, strict=True) if not isinstance(var, Literal)]
@@ -200,7 +205,7 @@ def _bind(jaxpr: Jaxpr, eqn: JaxprEqn, arrays: Sequence) -> list:
         eqns=[eqn],
         debug_info=jaxpr.debug_info.with_unknown_names(),
     )
-    return jax.core.eval_jaxpr(program, (), *(array for _, array in given))
+    return eval_jaxpr(program, (), *(array for _, array in given))
 
 
 def _place(path: tuple, shape: Any, result: Lanes, paths: set[tuple], mesh: Mesh, num_lanes: int):
@@ -208,7 +213,7 @@ def _place(path: tuple, shape: Any, result: Lanes, paths: set[tuple], mesh: Mesh
     laned = _find(path, paths) is not None
     if result.laned and not laned:
         raise ConfigError(
-            f"the optimizer's state at {jax.tree_util.keystr(path)} depends on single layers but is not stored per leaf; "
+            f"the optimizer's state at {jax.tree_util.keystr(path)} depends on layers but is not stored per leaf; "
             "try a transformation whose state has the tree structure of the parameters"
         )
     array = result.array

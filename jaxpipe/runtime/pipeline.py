@@ -18,6 +18,7 @@ from jaxpipe.runtime.model import Model, Tree
 from jaxpipe.runtime.relayout import Layout
 from jaxpipe.runtime.sizes import model_bytes
 from jaxpipe.runtime.stage import Context, Remat, Stage, cast_dtypes
+from jaxpipe.runtime.supported import check_supported
 from jaxpipe.runtime.tree import get_path, set_path, tie, untie
 from jaxpipe.schedule import Costs, ModelBytes, Schedule, TickTable, build, lower
 
@@ -72,9 +73,11 @@ class Pipeline:
         kinds = sorted({block.kind for block in model.blocks})
         if len(kinds) > 1:
             raise PartitionError(f"blocks of kinds {', '.join(kinds)} must all be of one kind; try kind={kinds[0]!r}")
-        self.model, self.schedule, self.mesh, self.remat = model, schedule, mesh, remat
+        self.model, self.schedule, self.mesh = model, schedule, mesh
+        self.remat: Remat = remat
         recompute = 1.0 if remat == "full" else 0.0
         self.table = lower(schedule, packing, costs or Costs(recompute=recompute), memory)
+        check_supported(self.table)
         per_stage = len(model.blocks) // schedule.stages
         self.layout = Layout(mesh, schedule.devices, schedule.repeats, per_stage, kinds[0])
 
@@ -165,10 +168,10 @@ class Pipeline:
         return lower(Schedule("inference", s.devices, s.microbatches, s.repeats, "loop", order))
 
     def optimizer(self, tx: optax.GradientTransformation) -> optax.GradientTransformation:
-        """An optax transformation for the pipeline's tree that acts as `tx` does on the model's separate layers.
+        """An optax transformation for the pipeline's tree that acts as `tx` on the model's separate layers.
 
-        Masks and factored or per-tensor rules (weight decay by ndim, LAMB, Adafactor) see each layer's own leaf, without
-        the leading device dim; norms over the whole tree see all layers.
+        Masks and factored or per-tensor rules (weight decay by ndim, LAMB, Adafactor) see each layer's own leaf,
+        without the leading device dim; norms over the whole tree see all layers.
 
         Args:
             tx: Any optax transformation or chain.

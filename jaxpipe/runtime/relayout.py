@@ -3,9 +3,9 @@
 *Canonical*: ``{"embed", "blocks": {kind: leaves [L_kind, ...]}, "head"}``. Independent of P, V and schedule: what the
 oracle, checkpoints and weight conversion use.
 
-*Pipeline*: ``{"embed", "blocks", "head"}`` with ``blocks[c][j]`` the tree of the j-th block of every device's c-th stage,
-leaves ``[P, ...]`` sharded over `pipe`. Repeats and blocks are separate arrays because the compiled loop must never
-slice a stack of weights: that copies them every tick.
+*Pipeline*: ``{"embed", "blocks", "head"}`` with ``blocks[c][j]`` the tree of the j-th block of every device's c-th
+stage, leaves ``[P, ...]`` sharded over `pipe`. Repeats and blocks are separate arrays because the compiled loop must
+never slice a stack of weights: that copies them every tick.
 
 Embedding and head are the same in both: each leaf sharded over `pipe` on its first dim that P divides, else replicated.
 """

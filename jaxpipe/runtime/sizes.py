@@ -1,6 +1,7 @@
 """What a model's pieces weigh in the compiled loop: the numbers that `TickTable.bytes` multiplies."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,18 @@ def tree_bytes(tree: Tree, dtype=None) -> int:
     )
 
 
+def memory_of(compiled: Any) -> Any:
+    """XLA's memory analysis of a compiled program, per device: ``temp_size_in_bytes`` and others.
+
+    Raises:
+        RuntimeError: The backend has none.
+    """
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise RuntimeError("this backend reports no memory analysis")
+    return analysis
+
+
 def model_bytes(program: Program, params: Tree) -> ModelBytes:
     """Bytes per device of the pieces of a program.
 
@@ -31,7 +44,7 @@ def model_bytes(program: Program, params: Tree) -> ModelBytes:
     stage, repeats = program.stage, program.table.schedule.repeats
     ends = dict(program.ends.shapes)
     args = stage.params, stage.carry, stage.residuals, stage.context, stage.carry
-    backward = jax.jit(stage.backward).lower(*args).compile().memory_analysis()
+    backward = memory_of(jax.jit(stage.backward).lower(*args).compile())
     leaves = zip(jax.tree.leaves(stage.params), jax.tree.leaves(params["blocks"][0]), strict=True)
     casts = tree_bytes([cast for cast, rest in leaves if cast.dtype != rest.dtype])
     return ModelBytes(

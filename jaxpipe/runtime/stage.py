@@ -15,7 +15,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal as Constant, Var
+from jax.core import eval_jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, Var
+from jax.extend.core import Literal as Constant
 from jax.interpreters import partial_eval
 
 from jaxpipe.runtime import keys
@@ -69,8 +71,8 @@ class Stage:
 
     Attributes:
         applies: The k blocks' apply functions.
-        remat: ``full`` keeps only the stage's input; ``none`` keeps the matrix products' outputs and computes no product
-            again; ``all`` keeps every residual of the vjp.
+        remat: ``full`` keeps only the stage's input; ``none`` keeps the matrix products' outputs and computes no
+            product again; ``all`` keeps every residual of the vjp.
         params: Shapes of the k blocks' parameters, as the lanes see them.
         carry: Shapes of the stage's input.
         context: Shapes of the context.
@@ -106,7 +108,7 @@ class Stage:
         if self.remat == "full":
             return self.run(params, carry, context), []
         cut = self._cut
-        outs = jax.core.eval_jaxpr(cut.forward, cut.consts, *jax.tree.leaves((params, carry, context)))
+        outs = eval_jaxpr(cut.forward, cut.consts, *jax.tree.leaves((params, carry, context)))
         y = jax.tree.unflatten(jax.tree.structure(self.carry), outs[: cut.num_outputs])
         return y, outs[cut.num_outputs :]
 
@@ -164,7 +166,7 @@ class Cut:
 
     def vjp(self, kept: list, inputs: list) -> Callable[[Tree], tuple[Tree, Tree]]:
         """Puts the vjp function together from kept values and the lane's own inputs."""
-        again = jax.core.eval_jaxpr(self.again, self.consts, *inputs)
+        again = eval_jaxpr(self.again, self.consts, *inputs)
         by_kind = {"input": inputs, "kept": kept, "again": again}
         leaves = [at if kind == "constant" else by_kind[kind][at] for kind, at in self.sources]
         return jax.tree.unflatten(self.tree, leaves)

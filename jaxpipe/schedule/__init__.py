@@ -1,21 +1,34 @@
 """Schedules as values: build, verify, price, lower and draw them. Imports neither jax nor numpy."""
 
 from jaxpipe.schedule import show as show
+from jaxpipe.schedule.auto import Choice, auto
 from jaxpipe.schedule.catalog import CATALOG, build
 from jaxpipe.schedule.costs import Costs
 from jaxpipe.schedule.ir import Action, Schedule
 from jaxpipe.schedule.lower import ModelBytes, TickTable, lower
+from jaxpipe.schedule.simulate import Interval, Timing, simulate
+from jaxpipe.schedule.text import from_csv, from_json, parse, to_csv, to_json
 from jaxpipe.schedule.verify import verify
 
 __all__ = [
     "CATALOG",
     "Action",
+    "Choice",
     "Costs",
+    "Interval",
     "ModelBytes",
     "Schedule",
     "TickTable",
+    "Timing",
+    "auto",
     "build",
+    "from_csv",
+    "from_json",
     "lower",
+    "parse",
     "show",
+    "simulate",
+    "to_csv",
+    "to_json",
     "verify",
 ]

@@ -1,69 +1,68 @@
-"""The names that `build` takes, and what each family declares of itself.
-
-The declared closed forms are what the tests hold the simulator to.
-"""
+"""The names that `build` takes."""
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from jaxpipe.errors import ScheduleError
-from jaxpipe.schedule import eager, gpipe, interleaved, one_f_one_b
-from jaxpipe.schedule.ir import Action, Placement, Schedule
-
-Order = Callable[[int, int, int], tuple[tuple[Action, ...], ...]]
-
-
-@dataclass(frozen=True)
-class Family:
-    """One entry of the catalogue.
-
-    Attributes:
-        order: ``(devices, microbatches, repeats) -> order``.
-        bubble: ``(P, V, tF, tB) -> idle time`` of the makespan, hop 0.
-        peak: ``(P, M, V, device) -> activations kept``, in units of what one microbatch leaves on a full device.
-        placement: Where stages live.
-        repeats: The only number of repeats that it has, or None for any.
-        summary: One line.
-    """
-
-    order: Order
-    bubble: Callable[[int, int, float, float], float]
-    peak: Callable[[int, int, int, int], float]
-    summary: str
-    placement: Placement = "loop"
-    repeats: int | None = None
-
-
-def _full_bubble(p: int, v: int, forward: float, backward: float) -> float:
-    return (p - 1) * (forward + backward) / v
-
-
-def _interleaved_peak(p: int, m: int, v: int, i: int) -> float:
-    largest = max(max(interleaved.group_sizes(p, m)), p)
-    return min((v - 1) * largest + 2 * p - 1 - 2 * i, m * v) / v
-
+from jaxpipe.schedule import (
+    breadth_first,
+    circular,
+    dualpipe_v,
+    eager,
+    gpipe,
+    inference,
+    interleaved,
+    interleaved_zb,
+    one_f_one_b,
+    v_half,
+    v_min,
+    zb_h1,
+    zb_h2,
+    zb_v,
+)
+from jaxpipe.schedule.costs import Costs
+from jaxpipe.schedule.family import Family
+from jaxpipe.schedule.ir import Schedule
 
 CATALOG: dict[str, Family] = {
-    "gpipe": Family(gpipe.order, _full_bubble, lambda p, m, v, i: m, "fill, then drain", repeats=1),
-    "1f1b": Family(one_f_one_b.order, _full_bubble, lambda p, m, v, i: min(p - i, m), "PipeDream-flush", repeats=1),
-    "eager_1f1b": Family(
-        eager.order, _full_bubble, lambda p, m, v, i: min(2 * (p - i) - 1, m), "1f1b with hidden hops", repeats=1
-    ),
-    "interleaved_1f1b": Family(
-        interleaved.order, _full_bubble, _interleaved_peak, "circular: activations go round the ring V times"
-    ),
+    "gpipe": gpipe.FAMILY,
+    "circular": circular.FAMILY,
+    "breadth_first": breadth_first.FAMILY,
+    "1f1b": one_f_one_b.FAMILY,
+    "eager_1f1b": eager.FAMILY,
+    "interleaved_1f1b": interleaved.FAMILY,
+    "zb_h1": zb_h1.FAMILY,
+    "zb_h2": zb_h2.FAMILY,
+    "interleaved_zb": interleaved_zb.FAMILY,
+    "zb_v": zb_v.FAMILY,
+    "v_half": v_half.FAMILY,
+    "v_min": v_min.FAMILY,
+    "dualpipe_v": dualpipe_v.FAMILY,
+    "inference": inference.FAMILY,
 }
 
 
-def build(name: str, *, devices: int, microbatches: int, repeats: int = 1) -> Schedule:
+def build(
+    name: str,
+    *,
+    devices: int,
+    microbatches: int,
+    repeats: int | None = None,
+    group_size: int | None = None,
+    costs: Costs | None = None,
+    memory: float | Sequence[float] | None = None,
+) -> Schedule:
     """Builds a schedule of the catalogue.
 
     Args:
-        name: A key of `CATALOG`.
+        name: A key of `CATALOG`, or ``auto`` for what the function `auto` chooses.
         devices: P ≥ 1.
-        microbatches: M ≥ 1.
-        repeats: V ≥ 1, stages per device. Families with one stage per device take only 1.
+        microbatches: M ≥ 1; some families need more.
+        repeats: V ≥ 1, stages per device, by default the family's own: 2 on the snake placement, else 1.
+        group_size: For `interleaved_1f1b`, how many microbatches go round the ring together, P ≤ group_size ≤ M. By
+            default groups are balanced.
+        costs: For `auto`, the times that it minimises.
+        memory: For `auto`, the most activations that a device may keep, see there.
 
     Returns:
         A schedule that `verify` accepts.
@@ -76,17 +75,47 @@ def build(name: str, *, devices: int, microbatches: int, repeats: int = 1) -> Sc
         >>> [str(action) for action in build("1f1b", devices=2, microbatches=2).order[0]]
         ['0F0', '0F1', '0B0', '0B1']
     """
+    counts = {"devices": devices, "microbatches": microbatches, "repeats": repeats, "group_size": group_size}
+    for option, value in counts.items():
+        if value is not None or option in ("devices", "microbatches"):
+            _check_count(option, value)
+    if name == "auto":
+        if group_size is not None:
+            raise ScheduleError(f"group_size={group_size} has no effect for auto; try 'interleaved_1f1b'")
+        from jaxpipe.schedule.auto import auto  # which builds the entries to compare with
+
+        return auto(devices=devices, microbatches=microbatches, repeats=repeats, costs=costs, memory=memory).schedule
     family = CATALOG.get(name)
     if family is None:
-        near = difflib.get_close_matches(name, CATALOG, n=1, cutoff=0.0)[0]
-        raise ScheduleError(f"schedule={name!r} is not one of {', '.join(CATALOG)}; try {near!r}")
-    for option, value in (("devices", devices), ("microbatches", microbatches), ("repeats", repeats)):
-        if not isinstance(value, int) or value < 1:
-            raise ScheduleError(f"{option}={value!r} must be a whole number of at least 1; try 1")
-    if family.repeats is not None and repeats != family.repeats:
-        raise ScheduleError(
-            f"repeats={repeats} must be {family.repeats} for {name}; try repeats={family.repeats}, "
-            "or interleaved_1f1b for several stages per device"
-        )
-    order = family.order(devices, microbatches, repeats)
+        names = [*CATALOG, "auto"]
+        near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)[0]
+        raise ScheduleError(f"schedule={name!r} is not one of {', '.join(names)}; try {near!r}")
+    for option, value in (("costs", costs), ("memory", memory)):
+        if value is not None:
+            raise ScheduleError(f"{option} has no effect for {name}, whose order is fixed; try 'auto'")
+    repeats = family.default_repeats if repeats is None else repeats
+    if family.repeats not in (None, repeats):
+        others = " or interleaved_1f1b for other repeats" if family.placement == "loop" else ""
+        raise ScheduleError(f"repeats={repeats} must be {family.repeats} for {name}; try {family.repeats}{others}")
+    _check_least(name, family, devices, microbatches)
+    options = {}
+    if group_size is not None:
+        if "group_size" not in family.options:
+            raise ScheduleError(f"group_size={group_size} has no effect for {name}; try 'interleaved_1f1b'")
+        options["group_size"] = group_size
+    order = family.order(devices, microbatches, repeats, **options)
     return Schedule(name, devices, microbatches, repeats, family.placement, order)
+
+
+def _check_count(option: str, value: int | None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ScheduleError(f"{option}={value!r} must be a whole number of at least 1; try 1")
+
+
+def _check_least(name: str, family: Family, devices: int, microbatches: int) -> None:
+    factor, plus = family.least
+    least = factor * devices + plus
+    if microbatches < least:
+        rule = f"{factor}*devices" if factor != 1 else "devices"
+        rule += f"{plus:+}" if plus else ""
+        raise ScheduleError(f"microbatches={microbatches} must be at least {rule}={least} for {name}; try {least}")

@@ -15,6 +15,8 @@ from jaxpipe.errors import ScheduleError
 Phase = Literal["F", "B", "I", "W"]
 """F forward, B full backward, I input gradient only, W weight gradient only."""
 
+PHASES: tuple[Phase, ...] = ("F", "B", "I", "W")
+
 Placement = Literal["loop", "v"]
 """loop: stage s lives on device s mod P. v: a snake, devices 0..P-1 and then P-1..0."""
 

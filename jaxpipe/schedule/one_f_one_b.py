@@ -1,10 +1,9 @@
 """1F1B (PipeDream-flush): as few forwards ahead as the pipeline is deep.
 
-Devices 0..2 downwards, M = 4, time to the right:
-
-    F0 F1 F2 .  .  B0 F3 B1 .  B2 .  B3
-    .  F0 F1 .  B0 F2 B1 F3 B2 .  B3 .
-    .  .  F0 B0 F1 B1 F2 B2 F3 B3 .  .
+    1f1b P=3 M=4 V=1 loop
+    0F0 0F1 0F2 .   .   0B0 0F3 0B1 .   0B2 .   0B3
+    .   1F0 1F1 .   1B0 1F2 1B1 1F3 1B2 .   1B3 .
+    .   .   2F0 2B0 2F1 2B1 2F2 2B2 2F3 2B3 .   .
 
 Bubble time (P-1)(tF+tB), like GPipe; device i keeps min(P-i, M) microbatches' activations. Run under a global tick the
 strict order exposes every hop; `lower` therefore packs it in the form of `eager_1f1b` unless asked for
@@ -13,10 +12,11 @@ strict order exposes every hop; `lower` therefore packs it in the form of `eager
 Source: Narayanan et al. 2021 (SC21), section 2.2.1.
 """
 
+from jaxpipe.schedule.family import Family, Order, full_bubble
 from jaxpipe.schedule.ir import Action
 
 
-def order(devices: int, microbatches: int, repeats: int) -> tuple[tuple[Action, ...], ...]:
+def order(devices: int, microbatches: int, repeats: int) -> Order:
     """Device i: w = min(P-1-i, M) forwards; M-w times one forward, one backward; w backwards."""
     del repeats  # the catalogue lets only 1 through
     return tuple(
@@ -30,3 +30,8 @@ def _device_order(device: int, warmup: int, microbatches: int) -> tuple[Action, 
         actions += [Action(device, "F", warmup + k), Action(device, "B", k)]
     actions += [Action(device, "B", m) for m in range(microbatches - warmup, microbatches)]
     return tuple(actions)
+
+
+FAMILY = Family(
+    order, "as few forwards ahead as devices", full_bubble, peak=lambda p, m, v, i: min(p - i, m), repeats=1
+)

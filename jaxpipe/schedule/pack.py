@@ -3,18 +3,35 @@
 A tick has three lanes, run in this order: F, then B or I, then W. What a lane sends arrives before the same lane of the
 next tick, so a value that crosses devices is read in a later tick than it was written; on one device a later lane may
 read what an earlier lane of the same tick wrote.
+
+Which actions of a device share a tick is a choice (`Sharing`), and fewer ticks are not always faster: a tick lasts as
+long as its slowest device's. `packings` yields the choices, `lockstep_makespan` prices them.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from jaxpipe.schedule.costs import Costs
 from jaxpipe.schedule.ir import Action, Schedule
-from jaxpipe.schedule.rules import Value, reads, run_order, writes
+from jaxpipe.schedule.rules import Deadlock, Value, reads, writes
 
 Packing = Literal["paired", "single"]
 
+Sharing = Literal["none", "all", "weights_alone", "weights_held"]
+"""Which actions may share a tick.
+
+    none            one action per tick
+    all             one per lane, whatever follows in the order
+    weights_alone   F and B or I share, W has ticks of its own
+    weights_held    one per lane, but no W before every device has reached its first B or I: from then on each tick
+                    holds F, I and W on all devices, whatever the ratio of their times
+"""
+
 LANE = {"F": 0, "B": 1, "I": 1, "W": 2}
+
+Rows = list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -22,16 +39,18 @@ class Packed:
     """A schedule with a tick for every action.
 
     Attributes:
-        schedule: The order that was packed.
+        schedule: The order that runs: the given one, unless `advanced` or sharing ``weights_held`` moved actions.
         packing: ``single`` (one action per tick and device) or ``paired`` (one per lane).
         tick: The tick of each action.
         advanced: Whether forwards were moved ahead of the schedule's own order to hide hops.
+        sharing: Which actions share ticks.
     """
 
     schedule: Schedule
     packing: Packing
     tick: dict[Action, int]
     advanced: bool = False
+    sharing: Sharing = "none"
 
     @property
     def ticks(self) -> int:
@@ -40,52 +59,173 @@ class Packed:
 
     def peak_stages(self) -> list[int]:
         """Per device, the most stage inputs alive in one tick, from a forward to the action that frees them."""
-        freed = "W" if "W" in self.schedule.phases else "B"
-        peaks = []
-        for actions in self.schedule.order:
-            change = [0] * (self.ticks + 1)
-            for a in actions:
-                if a.phase == "F":
-                    change[self.tick[a]] += 1
-                elif a.phase == freed:
-                    change[self.tick[a] + 1] -= 1
-            alive = peak = 0
-            for delta in change:
-                alive += delta
-                peak = max(peak, alive)
-            peaks.append(peak)
-        return peaks
+        return [_peak([(self.tick[a], a) for a in actions]) for actions in self.schedule.order]
 
 
-def pack(schedule: Schedule, packing: Packing, advance: bool = False) -> Packed:
-    """Puts every action in the earliest tick that order and hops allow.
+def order_peak(schedule: Schedule) -> list[int]:
+    """Per device, the most stage inputs that the order itself keeps, from a forward to the action that frees them."""
+    return [_peak(list(enumerate(actions))) for actions in schedule.order]
+
+
+def _peak(timed: Sequence[tuple[int, Action]]) -> int:
+    """The most stage inputs alive at one time; an action holds its input during its own."""
+    change = [0] * (max((time for time, _ in timed), default=0) + 2)
+    trains = any(a.phase != "F" for _, a in timed)
+    for time, a in timed:
+        change[time] += a.phase == "F"
+        change[time + 1] -= a.phase in "BW" if trains else 1
+    alive = peak = 0
+    for delta in change:
+        alive += delta
+        peak = max(peak, alive)
+    return peak
+
+
+@dataclass(frozen=True)
+class _Numbered:
+    """A schedule's actions by number, so that packing it several times hashes nothing.
+
+    Attributes:
+        schedule: The schedule.
+        actions: All actions.
+        device: Who runs each.
+        lane: The lane of each.
+        inputs: The actions whose values each reads.
+        rows: Numbers in the schedule's order.
+    """
+
+    schedule: Schedule
+    actions: list[Action]
+    device: list[int]
+    lane: list[int]
+    inputs: list[list[int]]
+    rows: Rows
+
+
+def _number(schedule: Schedule) -> _Numbered:
+    actions = [a for row in schedule.order for a in row]
+    writer: dict[Value, int] = {value: n for n, a in enumerate(actions) for value in writes(a, schedule.stages)}
+    rows, first = [], 0
+    for row in schedule.order:
+        rows.append(list(range(first, first + len(row))))
+        first += len(row)
+    return _Numbered(
+        schedule,
+        actions,
+        [device for device, row in enumerate(rows) for _ in row],
+        [LANE[a.phase] for a in actions],
+        [[writer[value] for value in reads(a, schedule.stages)] for a in actions],
+        rows,
+    )
+
+
+def pack(schedule: Schedule, packing: Packing, advance: bool = False, sharing: Sharing | None = None) -> Packed:
+    """Puts every action in the earliest tick that order, hops and sharing allow.
 
     Args:
         schedule: A verified schedule.
         packing: ``single`` or ``paired``.
-        advance: First move forwards ahead, see `advance_forwards`.
+        advance: First move each forward of device i ahead of up to P-1-i backwards, which hides hops.
+        sharing: How actions share paired ticks; by default ``all``.
+
+    Raises:
+        Deadlock: The moved order cannot run.
     """
-    ordered = advance_forwards(schedule) if advance else schedule
-    tick: dict[Action, int] = {}
-    written: dict[Value, tuple[int, int, int]] = {}
-    last: list[Action | None] = [None] * ordered.devices
-    for device, action in run_order(ordered):
-        lane, earliest, before = LANE[action.phase], 0, last[device]
-        if before is not None:
-            shares = packing == "paired" and LANE[before.phase] < lane
-            earliest = tick[before] + (0 if shares else 1)
-        for value in reads(action, ordered.stages):
-            when, writer, writer_lane = written[value]
-            same_tick = writer == device and writer_lane < lane
-            earliest = max(earliest, when if same_tick else when + 1)
-        tick[action] = earliest
-        last[device] = action
-        for value in writes(action, ordered.stages):
-            written[value] = (earliest, device, lane)
-    return Packed(ordered, packing, tick, advanced=advance and ordered.order != schedule.order)
+    return _pack(_number(schedule), packing, advance, "none" if packing == "single" else sharing or "all")
 
 
-def advance_forwards(schedule: Schedule) -> Schedule:
+def packings(schedule: Schedule, packing: Literal["auto"] | Packing, advance: bool = True) -> Iterator[Packed]:
+    """Every way of packing a schedule that is worth a price.
+
+    Args:
+        schedule: A verified schedule.
+        packing: ``single``, ``paired`` or ``auto`` for both.
+        advance: Whether actions may leave the schedule's own order.
+    """
+    numbered = _number(schedule)
+    if packing in ("auto", "single"):
+        yield _pack(numbered, "single", False, "none")
+    if packing not in ("auto", "paired"):
+        return
+    sharings: tuple[Sharing, ...] = ("all", "weights_alone") if "W" in schedule.phases else ("all",)
+    for sharing in sharings:
+        yield _pack(numbered, "paired", False, sharing)
+    if not advance or schedule.phases == {"F"}:
+        return
+    if "W" in schedule.phases:
+        yield _pack(numbered, "paired", False, "weights_held")
+        sharings = (*sharings, "weights_held")
+    if schedule.placement == "loop":
+        for sharing in sharings:
+            with suppress(Deadlock):  # not every order leaves room for it
+                yield _pack(numbered, "paired", True, sharing)
+
+
+def _pack(numbered: _Numbered, packing: Packing, advance: bool, sharing: Sharing) -> Packed:
+    rows = _advance(numbered) if advance else numbered.rows
+    if sharing == "weights_held":
+        tick = _held(numbered, rows)
+        rows = [sorted(row, key=lambda n: (tick[n], numbered.lane[n])) for row in rows]
+    else:
+        tick = _earliest(numbered, rows, sharing)
+    schedule, actions = numbered.schedule, numbered.actions
+    if rows != numbered.rows:
+        schedule = replace(schedule, order=tuple(tuple(actions[n] for n in row) for row in rows))
+    ticks = {actions[n]: tick[n] for row in rows for n in row}
+    return Packed(schedule, packing, ticks, advanced=advance and rows != numbered.rows, sharing=sharing)
+
+
+def _earliest(numbered: _Numbered, rows: Rows, sharing: Sharing) -> list[int]:
+    """The tick of each action, by number; -1 for actions that `rows` leaves out."""
+    device, lane, inputs = numbered.device, numbered.lane, numbered.inputs
+    # [1] shares[a][b]: whether lane b may join the tick whose last action ran in lane a.
+    shares = [
+        [sharing != "none" and a < b and (sharing != "weights_alone" or b < 2) for b in range(3)] for a in range(3)
+    ]
+    tick = [-1] * len(lane)
+    done, last = [0] * len(rows), [-1] * len(rows)
+    left = sum(map(len, rows))
+    while left:
+        before = left
+        for d, row in enumerate(rows):
+            start = done[d]
+            for n in row[start:]:
+                previous, mine, earliest = last[d], lane[n], 0
+                if previous >= 0:
+                    earliest = tick[previous] + (not shares[lane[previous]][mine])
+                for source in inputs[n]:
+                    when = tick[source]
+                    if when < 0:
+                        break
+                    if device[source] != d or lane[source] >= mine:
+                        when += 1
+                    earliest = max(earliest, when)
+                else:
+                    tick[n], last[d] = earliest, n
+                    done[d] += 1
+                    continue
+                break
+            left -= done[d] - start
+        if left == before:
+            raise Deadlock(done)
+    return tick
+
+
+def _held(numbered: _Numbered, rows: Rows) -> list[int]:
+    """Ticks with every W put off until all devices run backwards, then one per tick in order."""
+    lane = numbered.lane
+    tick = _earliest(numbered, [[n for n in row if lane[n] < 2] for row in rows], "all")
+    first = max(min((tick[n] for n in row if lane[n] == 1), default=0) for row in rows)
+    for row in rows:
+        free = first
+        for n in row:
+            if lane[n] == 2:
+                tick[n] = max(free, *(tick[source] for source in numbered.inputs[n]))
+                free = tick[n] + 1
+    return tick
+
+
+def _advance(numbered: _Numbered) -> Rows:
     """Moves each forward of device i ahead of up to P-1-i backwards.
 
     In a loop of ticks a hop takes a tick of its own lane. The way to the last device and back is then one tick each way
@@ -93,47 +233,92 @@ def advance_forwards(schedule: Schedule) -> Schedule:
     becomes eager 1F1B. The order of the forwards among themselves, and of the backwards, stays.
     """
     rows = []
-    for device, actions in enumerate(schedule.order):
-        places, backwards = [], 0
-        for action in actions:
-            ahead = schedule.devices - 1 - device if action.phase == "F" else 0
-            places.append((max(0, backwards - ahead), action.phase != "F"))
-            backwards += action.phase in "BI"
-        rows.append(tuple(a for _, a in sorted(zip(places, actions, strict=True), key=lambda entry: entry[0])))
-    return Schedule(
-        schedule.name,
-        schedule.devices,
-        schedule.microbatches,
-        schedule.repeats,
-        schedule.placement,
-        tuple(rows),
-    )
+    for device, row in enumerate(numbered.rows):
+        places, backwards = {}, 0
+        for n in row:
+            ahead = len(numbered.rows) - 1 - device if numbered.lane[n] == 0 else 0
+            places[n] = (max(0, backwards - ahead), numbered.lane[n] > 0)
+            backwards += numbered.lane[n] == 1
+        rows.append(sorted(row, key=places.__getitem__))
+    return rows
 
 
 def lockstep_makespan(packed: Packed, costs: Costs) -> float:
     """Time when every tick waits for its slowest device.
 
-    A hop hides behind the other lane of its tick: what F sends flies while the backward lane works, and what the
-    backward lane sends flies while the next tick's F lane works. A lane with nothing to do exposes it.
+    A hop hides behind the other lane of its tick: what F sends flies while the backward lane (and W) works, and what
+    the backward lane sends flies while the next tick's F lane works. A lane with nothing to do exposes it.
     """
-    schedule = packed.schedule
-    work: list[dict[int, list[float]]] = [{} for _ in range(packed.ticks)]
-    sends = [[False, False] for _ in range(packed.ticks + 1)]
-    for device, actions in enumerate(schedule.order):
-        for action in actions:
-            tick, lane = packed.tick[action], LANE[action.phase]
-            lanes = work[tick].setdefault(device, [0.0, 0.0])
-            lanes[min(lane, 1)] += costs.of(action, schedule)
-            if lane < 2 and _hops(action, schedule):
-                # [1] F's hop flies during this tick's backward lane, the backward's during the next tick's F lane.
-                sends[tick if lane == 0 else tick + 1][1 - lane] = True
-    total = 0.0
-    for lanes_of, (forward_lane_hop, backward_lane_hop) in zip(work, sends, strict=False):
-        floor = (costs.hop * forward_lane_hop, costs.hop * backward_lane_hop)
-        total += max((max(f, floor[0]) + max(b, floor[1]) for f, b in lanes_of.values()), default=sum(floor))
+    work, sends = _work(packed, costs), _sends(packed)
+    total, hop = 0.0, costs.hop
+    for t, (forwards, backwards) in enumerate(work):
+        # [1] F's hop flies during this tick's backward lane, the backward's during the next tick's F lane.
+        floor_f, floor_b = hop * (t > 0 and sends[t - 1][1]), hop * sends[t][0]
+        total += max(max(f, floor_f) + max(b, floor_b) for f, b in zip(forwards, backwards, strict=True))
     return total
 
 
-def _hops(action: Action, schedule: Schedule) -> bool:
-    to = action.stage + (1 if action.phase == "F" else -1)
-    return 0 <= to < schedule.stages and schedule.device_of(to) != schedule.device_of(action.stage)
+def lockstep_local_makespan(
+    packed: Packed, costs: Costs, waits_for: Literal["pipeline", "neighbours"] = "pipeline"
+) -> float:
+    """Time when each lane waits on its own: F for the F lanes of the last tick, B, I and W for the backward lanes.
+
+    A device may run ahead of others in one lane while it waits for nothing in the other. Never more than
+    `lockstep_makespan`.
+
+    Args:
+        packed: Ticks.
+        costs: Times of the phases.
+        waits_for: Whose lanes: ``pipeline`` all devices', as when a hop is one collective of all; ``neighbours`` only
+            those of the devices that a hop can come from.
+    """
+    schedule = packed.schedule
+    devices = range(schedule.devices)
+    steps = ((-1,), (1,)) if schedule.placement == "loop" else ((-1, 1), (-1, 1))
+    sources = [[_neighbours(schedule, d, lane) for d in devices] for lane in steps]
+    ready = [[0.0] * schedule.devices, [0.0] * schedule.devices]
+    free = [0.0] * schedule.devices
+    for work, sends in zip(_work(packed, costs), _sends(packed), strict=True):
+        for lane in (0, 1):
+            free = [max(free[d], ready[lane][d]) + work[lane][d] for d in devices]
+            hop = costs.hop * sends[lane]
+            if waits_for == "pipeline":
+                ready[lane] = [max(free) + hop] * schedule.devices
+            else:
+                ready[lane] = [max(free[e] for e in sources[lane][d]) + hop for d in devices]
+    return max(free)
+
+
+def _neighbours(schedule: Schedule, device: int, steps: Sequence[int]) -> list[int]:
+    wraps = schedule.placement == "loop" and schedule.repeats > 1
+    near = [device + step for step in steps]
+    return [device] + [d % schedule.devices for d in near if wraps or 0 <= d < schedule.devices]
+
+
+def _work(packed: Packed, costs: Costs) -> list[tuple[list[float], list[float]]]:
+    """``[tick][lane][device]``: time of the F lane, and of the backward lane with W."""
+    schedule = packed.schedule
+    zeros = [0.0] * schedule.devices
+    work = [(list(zeros), list(zeros)) for _ in range(packed.ticks)]
+    cost: dict[tuple[int, str], float] = {}
+    for device, actions in enumerate(schedule.order):
+        for a in actions:
+            key = a.stage, a.phase
+            if key not in cost:
+                cost[key] = costs.of(a, schedule)
+            work[packed.tick[a]][a.phase != "F"][device] += cost[key]
+    return work
+
+
+def _sends(packed: Packed) -> list[list[bool]]:
+    """``[tick][lane]``: whether any device's F or backward lane sends to another device."""
+    schedule = packed.schedule
+    ends = range(schedule.stages - 1)
+    leaves = [schedule.device_of(s) != schedule.device_of(s + 1) for s in ends] + [False]
+    sends = [[False, False] for _ in range(packed.ticks)]
+    for a, tick in packed.tick.items():
+        if a.phase == "F":
+            sends[tick][0] |= leaves[a.stage]
+        elif a.phase != "W":
+            sends[tick][1] |= a.stage > 0 and leaves[a.stage - 1]
+    return sends

@@ -5,10 +5,29 @@ none is missing (F for every stage and microbatch; then B, or I and W, for all o
 wait for each other in a circle. An error shows the grid with the offending action marked.
 """
 
+from typing import NoReturn
+
 from jaxpipe.errors import ScheduleError
-from jaxpipe.schedule.ir import Action, Schedule
+from jaxpipe.schedule.ir import PHASES, Action, Schedule
 from jaxpipe.schedule.rules import Deadlock, Value, reads, run_order, writes
 from jaxpipe.schedule.show import grid
+
+
+class BrokenRule(ScheduleError):
+    """A rule that an order breaks, and where.
+
+    Attributes:
+        row: The device.
+        cell: Which of its actions, or None for the whole row.
+        rule: What is wrong there.
+        grid: The schedule as text with the place marked.
+    """
+
+    def __init__(self, schedule: Schedule, row: int, cell: int | None, rule: str):
+        self.row, self.cell, self.rule = row, cell, rule
+        self.grid = grid(schedule, mark=(row, cell))
+        where = "" if cell is None else f", cell {cell} {schedule.order[row][cell]}"
+        super().__init__(f"row {row}{where}: {rule}\n{self.grid}")
 
 
 def verify(schedule: Schedule) -> Schedule:
@@ -28,6 +47,11 @@ def verify(schedule: Schedule) -> Schedule:
         >>> verify(build("1f1b", devices=2, microbatches=2)).stages
         2
     """
+    for option in ("devices", "microbatches", "repeats"):
+        if getattr(schedule, option) < 1:
+            raise ScheduleError(f"{option}={getattr(schedule, option)} must be at least 1; try 1")
+    if schedule.placement not in ("loop", "v"):
+        raise ScheduleError(f"placement={schedule.placement!r} must be 'loop' or 'v'; try 'loop'")
     if len(schedule.order) != schedule.devices:
         raise ScheduleError(
             f"order has {len(schedule.order)} rows but must have one for each of devices={schedule.devices}"
@@ -46,6 +70,8 @@ def _check_cells(schedule: Schedule) -> None:
     seen: set[Action] = set()
     for row, actions in enumerate(schedule.order):
         for cell, action in enumerate(actions):
+            if action.phase not in PHASES:
+                _fail(schedule, row, cell, f"phase {action.phase!r} must be one of {' '.join(PHASES)}")
             if not 0 <= action.stage < schedule.stages:
                 _fail(schedule, row, cell, f"stage {action.stage} must be in 0..{schedule.stages - 1}")
             if not 0 <= action.microbatch < schedule.microbatches:
@@ -65,7 +91,7 @@ def _check_complete(schedule: Schedule) -> None:
         for repeat in range(schedule.repeats):
             stage = schedule.stage_at(row, repeat)
             for m in range(schedule.microbatches):
-                forward, full, inputs, weights = (Action(stage, phase, m) in have for phase in "FBIW")
+                forward, full, inputs, weights = (Action(stage, phase, m) in have for phase in PHASES)
                 if not forward:
                     _fail(schedule, row, None, f"{Action(stage, 'F', m)} is missing")
                 if full and (inputs or weights):
@@ -107,7 +133,5 @@ def _writer_stage(value: Value) -> int:
     return {"x": value.stage - 1, "g": value.stage + 1}.get(value.kind, value.stage)
 
 
-def _fail(schedule: Schedule, row: int, cell: int | None, rule: str) -> None:
-    marked = f" {schedule.order[row][cell]}" if cell is not None else ""
-    where = f", cell {cell}" if cell is not None else ""
-    raise ScheduleError(f"row {row}{where}{marked}: {rule}\n{grid(schedule, mark=(row, cell))}")
+def _fail(schedule: Schedule, row: int, cell: int | None, rule: str) -> NoReturn:
+    raise BrokenRule(schedule, row, cell, rule)

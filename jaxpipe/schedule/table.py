@@ -1,0 +1,215 @@
+"""The tick table: a lowered schedule as plain integers, which the compiled loop scans over.
+
+A tick runs on every device its F lane, then its backward lane (B or I), then its W lane; each lane runs at most one
+action. What a lane sends arrives before the same lane of the next tick.
+
+    column               what it says, for one tick and device; -1 is "none"
+    f_repeat             which of the device's stages the F lane runs; -1: the lane is idle
+    f_microbatch         for which microbatch
+    f_activation         slot of the stage's input: the F lane reads it there (on stage 0 it puts it there)
+    f_residual           slot that the F lane writes
+    f_send               where the output goes: `SEND`
+    f_arrival            slot for what arrives from the left in this tick, before the lane runs
+    f_arrival_right      slot for what arrives from the right (placement v)
+    f_arrival_own        slot for what this device's own F lane made in the last tick (a turn of the snake)
+    h_gradient           slot for the gradient that the head makes after the F lane; -1: no head runs
+    b_repeat             as above, for the backward lane
+    b_microbatch
+    b_input_only         1: the lane runs I, 0: it runs B
+    b_activation         slots that the lane reads ...
+    b_residual
+    b_gradient
+    b_weight_residual    ... and the slot that I writes for its W
+    b_send               where the input's gradient goes
+    b_arrival            slot for what arrives from the right
+    b_arrival_left       slot for what arrives from the left (placement v)
+    b_arrival_own        slot for what this device's own backward lane made in the last tick
+    w_repeat             as above, for the W lane
+    w_microbatch
+    w_activation         slots that the lane reads
+    w_residual
+    w_weight_residual
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from jaxpipe.schedule.ir import Action, Schedule
+
+Column = tuple[tuple[int, ...], ...]
+"""One number per tick and device: ``column[tick][device]``; -1 says that there is none."""
+
+SEND = {"left": 0, "right": 1, "own": 2}
+"""Values of the columns ``*_send``: to a neighbour, or kept for another stage of the same device."""
+
+COLUMNS = (
+    "f_repeat",
+    "f_microbatch",
+    "f_activation",
+    "f_residual",
+    "f_send",
+    "f_arrival",
+    "f_arrival_right",
+    "f_arrival_own",
+    "h_gradient",
+    "b_repeat",
+    "b_microbatch",
+    "b_input_only",
+    "b_activation",
+    "b_residual",
+    "b_gradient",
+    "b_weight_residual",
+    "b_send",
+    "b_arrival",
+    "b_arrival_left",
+    "b_arrival_own",
+    "w_repeat",
+    "w_microbatch",
+    "w_activation",
+    "w_residual",
+    "w_weight_residual",
+)
+
+ARRIVAL = {
+    "f": {"left": "f_arrival", "right": "f_arrival_right", "own": "f_arrival_own"},
+    "b": {"left": "b_arrival_left", "right": "b_arrival", "own": "b_arrival_own"},
+}
+"""By lane, the column that takes in what comes from a side."""
+
+
+@dataclass(frozen=True)
+class Slots:
+    """How many buffers of each kind every device has."""
+
+    activation: int
+    residual: int
+    gradient: int
+    weight_residual: int = 0
+
+
+@dataclass(frozen=True)
+class ModelBytes:
+    """What a table needs to know of a model to say its bytes, per device.
+
+    Attributes:
+        carry: One microbatch's activations between two blocks.
+        residual: What a forward lane stores for its backward, beside the stage's input.
+        backward: Working memory of one stage's backward (largest lane).
+        ends: Gathered embedding and head parameters.
+        ends_gradient: Their gradient accumulators.
+        stage_gradient: Gradient accumulators of all V stages.
+        casts: Weights kept in the compute dtype during the step.
+        weight_residual: What an I stores for its W, beside the stage's input and residual.
+    """
+
+    carry: int
+    residual: int
+    backward: int
+    ends: int
+    ends_gradient: int
+    stage_gradient: int
+    casts: int = 0
+    weight_residual: int = 0
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A run of ticks that is compiled as one loop: ticks ``start .. stop-1`` and the lanes that occur in them."""
+
+    start: int
+    stop: int
+    forward: bool
+    head: bool
+    backward: bool
+    weight: bool = False
+
+
+@dataclass(frozen=True)
+class TickTable:
+    """A schedule as plain integer tables of shape [ticks, devices].
+
+    Attributes:
+        schedule: The order that runs (with actions moved if `notes` says so).
+        packing: ``single`` or ``paired``.
+        ticks: Length of every column.
+        columns: By name, see `COLUMNS` and the table in this module's docstring.
+        slots: Buffers of each kind.
+        forward_direct: Every forward but stage 0's runs in the tick in which its input arrives.
+        gradient_direct: Every backward runs in the tick in which its gradient arrives: no gradient slots.
+        notes: What a user should know about the choice, one line each.
+    """
+
+    schedule: Schedule
+    packing: str
+    ticks: int
+    columns: dict[str, Column] = field(repr=False)
+    slots: Slots
+    forward_direct: bool
+    gradient_direct: bool
+    notes: tuple[str, ...] = ()
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """At most four: forwards only (fill), all lanes (steady), backwards and W (drain), W only."""
+        lanes = ("f_repeat", "h_gradient", "b_repeat", "w_repeat")
+        forwards, heads, backwards, weights = ([max(row) >= 0 for row in self.columns[name]] for name in lanes)
+        fill = _first([b or w for b, w in zip(backwards, weights, strict=True)])
+        drain = max(fill, self.ticks - _first(forwards[::-1]))
+        tail = max(drain, self.ticks - _first(backwards[::-1]))
+        cuts = (0, fill, drain, tail, self.ticks)
+        return tuple(
+            Phase(a, b, any(forwards[a:b]), any(heads[a:b]), any(backwards[a:b]), any(weights[a:b]))
+            for a, b in pairwise(cuts)
+            if a < b
+        )
+
+    def actions(self, tick: int, device: int) -> tuple[Action, ...]:
+        """What a device runs in a tick, in the order of the lanes."""
+        found = []
+        for lane in "fbw":
+            repeat = self.columns[f"{lane}_repeat"][tick][device]
+            if repeat >= 0:
+                phase = "I" if lane == "b" and self.columns["b_input_only"][tick][device] == 1 else lane.upper()
+                microbatch = self.columns[f"{lane}_microbatch"][tick][device]
+                stage = self.schedule.stage_at(device, repeat)
+                found.append(Action(stage, phase, microbatch))  # pyright: ignore[reportArgumentType]
+        return tuple(found)
+
+    def bytes(self, model: ModelBytes) -> dict[str, int]:
+        """Temporary bytes per device, term by term.
+
+        Args:
+            model: Sizes of the model's pieces, as `Pipeline.sizes` gives them.
+
+        Returns:
+            Bytes by term; their sum is the plan for the program's temporaries. Every kind of buffer has one scratch
+            slot, which idle lanes write.
+        """
+        splits = {}
+        if self.slots.weight_residual:
+            splits["weight-residual slots"] = (self.slots.weight_residual + 1) * model.weight_residual
+        # [1] In placement v what is under way comes from two sides in the F lane, and from a turn.
+        hops = {"two carries": 2} if self.schedule.placement == "loop" else {"four carries": 4}
+        return {
+            "activation slots": (self.slots.activation + 1) * model.carry,
+            "residual slots": (self.slots.residual + 1) * model.residual,
+            "gradient slots": 0 if self.gradient_direct else (self.slots.gradient + 1) * model.carry,
+            **splits,
+            "one stage's backward": model.backward,
+            "gathered embedding and head": model.ends,
+            "their gradients": model.ends_gradient,
+            "weight gradients": model.stage_gradient,
+            "weights in compute dtype": model.casts,
+            **{name: count * model.carry for name, count in hops.items()},
+        }
+
+    def __str__(self) -> str:
+        from jaxpipe.schedule.show import table_text
+
+        return table_text(self)
+
+
+def _first(flags: Sequence[bool]) -> int:
+    """Place of the first True; the length if there is none."""
+    return flags.index(True) if True in flags else len(flags)
