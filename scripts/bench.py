@@ -6,17 +6,18 @@
 Three things are timed in turn, round after round, so that the machine's drift falls on all of them:
 
     step    the compiled training step: loss and gradients of one batch
-    T_dev   every device runs its own stages' forwards and backwards for all microbatches at the same time, with the same
-            lane functions, but no schedule, no hops and no stash: what the backend can do
+    T_dev   every device runs its own stages' forwards and backwards for all microbatches at the same time, with
+            the same lane functions, but no schedule, no hops and no stash: what the backend can do
     T1      the single-device gradient-accumulation step of the whole model, in a process pinned to one core
 
-    limit   T_dev * (lockstep makespan / ideal time); T_dev where devices share cores (P > cores), for there bubbles cost
-            nothing
+    limit   T_dev * (lockstep makespan / ideal time); T_dev where devices share cores (P > cores), for there bubbles
+            cost nothing
 
 Reported are medians over the rounds and their ratios.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing as mp
 import os
@@ -58,22 +59,21 @@ def main() -> int:
     options = _arguments().parse_args()
     cores = len(os.sched_getaffinity(0))
     parent, child = mp.get_context("spawn").Pipe()
-    single = mp.get_context("spawn").Process(target=_one_core, args=(child, options.microbatches), daemon=True)
+    single = mp.get_context("spawn").Process(target=_one_core, args=(child,), daemon=True)
     single.start()
     import jaxpipe as jp
 
     jp.simulate_devices(max(options.devices))
     rows = []
-    for devices in options.devices:
-        for repeats in options.repeats:
-            if CASE["num_layers"] % (devices * repeats):
-                continue
-            for remat in options.remat:
-                name = options.schedule or ("interleaved_1f1b" if repeats > 1 else "1f1b")
-                row = _measure(name, devices, repeats, options.microbatches, remat, options.rounds, cores, parent)
-                rows.append(row)
-                if not options.json:
-                    print(_line(row) if len(rows) > 1 else f"{_head(cores)}\n{_line(row)}", flush=True)
+    cases = itertools.product(options.devices, options.repeats, options.microbatches, options.remat)
+    for devices, repeats, microbatches, remat in cases:
+        if CASE["num_layers"] % (devices * repeats):
+            continue
+        name = options.schedule or ("interleaved_1f1b" if repeats > 1 else "1f1b")
+        row = _measure(name, devices, repeats, microbatches, remat, options.rounds, cores, parent)
+        rows.append(row)
+        if not options.json:
+            print(_line(row) if len(rows) > 1 else f"{_head(cores)}\n{_line(row)}", flush=True)
     parent.send("stop")
     single.join()
     if options.json:
@@ -85,7 +85,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--devices", type=int, nargs="+", default=[2, 4, 8], help="P")
     parser.add_argument("--repeats", type=int, nargs="+", default=[1, 2], help="V")
-    parser.add_argument("--microbatches", type=int, default=8, help="M")
+    parser.add_argument("--microbatches", type=int, nargs="+", default=[8], help="M")
     parser.add_argument("--remat", nargs="+", default=["full", "none"], choices=["full", "none", "all"])
     parser.add_argument("--schedule", help="catalogue name (default: 1f1b for V = 1, interleaved_1f1b for V > 1)")
     parser.add_argument("--rounds", type=int, default=7, help="how often each thing is timed")
@@ -117,32 +117,29 @@ def _batch(microbatches: int):
     return {name: rng.integers(0, CASE["vocab_size"], shape, dtype=np.int32) for name in ("tokens", "targets")}
 
 
-def _one_core(pipe, microbatches: int) -> None:
-    """The child process: times a step of gradient accumulation on one core whenever it is asked to."""
+def _one_core(pipe) -> None:
+    """The child process: for each number of microbatches that it is sent, times a step on one core."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     import jax
 
     import jaxpipe as jp
 
     jp.simulate_devices(1)
-    model, batch = _model(), _batch(microbatches)
-    oracle = jp.sequential(model, row_groups=1)
-    params = oracle.init(jax.random.key(0), batch)
+    oracle = jp.sequential(_model(), row_groups=1)
+    params = oracle.init(jax.random.key(0), _batch(1))
 
     @jax.jit
-    def step(params, batch):
-        groups = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
-
+    def step(params, groups):
         def one(grads, mb):
             loss, new = oracle.value_and_grad(params, mb)
             return jax.tree.map(jax.numpy.add, grads, new), loss
 
         return jax.lax.scan(one, jax.tree.map(jax.numpy.zeros_like, params), groups)
 
-    jax.block_until_ready(step(params, batch))
-    while pipe.recv() != "stop":
+    while (microbatches := pipe.recv()) != "stop":
+        groups = jax.tree.map(lambda x, m=microbatches: x.reshape(m, -1, *x.shape[1:]), _batch(microbatches))
         start = time.perf_counter()
-        jax.block_until_ready(step(params, batch))
+        jax.block_until_ready(step(params, groups))
         pipe.send(time.perf_counter() - start)
 
 
@@ -151,6 +148,7 @@ def _measure(name, devices, repeats, microbatches, remat, rounds, cores, single)
 
     import jaxpipe as jp
     from jaxpipe.runtime.arithmetic import arithmetic_ratio
+    from jaxpipe.runtime.sizes import memory_of
     from jaxpipe.schedule import Costs, build
     from jaxpipe.schedule.pack import lockstep_makespan, pack
 
@@ -166,7 +164,7 @@ def _measure(name, devices, repeats, microbatches, remat, rounds, cores, single)
 
     times: dict[str, list[float]] = {key: [] for key in ("step", "dev", "one", "cpu", "dev_cpu")}
     for warm in range(rounds + 1):
-        single.send("step")
+        single.send(microbatches)
         one = single.recv()
         dev, dev_cpu = _time(devices_only, params, batch)
         whole, cpu = _time(step, params, batch)
@@ -176,7 +174,7 @@ def _measure(name, devices, repeats, microbatches, remat, rounds, cores, single)
     median = {key: statistics.median(values) for key, values in times.items()}
 
     costs = Costs(recompute=1.0 if remat == "full" else 0.0)
-    packed = pack(pipe.table.schedule, pipe.table.packing)
+    packed = pack(pipe.table.schedule, pipe.table.packing)  # pyright: ignore[reportArgumentType]
     ideal = lockstep_makespan(packed, costs) if devices <= cores else 0.0
     busy = microbatches * sum(getattr(costs, n) for n in ("forward", "backward_input", "backward_weight", "recompute"))
     limit = median["dev"] * (max(1.0, ideal / busy) if devices <= cores else 1.0)
@@ -196,7 +194,7 @@ def _measure(name, devices, repeats, microbatches, remat, rounds, cores, single)
         speedup=median["one"] / median["step"],
         cpu_s=median["cpu"],
         t_dev_cpu_s=median["dev_cpu"],
-        temp_bytes=step.memory_analysis().temp_size_in_bytes,
+        temp_bytes=memory_of(step).temp_size_in_bytes,
         planned_bytes=sum(pipe.table.bytes(pipe.sizes(batch)).values()),
         arithmetic=arithmetic_ratio(pipe, params, batch),
         compile_s=compile_s,
@@ -224,6 +222,7 @@ def _lanes_only(pipe, params, batch):
 
     def device(lanes, state):
         carry = jax.tree.map(lambda s: jnp.full(s.shape, 0.5, s.dtype), stage.carry)
+
         def microbatch(state_and_x, m):
             state, x = state_and_x
             for repeat in range(schedule.repeats):

@@ -2,11 +2,17 @@
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 WORK = ("fusion", "custom-call", "conditional", "while", "call", "dot", "convolution")
+
+
+def hlo_text(compiled: Any) -> str:
+    """The optimized program of a compiled function, on GPUs in scheduled order."""
+    return compiled.as_text()
 
 
 def computations(text: str) -> dict[str, list[str]]:

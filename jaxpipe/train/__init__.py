@@ -1,7 +1,7 @@
 """Training runs: a TOML config in, a trained model, metrics and curves out.
 
-Reading order: `config` (what can be said), `corpus` and `data` (tokens, then batches), `assemble` (the parts of a run),
-`optim`, `step` (one compiled step), `track` (its numbers), `loop` (all steps).
+Reading order: `sections` and `config` (what can be said), `corpus` and `data` (tokens, then batches), `model`,
+`assemble` (the parts of a run), `optim`, `step` (one compiled step), `track` (its numbers), `loop` (all steps).
 """
 
 from jaxpipe.train.config import Config, load

@@ -22,7 +22,8 @@ def test_too_few_devices():
     with pytest.raises(ConfigError) as error:
         jp.make_mesh(16)
     assert one_line(error) == (
-        "mesh pipe=16 needs 16 devices but there are 8 (cpu); try mesh.pipe=8 or mesh.simulate=16 to simulate them on the CPU"
+        "mesh pipe=16 needs 16 devices but there are 8 (cpu); try mesh.pipe=8 or mesh.simulate=16 to simulate them "
+        "on the CPU"
     )
 
 

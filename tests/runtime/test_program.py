@@ -6,9 +6,10 @@ from functools import cache
 import jax
 import pytest
 from helpers import ROWS, toy_batch, toy_pipeline
-from hlo import computations, copies, holds_product, loop_bodies
+from hlo import computations, copies, hlo_text, holds_product, loop_bodies
 
 import jaxpipe as jp
+from jaxpipe.runtime.sizes import memory_of
 
 WIDTH, LENGTH = 24, 20
 
@@ -41,7 +42,7 @@ def compiled(*case):
 
 def temp_bytes(*case) -> int:
     """What XLA plans for temporaries, per device."""
-    return compiled(*case).memory_analysis().temp_size_in_bytes
+    return memory_of(compiled(*case)).temp_size_in_bytes
 
 
 @pytest.mark.parametrize("remat", ["full", "none"])
@@ -77,27 +78,27 @@ def test_temporaries_are_what_the_table_says(name, repeats, memory, remat):
 
 @pytest.mark.parametrize(("name", "repeats"), [("interleaved_1f1b", 2), ("1f1b", 1)])
 def test_the_program_does_not_grow_with_the_microbatches(name, repeats):
-    few, many = (compiled(name, 2, repeats, m, "none", "ideal").as_text().count("\n") for m in (8, 64))
+    few, many = (hlo_text(compiled(name, 2, repeats, m, "none", "ideal")).count("\n") for m in (8, 64))
     assert abs(many - few) <= 0.02 * few
 
 
 @pytest.mark.parametrize(("name", "repeats"), [("interleaved_1f1b", 2), ("1f1b", 1)])
 def test_one_loop_per_phase_and_each_hop_once_per_tick(name, repeats):
     case = (name, 4, repeats, 8, "none", "ideal")
-    bodies = loop_bodies(compiled(*case).as_text())
+    bodies = loop_bodies(hlo_text(compiled(*case)))
     hops = [sum(bool(re.search(r" collective-permute(-start)?\(", line)) for line in body) for body in bodies]
     phases = pipeline(*case).table.phases
     assert sorted(hops) == sorted(phase.forward + phase.backward for phase in phases) == [1, 1, 2]
 
 
 def test_no_collective_but_hops_inside_the_loops():
-    for body in loop_bodies(compiled("interleaved_1f1b", 2, 2, 8, "none", "ideal").as_text()):
+    for body in loop_bodies(hlo_text(compiled("interleaved_1f1b", 2, 2, 8, "none", "ideal"))):
         assert not [line for line in body if re.search(r" (all-reduce|all-gather|reduce-scatter|all-to-all)", line)]
 
 
 @pytest.mark.parametrize(("name", "repeats"), [("interleaved_1f1b", 2), ("1f1b", 1)])
 def test_idle_branches_hold_no_matrix_product(name, repeats):
-    text = compiled(name, 2, repeats, 8, "none", "ideal").as_text()
+    text = hlo_text(compiled(name, 2, repeats, 8, "none", "ideal"))
     parts = computations(text)
 
     def has_dot(name: str) -> bool:
@@ -133,6 +134,6 @@ def test_loops_copy_no_stash_accumulator_or_weight(name, repeats, remat):
     stash = {(slots.residual + 1, *leaf.shape) for leaf in program.stage.residuals}
     stash |= {(slots.activation + 1, *leaf.shape) for leaf in jax.tree.leaves(program.stage.carry)}
     accumulators = {(repeats, *shape) for shape in weights}
-    text = compiled(*case).as_text()
+    text = hlo_text(compiled(*case))
     found = [copy for body in loop_bodies(text, inner=True) for copy in copies(body)]
     assert not [shape for shape in found if shape in weights | stash | accumulators]

@@ -1,5 +1,7 @@
 """What a forward keeps for its backward, and what it computes again."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -19,7 +21,7 @@ def stage_of(pipe: jp.Pipeline, batch, random: bool = False) -> Stage:
     return pipe.program(params, batch, random=random).stage
 
 
-def gpt_stage(remat, dtype="bfloat16", **config) -> Stage:
+def gpt_stage(remat, dtype: Any = "bfloat16", **config: Any) -> Stage:
     """A stage of two GPT blocks."""
     cfg = GPTConfig(vocab_size=32, max_seq_len=24, num_layers=4, num_heads=2, d_model=16, dtype=dtype, **config)
     schedule = build("1f1b", devices=2, microbatches=2)
@@ -76,7 +78,7 @@ def test_dropout_masks_are_kept_by_all_and_drawn_again_by_none():
     kinds = {}
     for remat in ("none", "all"):
         stage = stage_of(toy_pipeline("1f1b", 2, 2, remat=remat, dropout=0.5), toy_batch(4), random=True)
-        assert not any(jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in stage.residuals)
+        assert not any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in stage.residuals)
         kinds[remat] = [leaf for leaf in stage.residuals if leaf.dtype == bool]
     assert not kinds["none"] and kinds["all"]
 

@@ -1,0 +1,8 @@
+"""`python -m jaxpipe` is the command `jaxpipe`."""
+
+import sys
+
+from jaxpipe.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

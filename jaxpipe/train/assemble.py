@@ -1,0 +1,111 @@
+"""From a config to the parts of a run: tokens, model, mesh, schedule and pipeline, joined here and nowhere else.
+
+What is cheap to get wrong is looked at first; nothing is compiled and no weights exist when this is done.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from jaxpipe.errors import ScheduleError
+from jaxpipe.runtime.mesh import make_mesh, simulate_devices
+from jaxpipe.runtime.model import Model
+from jaxpipe.runtime.pipeline import Pipeline
+from jaxpipe.schedule import build, show
+from jaxpipe.train.config import Config
+from jaxpipe.train.corpus import open_corpus
+from jaxpipe.train.data import Batches
+from jaxpipe.train.model import gpt_model
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """The parts of a run.
+
+    Attributes:
+        config: What it was made from.
+        pipe: Model, schedule and mesh as one `Pipeline`.
+        train: Training batches by index.
+        val: Validation batches by index.
+    """
+
+    config: Config
+    pipe: Pipeline
+    train: Batches
+    val: Batches
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the devices are CPU devices, which share the host's threads."""
+        return self.pipe.mesh.devices.flat[0].platform == "cpu"
+
+    def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """A batch on the devices, rows spread over the data axis."""
+        return jax.device_put(batch, self.pipe.batch_sharding)
+
+    def timetable_svg(self) -> str:
+        """The ticks that the compiled loop runs, drawn."""
+        return show.svg(self.pipe.table)
+
+    def describe(self) -> str:
+        """The run in a few lines of text."""
+        config, pipe = self.config, self.pipe
+        kind = pipe.mesh.devices.flat[0].device_kind if not self.on_cpu else "CPU"
+        simulated = "simulated " if config.mesh.simulate else ""
+        sizes = " × ".join(f"{name}={size}" for name, size in pipe.mesh.shape.items())
+        tokens = [sum(len(segment.ids) for segment in part.segments) for part in (self.train, self.val)]
+        warning = "\nwarning    mesh.tensor: no weight is split over this axis yet, its devices repeat the same work"
+        return (
+            f"devices    {pipe.mesh.size} × {simulated}{kind}, {sizes}\n"
+            f"schedule   {config.schedule.name}, repeats={config.schedule.repeats}, "
+            f"microbatches={config.schedule.microbatches}, {pipe.table.packing} packing, {pipe.table.ticks} ticks\n"
+            f"data       {tokens[0]:,} {config.data.unit}s to train on, {tokens[1]:,} to validate on"
+            + warning
+            * (config.mesh.tensor > 1)
+        )
+
+
+def assemble(config: Config, model: Model | None = None) -> Assembly:
+    """Puts the parts together.
+
+    Args:
+        config: The run.
+        model: A model in place of the config's GPT.
+
+    Raises:
+        DataError: See `jaxpipe.train.corpus` and `jaxpipe.train.data`.
+        ConfigError: The mesh needs more devices than there are.
+        ScheduleError: The schedule does not exist in this size, or is none to train with.
+        PartitionError: The blocks cannot be spread evenly over the stages.
+    """
+    schedule = build(
+        config.schedule.name,
+        devices=config.mesh.pipe,
+        microbatches=config.schedule.microbatches,
+        repeats=config.schedule.repeats,
+    )
+    if schedule.phases <= {"F"}:
+        raise ScheduleError(
+            f"schedule.name={config.schedule.name!r} must have a backward to train with; try 'interleaved_1f1b'"
+        )
+    if config.mesh.simulate:
+        simulate_devices(config.mesh.simulate)
+    mesh = make_mesh(pipe=config.mesh.pipe, data=config.mesh.data, tensor=config.mesh.tensor)
+    pipe = Pipeline(
+        gpt_model(config.model) if model is None else model,
+        schedule=schedule,
+        mesh=mesh,
+        remat=config.schedule.remat,
+        packing=config.schedule.packing,
+        memory=config.schedule.memory,
+    )
+    vocab_size = config.model.vocab_size
+    corpus = open_corpus(config.data, vocab_size=vocab_size)
+    shape = {"batch_size": config.train.batch_size, "seq_len": config.train.seq_len, "vocab_size": vocab_size}
+    return Assembly(
+        config=config,
+        pipe=pipe,
+        train=Batches(corpus.train, seed=config.train.seed, **shape),
+        val=Batches(corpus.val, seed=0, **shape),
+    )

@@ -1,0 +1,137 @@
+"""Where tokens come from: the standard library's text, text files, or files of token ids.
+
+A corpus is a training and a validation part, each a list of segments; a segment is one long array of ids with a name
+for messages. Text is one segment, since its files may be short; each token file is a segment of its own, mapped and
+never read whole.
+"""
+
+import hashlib
+import sysconfig
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+
+import numpy as np
+
+from jaxpipe.errors import DataError
+from jaxpipe.train.sections import DataConfig
+
+_SKIPPED_DIRS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_SCANNED_IDS = 2**28
+_CHUNK_IDS = 2**24
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive tokens.
+
+    Attributes:
+        name: What messages call it.
+        ids: Token ids ``[N]``, an unsigned integer type, in memory or mapped from a file.
+    """
+
+    name: str
+    ids: np.ndarray
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokens to train on and tokens to measure on."""
+
+    train: tuple[Segment, ...]
+    val: tuple[Segment, ...]
+
+
+def open_corpus(config: DataConfig, *, vocab_size: int) -> Corpus:
+    """Opens the tokens that the config names and checks ids against the vocabulary.
+
+    Of each file of ids only the first 2^28 are checked here; `jaxpipe.train.data.Batches` checks every id it hands out.
+
+    Args:
+        config: Where to look.
+        vocab_size: Every id must be below it.
+
+    Raises:
+        DataError: No such file, no tokens in it, a size that is no whole number of ids, or an id out of range.
+    """
+    if config.source == "stdlib":
+        corpus = _stdlib(Path(sysconfig.get_path("stdlib")), config.val_fraction)
+    elif config.val:
+        corpus = Corpus(_open(config, config.train), _open(config, config.val))
+    else:
+        corpus = _hold_out(_open(config, config.train), config.val_fraction)
+    for segment in (*corpus.train, *corpus.val):
+        for start in range(0, min(len(segment.ids), _SCANNED_IDS), _CHUNK_IDS):
+            check_ids(segment, segment.ids[start : start + _CHUNK_IDS], vocab_size)
+    return corpus
+
+
+def check_ids(segment: Segment, ids: np.ndarray, vocab_size: int):
+    """Raises a DataError if `ids`, a part of `segment`, holds an id that the vocabulary does not."""
+    if np.iinfo(ids.dtype).max < vocab_size or not ids.size:
+        return
+    largest = int(ids.max())
+    if largest >= vocab_size:
+        raise DataError(
+            f"{segment.name}: token id {largest} must be below model.vocab_size={vocab_size}; "
+            f"try model.vocab_size={largest + 1}, or another data.dtype if the ids look wrong"
+        )
+
+
+def stdlib_files(root: Path) -> list[Path]:
+    """The Python files below the standard library's folder, sorted; tests and installed packages are left out."""
+    files = (path for path in root.rglob("*.py") if not _SKIPPED_DIRS & set(path.relative_to(root).parts[:-1]))
+    return sorted(files)
+
+
+def _stdlib(root: Path, val_fraction: float) -> Corpus:
+    """Every file goes to one side by a hash of its contents, so the split is the same wherever Python lives."""
+    sides: tuple[list[bytes], list[bytes]] = ([], [])
+    for path in stdlib_files(root):
+        text = path.read_bytes()
+        share = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) / 2**64
+        sides[share < val_fraction].append(text)
+    train, val = (_text(f"standard library text in {root}", side) for side in sides)
+    return Corpus((train,), (val,))
+
+
+def _open(config: DataConfig, patterns: Sequence[str]) -> tuple[Segment, ...]:
+    files = [path for pattern in patterns for path in _matches(pattern)]
+    if config.source == "text":
+        return (_text(", ".join(patterns), (path.read_bytes() for path in files)),)
+    return tuple(_map(path, np.dtype(config.dtype).newbyteorder("<")) for path in files)
+
+
+def _matches(pattern: str) -> list[Path]:
+    files = sorted(path for path in map(Path, glob(pattern, recursive=True)) if path.is_file())
+    if not files:
+        raise DataError(f"{pattern!r} matches no file in {Path.cwd()}; a path or glob must name at least one")
+    return files
+
+
+def _text(name: str, texts: Iterable[bytes]) -> Segment:
+    data = b"".join(texts)
+    if not data:
+        raise DataError(f"{name} holds no text; it must hold at least train.seq_len+1 bytes")
+    return Segment(name, np.frombuffer(data, np.uint8))
+
+
+def _map(path: Path, dtype: np.dtype) -> Segment:
+    size = path.stat().st_size
+    if not size:
+        raise DataError(f"{path} is empty; a token file must hold at least train.seq_len+1 ids")
+    if size % dtype.itemsize:
+        raise DataError(
+            f"{path} has {size} bytes, no whole number of {dtype.itemsize}-byte ids; try another data.dtype"
+        )
+    return Segment(str(path), np.memmap(path, dtype=dtype, mode="r"))
+
+
+def _hold_out(segments: tuple[Segment, ...], fraction: float) -> Corpus:
+    """Cuts the last part off every segment."""
+    cuts = [len(segment.ids) - max(1, round(len(segment.ids) * fraction)) for segment in segments]
+    return Corpus(
+        tuple(Segment(segment.name, segment.ids[:cut]) for segment, cut in zip(segments, cuts, strict=True)),
+        tuple(Segment(segment.name, segment.ids[cut:]) for segment, cut in zip(segments, cuts, strict=True)),
+    )

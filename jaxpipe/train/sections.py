@@ -1,0 +1,178 @@
+"""The sections of a run's config, one frozen dataclass each: their keys, defaults and own rules.
+
+The defaults are here and nowhere else. What sections must agree on is checked by `jaxpipe.train.config`; what a
+schedule, a mesh or a pipeline demands is checked by those. Paths are relative to the working directory.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxpipe.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Section `[data]`: where tokens come from.
+
+    Attributes:
+        source: ``stdlib``: the Python files of the running interpreter's standard library; ``text``: text files;
+            both byte by byte. ``tokens``: headerless files of token ids.
+        train: Paths or globs of the training files (``text`` and ``tokens``).
+        val: Paths or globs of the validation files. Empty: a part of the training data is held out.
+        val_fraction: How much is held out: of the files for ``stdlib``, else of the tokens, at the end.
+        dtype: Integer type of ``tokens`` files, little-endian.
+    """
+
+    source: Literal["stdlib", "text", "tokens"] = "stdlib"
+    train: tuple[str, ...] = ()
+    val: tuple[str, ...] = ()
+    val_fraction: float = 0.1
+    dtype: Literal["uint16", "uint32"] = "uint16"
+
+    @property
+    def unit(self) -> str:
+        """What a token is, for people."""
+        return "token" if self.source == "tokens" else "byte"
+
+    def __post_init__(self):
+        if self.source == "stdlib" and (self.train or self.val):
+            raise ConfigError('data.train and data.val must be empty for data.source="stdlib"; try data.source="text"')
+        if self.source != "stdlib" and not self.train:
+            raise ConfigError(f'data.train=[] must name at least one file for data.source="{self.source}"')
+        if not 0.0 < self.val_fraction < 1.0:
+            raise ConfigError(f"data.val_fraction={self.val_fraction} must lie between 0 and 1; try 0.1")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Section `[mesh]`: devices per mesh axis.
+
+    Attributes:
+        pipe: Devices on the pipeline axis, P.
+        data: Copies of the pipeline that share the batch.
+        tensor: Chips that share each matrix product.
+        simulate: Run on this many simulated CPU devices; 0 means real devices.
+    """
+
+    pipe: int = 1
+    data: int = 1
+    tensor: int = 1
+    simulate: int = 0
+
+    def __post_init__(self):
+        _at_least(self, "mesh", 1, "pipe", "data", "tensor")
+        _at_least(self, "mesh", 0, "simulate")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Section `[schedule]`: who computes what when.
+
+    Attributes:
+        name: A schedule of the catalogue.
+        repeats: Stages per device, V.
+        microbatches: Slices of the batch, M.
+        remat: ``full`` keeps only each stage's input, ``none`` recomputes no matrix product, ``all`` keeps everything.
+        packing: How actions share a tick; ``auto`` takes the cheaper.
+        memory: ``ideal`` takes the fastest ticks, ``strict`` keeps the schedule's own bound on activations.
+    """
+
+    name: str = "interleaved_1f1b"
+    repeats: int = 1
+    microbatches: int = 8
+    remat: Literal["full", "none", "all"] = "full"
+    packing: Literal["auto", "paired", "single"] = "auto"
+    memory: Literal["ideal", "strict"] = "ideal"
+
+    def __post_init__(self):
+        _at_least(self, "schedule", 1, "repeats", "microbatches")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Section `[optim]`: AdamW with a linear warm-up, then a cosine decay that ends with the run.
+
+    Attributes:
+        learning_rate: The highest, reached after the warm-up.
+        final_learning_rate: The last.
+        warmup_steps: Steps from zero to the highest.
+        weight_decay: Decoupled decay of arrays with two or more dims; vectors and scalars do not decay.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        eps: Added to the root of the second moment.
+        clip_norm: Longest global norm a gradient may have; 0 means no clipping.
+    """
+
+    learning_rate: float = 6e-4
+    final_learning_rate: float = 6e-5
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        _at_least(self, "optim", 0, "learning_rate", "final_learning_rate", "warmup_steps", "weight_decay", "clip_norm")
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"optim.{name}={getattr(self, name)} must be at least 0 and below 1; try 0.9")
+        if self.eps <= 0.0:
+            raise ConfigError(f"optim.eps={self.eps} must be above 0; try 1e-8")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Section `[train]`: how long, how much at once, what to write where.
+
+    Attributes:
+        steps: Optimizer steps.
+        batch_size: Sequences per step, over all devices.
+        seq_len: Tokens per sequence.
+        seed: Seed of weights, data order and dropout.
+        eval_every: Steps between two measurements of the validation loss; 0 measures only the first and last.
+        eval_batches: Batches per measurement, always the same ones.
+        log_every: Steps between two lines of metrics.
+        out: Folder that takes metrics, plots and the resolved config.
+        overwrite: Replace what an earlier run left in `out`.
+    """
+
+    steps: int = 1000
+    batch_size: int = 32
+    seq_len: int = 256
+    seed: int = 0
+    eval_every: int = 100
+    eval_batches: int = 8
+    log_every: int = 10
+    out: str = "runs/train"
+    overwrite: bool = False
+
+    def __post_init__(self):
+        _at_least(self, "train", 1, "steps", "batch_size", "seq_len", "eval_batches", "log_every")
+        _at_least(self, "train", 0, "seed", "eval_every")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Section `[sample]`: text continued from a prompt at the end of the run.
+
+    Attributes:
+        prompt: What to continue.
+        length: Bytes to write; 0 means no sample.
+        temperature: Divides the logits; 0 takes the likeliest byte.
+    """
+
+    prompt: str = "def "
+    length: int = 0
+    temperature: float = 0.8
+
+    def __post_init__(self):
+        _at_least(self, "sample", 0, "length", "temperature")
+        if not self.prompt:
+            raise ConfigError('sample.prompt="" must hold at least one byte; try "def "')
+
+
+def _at_least(section, prefix: str, least: int, *names: str):
+    for name in names:
+        if getattr(section, name) < least:
+            raise ConfigError(f"{prefix}.{name}={getattr(section, name)} must be at least {least}; try {least}")

@@ -1,0 +1,72 @@
+"""One training step and one measurement, each a single compiled program."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+class TrainState(NamedTuple):
+    """All that changes from step to step.
+
+    Attributes:
+        step: Optimizer steps taken, an int32 scalar.
+        params: The pipeline's parameters, float32 unless the model says otherwise, sharded on the mesh.
+        opt_state: The optimizer's state, sharded alike.
+    """
+
+    step: Any
+    params: Any
+    opt_state: Any
+
+
+def init_state(pipe, tx: optax.GradientTransformation, key, batch) -> TrainState:
+    """Draws the weights and zeroes the optimizer, on the devices where they stay.
+
+    Args:
+        pipe: A `Pipeline`.
+        tx: From ``pipe.optimizer``.
+        key: A `jax.random` key; equal keys give equal weights for every schedule and mesh.
+        batch: A batch, or its shapes.
+    """
+    params = pipe.init(key, batch)
+    step = jax.device_put(np.int32(0), NamedSharding(pipe.mesh, PartitionSpec()))
+    return TrainState(step, params, tx.init(params))
+
+
+def make_train_step(pipe, tx: optax.GradientTransformation, state, batch, rate: optax.Schedule | None, key) -> Callable:
+    """Compiles ``(state, batch) -> (state, metrics)``; the state passed in is donated, its successor rests alike.
+
+    Args:
+        pipe: A `Pipeline`.
+        tx: From ``pipe.optimizer``.
+        state: From `init_state`; only its shapes and shardings count.
+        batch: A batch on the devices; likewise.
+        rate: Learning rate by step, for the metrics only; None leaves ``lr`` out.
+        key: Where dropout keys come from, folded with the step; None means no dropout.
+
+    Returns:
+        The step. Its metrics are scalars on the device: ``loss``, ``grad_norm`` before clipping, and ``lr``.
+    """
+
+    def train_step(state: TrainState, batch):
+        step_key = None if key is None else jax.random.fold_in(key, state.step)
+        loss, grads = pipe.value_and_grad(state.params, batch, step_key)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        if rate is not None:
+            metrics["lr"] = jnp.asarray(rate(state.step), jnp.float32)
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    rest_alike = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(rest_alike, None)).lower(state, batch).compile()
+
+
+def make_eval_step(pipe, params, batch) -> Callable:
+    """Compiles ``(params, batch) -> loss``, without dropout."""
+    return jax.jit(lambda params, batch: pipe.loss(params, batch)).lower(params, batch).compile()

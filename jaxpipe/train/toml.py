@@ -1,0 +1,193 @@
+"""How TOML and `key=value` overrides become typed values, and back.
+
+Nothing here knows which options exist: a *schema* maps each section to its keys and their types, and comes from the
+dataclasses of `jaxpipe.train.config`. Everything a user can get wrong in a file or on the command line ends here, as
+a `ConfigError` that names the key, the value and the nearest valid choice. TOML is data: reading it runs no code.
+"""
+
+import difflib
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import tomli_w
+
+from jaxpipe.errors import ConfigError
+
+Schema = Mapping[str, Mapping[str, Any]]
+"""Section name -> key -> type annotation."""
+
+
+def read(path: str | Path) -> dict[str, dict[str, Any]]:
+    """Reads a TOML file of sections.
+
+    Raises:
+        ConfigError: The file is missing or unreadable, is not TOML, or has a key outside any section.
+    """
+    path = Path(path)
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1, cutoff=0.4)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"config file {path} does not exist{hint}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"config file {path} is not TOML: {error}") from error
+    for key, value in tables.items():
+        if not isinstance(value, dict):
+            raise ConfigError(f"{path}: {key} must stand in a section; try [train] above it")
+    return tables
+
+
+def write(tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """The TOML text of sections; keys whose value is None are left out (TOML has no such value).
+
+    Example:
+        >>> print(write({"train": {"steps": 3, "out": None, "files": ("a", "b")}}), end="")
+        [train]
+        steps = 3
+        files = [
+            "a",
+            "b",
+        ]
+    """
+    kept = {
+        name: {
+            key: list(value) if isinstance(value, tuple) else value for key, value in table.items() if value is not None
+        }
+        for name, table in tables.items()
+    }
+    return tomli_w.dumps(kept)
+
+
+def check(tables: Mapping[str, Mapping[str, Any]], schema: Schema) -> dict[str, dict[str, Any]]:
+    """Checks every key against the schema and converts every value to its type.
+
+    Raises:
+        ConfigError: An unknown section or key (with the nearest known one), or a value of another type.
+    """
+    for section, table in tables.items():
+        if section not in schema:
+            near = difflib.get_close_matches(section, schema, n=1)
+            hint = f"did you mean [{near[0]}]?" if near else f"sections are {', '.join(schema)}"
+            raise ConfigError(f"unknown section [{section}]; {hint}")
+        for key in table:
+            if key not in schema[section]:
+                raise ConfigError(f"unknown key {section}.{key}{_nearest(f'{section}.{key}', schema)}")
+    return {
+        section: {key: convert(value, schema[section][key], f"{section}.{key}") for key, value in table.items()}
+        for section, table in tables.items()
+    }
+
+
+def override(
+    tables: Mapping[str, Mapping[str, Any]], pairs: Sequence[str], schema: Schema
+) -> dict[str, dict[str, Any]]:
+    """Applies `section.key=value` pairs on top of tables; later pairs win.
+
+    Raises:
+        ConfigError: A pair without ``=``, an unknown key, or a value of another type than the key's.
+
+    Example:
+        >>> schema = {"train": {"steps": int, "out": str}}
+        >>> override({"train": {"steps": 3}}, ["train.steps=5", "train.out=runs/a"], schema)
+        {'train': {'steps': 5, 'out': 'runs/a'}}
+    """
+    out = {section: dict(table) for section, table in tables.items()}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        name = name.strip()
+        if not equals:
+            raise ConfigError(f"override {pair!r} must have the form section.key=value; try {name}=…")
+        section, _, key = name.partition(".")
+        if key not in schema.get(section, {}):
+            raise ConfigError(f"unknown key {name}{_nearest(name, schema)}")
+        out.setdefault(section, {})[key] = convert(_literal(text, schema[section][key]), schema[section][key], name)
+    return out
+
+
+def fields_of(cls: type) -> dict[str, Any]:
+    """The keys and type annotations of a dataclass."""
+    return get_type_hints(cls)
+
+
+def convert(value: Any, kind: Any, name: str) -> Any:
+    """One TOML value as the type `kind`; a whole number is accepted where a float is asked for, a list for a tuple.
+
+    Raises:
+        ConfigError: The value is of another type, or not one of a `Literal`'s choices.
+    """
+    options = get_args(kind)
+    if get_origin(kind) is Literal:
+        if value in options and any(type(value) is type(option) for option in options):
+            return value
+        near = difflib.get_close_matches(str(value), map(str, options), n=1, cutoff=0.0)
+        raise ConfigError(f"{name}={value!r} must be one of {', '.join(map(repr, options))}; try {near[0]!r}")
+    if get_origin(kind) in (Union, UnionType):
+        inner = [option for option in options if option is not NoneType]
+        return convert(value, inner[0], name)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{name}={value!r} must be a list; try {[value]!r}")
+        return tuple(convert(item, options[0], name) for item in value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is int and type(value) is float and value.is_integer():
+        raise ConfigError(f"{name}={value!r} must be a whole number; try {int(value)}")
+    if type(value) is float and not math.isfinite(value):
+        raise ConfigError(f"{name}={value!r} must be finite; try 0.0")
+    if type(value) is not kind:
+        raise ConfigError(
+            f"{name}={value!r} must be {_WORDS[kind]}; got {_WORDS.get(type(value), type(value).__name__)}"
+        )
+    return value
+
+
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    list: "a list",
+    dict: "a table",
+}
+
+
+def _literal(text: str, kind: Any) -> Any:
+    """The value that `text` stands for on the command line, where strings need no quotes and lists no brackets."""
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    if get_origin(kind) in (Union, UnionType):
+        kind = next(option for option in get_args(kind) if option is not NoneType)
+    if get_origin(kind) is tuple and not isinstance(value, list):
+        return [item.strip() for item in text.split(",")] if text else []
+    wants_text = kind is str or (
+        get_origin(kind) is Literal and all(isinstance(option, str) for option in get_args(kind))
+    )
+    return text if wants_text and not isinstance(value, str) else value
+
+
+def _keys(schema: Schema) -> list[str]:
+    return [f"{section}.{key}" for section, table in schema.items() for key in table]
+
+
+def _nearest(name: str, schema: Schema) -> str:
+    """The closest known name as a hint: by the whole name (`train.stepz`), then by its last word (`steps`)."""
+    section, _, word = name.rpartition(".")
+    names = _keys(schema)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    if not near:
+        by_word = {full.rpartition(".")[2]: full for full in names}
+        near = [by_word[match] for match in difflib.get_close_matches(word, by_word, n=1, cutoff=0.75)]
+    if near:
+        return f"; did you mean {near[0]}?"
+    if section in schema:
+        return f"; [{section}] has {', '.join(schema[section])}"
+    return f"; sections are {', '.join(schema)}"

@@ -1,0 +1,105 @@
+"""The sections of a config, what they must agree on, and the way to a file and back."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from jaxpipe.errors import ConfigError
+from jaxpipe.models.gpt import GPT2_TOKENS, PRESETS
+from jaxpipe.train.config import Config, load
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
+MODEL = "[model]\nnum_layers = 4\nnum_heads = 2\nd_model = 16\n"
+
+
+def config(tmp_path, *overrides, text=MODEL) -> Config:
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    return load(path, overrides)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_load(path):
+    assert load(path).train.steps > 0
+
+
+def test_shipped_configs_are_found():
+    assert {"quickstart", "gpt2-124m"} <= {path.stem for path in CONFIGS}
+
+
+def test_gpt2_config_computes_in_bfloat16_on_float32_weights():
+    path = next(path for path in CONFIGS if path.stem == "gpt2-124m")
+    run = load(path)
+    assert (run.model.dtype, run.model.param_dtype) == ("bfloat16", "float32")
+    assert dataclasses.replace(run.model, dtype="float32", vocab_size=GPT2_TOKENS) == PRESETS["gpt2-124m"]
+    assert run.mesh.pipe * run.mesh.data * run.mesh.tensor == 8
+    assert (run.mesh.simulate, run.data.dtype) == (0, "uint16")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_resolved_config_loads_to_the_same_run(tmp_path, path):
+    run = load(path, ["train.seed=7", "optim.learning_rate=0.00123"])
+    resolved = tmp_path / "config.toml"
+    resolved.write_text(run.to_toml(), encoding="utf-8")
+    assert load(resolved) == run
+
+
+def test_resolved_config_spells_out_every_default(tmp_path):
+    text = config(tmp_path).to_toml()
+    for section in ("model", "data", "mesh", "schedule", "optim", "train", "sample"):
+        assert f"[{section}]" in text
+    assert "eval_every = 100" in text
+    assert "vocab_size = 256" in text
+    assert "preset" not in text
+
+
+def test_vocabulary_and_length_follow_the_data(tmp_path):
+    run = config(tmp_path, "train.seq_len=64")
+    assert (run.model.vocab_size, run.model.max_seq_len) == (256, 64)
+
+
+def test_a_preset_can_be_varied(tmp_path):
+    run = config(tmp_path, "train.seq_len=128", text='[model]\npreset = "tiny"\ndropout = 0.1\n')
+    assert run.model == dataclasses.replace(PRESETS["tiny"], dropout=0.1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.batch_size=20"], r"train\.batch_size=20 must be divisible by .*=8\*1=8; try 16 or 24"),
+        (["train.batch_size=3"], r"train\.batch_size=3 must be divisible by .*=8\*1=8; try 8"),
+        (["train.batch_size=24", "mesh.data=2"], r"train\.batch_size=24 must be divisible by .*=8\*2=16; try 16 or 32"),
+        (["model.max_seq_len=100"], r"train\.seq_len=256 must not exceed model\.max_seq_len=100; try 100"),
+        (["model.vocab_size=100"], r"model\.vocab_size=100 must cover all 256 bytes; try 256"),
+        (["data.source=text"], r'data\.train=\[\] must name at least one file for data\.source="text"'),
+        (["data.train=a.txt"], r'must be empty for data\.source="stdlib"; try data\.source="text"'),
+        (["data.val_fraction=1.5"], r"data\.val_fraction=1\.5 must lie between 0 and 1"),
+        (["data.source=tokens", "data.train=a.bin"], r"model\.vocab_size must be set; or name a preset: tiny"),
+        (
+            ["data.source=tokens", "data.train=a.bin", "model.vocab_size=9", "sample.length=5"],
+            r"sample\.length=5 needs text.*try sample\.length=0",
+        ),
+        (["train.steps=0"], r"train\.steps=0 must be at least 1; try 1"),
+        (["train.eval_every=-1"], r"train\.eval_every=-1 must be at least 0; try 0"),
+        (["mesh.pipe=0"], r"mesh\.pipe=0 must be at least 1"),
+        (["schedule.repeats=0"], r"schedule\.repeats=0 must be at least 1"),
+        (["schedule.remat=ful"], r"schedule\.remat='ful' must be one of 'full', 'none', 'all'; try 'full'"),
+        (["optim.beta2=1"], r"optim\.beta2=1\.0 must be at least 0 and below 1"),
+        (["optim.learning_rate=-1"], r"optim\.learning_rate=-1\.0 must be at least 0"),
+        (["optim.eps=0"], r"optim\.eps=0\.0 must be above 0"),
+        (["sample.prompt="], r'sample\.prompt="" must hold at least one byte'),
+        (["model.preset=gpt2"], r"model\.preset='gpt2' must be one of 'tiny', .*; try 'gpt2-"),
+        (["model.d_model=15"], r"^model\.d_model=15 must be divisible by num_heads=2"),
+        (["model.dropout=1.0"], r"^model\.dropout=1\.0 must be at least 0 and below 1"),
+        (["model.layers=3"], r"unknown key model\.layers; did you mean model\.num_layers\?"),
+    ],
+)
+def test_wrong_values_name_the_rule_and_what_would_do(tmp_path, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        config(tmp_path, *overrides)
+
+
+def test_a_model_that_leaves_out_its_size_is_told_so(tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.num_layers must be set; or name a preset: tiny, small"):
+        config(tmp_path, text="")
