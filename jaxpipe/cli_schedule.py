@@ -65,11 +65,20 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command. Every wrong input is a `JaxpipeError`."""
+    try:
+        _run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, such as less, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
     _check_choice(options)
     suffix = _suffix(options.out)
     if options.list:
         print(_catalogue(options.json))
-        return 0
+        return
     schedules, costs, left_out = _schedules(options)
     timings = [simulate(schedule, costs, options.runtime) for schedule in schedules]
     if options.compare is not None:
@@ -93,7 +102,6 @@ def run(options: argparse.Namespace) -> int:
         print(_report(schedules[0], results[0], show.timeline(schedules[0], costs, options.runtime).note))
     if suffix is not None and not options.json:
         print(f"wrote {options.out}")
-    return 0
 
 
 def _check_choice(options: argparse.Namespace) -> None:

@@ -6,8 +6,7 @@
 
 The order of `interleaved_1f1b` with I in B's place and a warm-up of (P-1-i) + (V-1)P forwards (N for P where groups are
 larger); each W runs as soon as its device would otherwise idle, the rest in the drain. Needs M ≥ P.
-Bubble time (P-1)(tF+tI-tW)/V for tW ≤ min(tF, tI); no device keeps more than device 0 does under
-`interleaved_1f1b`.
+Bubble time (P-1)(tF+tI-tW)/V for tW ≤ min(tF, tI); no device keeps more than device 0 does under `interleaved_1f1b`.
 
 Source: Qi et al. 2023 (ICLR 2024), zero bubble, with the order of Narayanan et al. 2021 (SC21). Not to be confused with
 ZB-V, which needs no ring.

@@ -5,6 +5,7 @@ the order. The grid of a `TickTable` shows the ticks of the compiled loop.
 """
 
 import re
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from jaxpipe.schedule.ir import Action, Schedule
@@ -54,11 +55,8 @@ def table_text(table: "TickTable") -> str:
     cells = [
         [("+".join(map(str, row[d])) or ".") for row in tick_actions(table)] for d in range(table.schedule.devices)
     ]
-    slots = table.slots
-    head = (
-        f"{title(table.schedule)}, {table.packing} packing: {table.ticks} ticks, slots: {slots.activation} activation, "
-        f"{slots.residual} residual, {slots.gradient} gradient"
-    )
+    slots = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in asdict(table.slots).items())
+    head = f"{title(table.schedule)}, {table.packing} packing: {table.ticks} ticks, slots: {slots}"
     return "\n".join([head, _align([[str(tick) for tick in range(table.ticks)], *cells]), *table.notes])
 
 
