@@ -5,9 +5,10 @@ does not hold: stages of different cost (a heavy head, a light first stage), hop
 families' needs. It is never worse than the best entry of the catalogue that fits, because that one is returned then.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Literal, NamedTuple
 
 from jaxpipe.errors import ScheduleError
 from jaxpipe.schedule.catalog import CATALOG, build
@@ -29,11 +30,19 @@ class Choice:
         schedule: The schedule; its name is ``auto`` if it was searched, else that of the catalogue.
         timing: Its times and memory, for the costs and runtime given.
         reason: Why this one: one line.
+        memory: What to give to `lower`: ``strict`` where only the schedule's own order fits the limit.
     """
 
     schedule: Schedule
     timing: Timing
     reason: str
+    memory: Literal["ideal", "strict"] = "ideal"
+
+
+class _Entry(NamedTuple):
+    schedule: Schedule
+    timing: Timing
+    memory: Literal["ideal", "strict"]
 
 
 def auto(
@@ -62,7 +71,7 @@ def auto(
         The schedule with its timing and the reason.
 
     Raises:
-        ScheduleError: No schedule fits the limit, or the numbers contradict each other.
+        ScheduleError: The limit is below one microbatch, or the numbers contradict each other.
 
     Example:
         >>> choice = auto(devices=4, microbatches=8, memory=4)
@@ -72,48 +81,41 @@ def auto(
     costs = costs or Costs()
     limits = _limits(devices, memory)
     tried = _repeats(devices, repeats, costs)
-    entries = [
-        (schedule, simulate(schedule, costs, runtime))
-        for schedule in _entries(devices, microbatches, tried)
-        if split or "W" not in schedule.phases
-    ]
-    fitting = [entry for entry in entries if _fits(entry[1], limits)]
-    found = [
-        (schedule, simulate(schedule, costs, runtime))
-        for schedule in _searched(devices, microbatches, tried, costs, limits, split)
-    ]
-    found = [entry for entry in found if _fits(entry[1], limits)]
-    if not fitting and not found:
-        least = min(max(timing.peak_activations) for _, timing in entries)
-        raise ScheduleError(f"memory={memory} fits no schedule under runtime={runtime!r}; try {least:g}")
-    best = min(fitting, key=_rank, default=None)
-    best_found = min(found, key=_rank, default=None)
-    fits = "" if memory is None else f" within memory={memory}"
-    if best_found is None or (best is not None and best_found[1].makespan >= best[1].makespan * (1 - 1e-9)):
-        assert best is not None
-        schedule, timing = best
-        first = f"{schedule.name} has the smallest makespan, {timing.makespan:.6g},"
-        rest = f"of {len(fitting)} catalogue entries{fits}; {len(found)} searched orders were no faster"
-        return Choice(schedule, timing, f"{first} {rest}")
-    schedule, timing = best_found
+    entries = [s for s in _entries(devices, microbatches, tried) if split or "W" not in s.phases]
+    fitting = list(_fitting(entries, costs, runtime, limits))
+    found = list(_fitting(_searched(devices, microbatches, tried, costs, limits, split), costs, runtime, limits))
+    # [1] A searched order keeps to its caps, and caps of one microbatch can always be met: `found` is never empty.
+    best, best_found = min(fitting, key=_rank, default=None), min(found, key=_rank)
+    within = "" if memory is None else f" within memory={memory}"
+    makespan = best_found.timing.makespan
+    if best is not None and makespan >= best.timing.makespan * (1 - 1e-9):
+        first = f"{best.schedule.name} has the smallest makespan, {best.timing.makespan:.6g},"
+        rest = f"of {len(fitting)} catalogue entries{within}; {len(found)} searched orders were no faster"
+        return Choice(best.schedule, best.timing, f"{first} {rest}", best.memory)
+    schedule, timing, kept = best_found
     verify(schedule)
     how = f"{schedule.placement} V={schedule.repeats}, {'split' if 'W' in schedule.phases else 'whole'} backward"
+    reason = f"searched order ({how}), makespan {makespan:.6g}: "
     if best is None:
-        return Choice(schedule, timing, f"searched order ({how}), makespan {timing.makespan:.6g}: no entry fits{fits}")
-    gain = 1 - timing.makespan / best[1].makespan
-    than = f"{best[0].name} (V={best[0].repeats}), the best catalogue entry{fits}"
-    return Choice(
-        schedule, timing, f"searched order ({how}), makespan {timing.makespan:.6g}: {gain:.1%} less than {than}"
-    )
+        return Choice(schedule, timing, f"{reason}no catalogue entry fits{within}", kept)
+    than = f"{best.schedule.name} (V={best.schedule.repeats}), the best catalogue entry{within}"
+    return Choice(schedule, timing, f"{reason}{1 - makespan / best.timing.makespan:.1%} less than {than}", kept)
 
 
-def _rank(entry: tuple[Schedule, Timing]) -> tuple[float, float, int]:
-    schedule, timing = entry
-    return round(timing.makespan, 9), max(timing.peak_activations), schedule.repeats
+def _fitting(
+    schedules: Iterable[Schedule], costs: Costs, runtime: Runtime, limits: Sequence[float]
+) -> Iterator[_Entry]:
+    """Those within the limits, as `lower` would move them or else in their own order."""
+    for schedule in schedules:
+        for memory in ("ideal", "strict") if runtime != "async" else ("ideal",):
+            timing = simulate(schedule, costs, runtime, memory=memory)
+            if all(peak <= limit + 1e-9 for peak, limit in zip(timing.peak_activations, limits, strict=True)):
+                yield _Entry(schedule, timing, memory)
+                break
 
 
-def _fits(timing: Timing, limits: Sequence[float]) -> bool:
-    return all(peak <= limit + 1e-9 for peak, limit in zip(timing.peak_activations, limits, strict=True))
+def _rank(entry: _Entry) -> tuple[float, float, int]:
+    return round(entry.timing.makespan, 9), max(entry.timing.peak_activations), entry.schedule.repeats
 
 
 def _limits(devices: int, memory: float | Sequence[float] | None) -> list[float]:

@@ -38,7 +38,7 @@ class Costs:
     def __post_init__(self):
         for name in ("forward", "backward_input", "backward_weight", "hop", "recompute"):
             value = getattr(self, name)
-            if min(value if isinstance(value, Sequence) else (value,)) < 0:
+            if not all(number >= 0 for number in (value if isinstance(value, Sequence) else (value,))):
                 raise ScheduleError(f"{name}={value} must not be negative; try 0")
 
     def of(self, action: Action, schedule: Schedule) -> float:

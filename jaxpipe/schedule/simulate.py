@@ -8,7 +8,8 @@ Three runtimes:
     lockstep_local   the compiled loop with each lane waiting on its own: F for the F lanes of the last tick, B, I and W
                      for the backward lanes. A device may run ahead in one lane while it waits in the other.
 
-The lockstep runtimes may move actions, as `lower` does to hide hops; memory is then that of the moved order.
+The lockstep runtimes run what `lower` makes of the schedule for the same costs. It may move actions to hide hops;
+memory is then that of the moved order.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from typing import Literal, NamedTuple
 from jaxpipe.errors import ScheduleError
 from jaxpipe.schedule.costs import Costs
 from jaxpipe.schedule.ir import Action, Schedule
-from jaxpipe.schedule.pack import Packed, Packing, _sends, lockstep_local_makespan, lockstep_makespan, packings
+from jaxpipe.schedule.lower import choose
+from jaxpipe.schedule.pack import Packed, Packing, _sends
 from jaxpipe.schedule.rules import Value, reads, writes
 
 Runtime = Literal["async", "lockstep", "lockstep_local"]
@@ -71,6 +73,7 @@ def simulate(
     runtime: Runtime = "async",
     *,
     packing: Literal["auto"] | Packing = "auto",
+    memory: Literal["ideal", "strict"] = "ideal",
     blocking_hops: bool = False,
     after_input: float = 1.0,
 ) -> Timing:
@@ -80,7 +83,8 @@ def simulate(
         schedule: A verified schedule.
         costs: Times of the phases, by default 1 each; in any unit, which is the unit of the result.
         runtime: ``async``, ``lockstep`` or ``lockstep_local``, see above.
-        packing: How the lockstep runtimes share ticks, as in `lower`; ``auto`` takes the fastest.
+        packing: How the lockstep runtimes share ticks, as in `lower`.
+        memory: Whether the lockstep runtimes may move actions and keep more, as in `lower`.
         blocking_hops: Under ``async``, a hop occupies its sender (it is idle then, but may not go on).
         after_input: Share of a microbatch's activations that is kept from I to its W.
 
@@ -101,14 +105,14 @@ def simulate(
         raise ScheduleError(f"runtime={runtime!r} must be 'async', 'lockstep' or 'lockstep_local'; try 'async'")
     if packing not in ("auto", "paired", "single"):
         raise ScheduleError(f"packing={packing!r} must be 'auto', 'paired' or 'single'; try 'auto'")
+    if memory not in ("ideal", "strict"):
+        raise ScheduleError(f"memory={memory!r} must be 'ideal' or 'strict'; try 'ideal'")
     if not 0 <= after_input <= 1:
         raise ScheduleError(f"after_input={after_input} must be between 0 and 1; try 1")
     if runtime == "async":
         return _timing(schedule, *_asynchronous(schedule, costs, blocking_hops), after_input)
-    local = runtime == "lockstep_local"
-    price = lockstep_local_makespan if local else lockstep_makespan
-    packed = min(packings(schedule, packing), key=lambda p: (round(price(p, costs), 9), max(p.peak_stages()), p.ticks))
-    return _timing(packed.schedule, *_lanes(packed, costs, local), after_input)
+    packed = choose(schedule, packing, costs, memory)
+    return _timing(packed.schedule, *_lanes(packed, costs, runtime == "lockstep_local"), after_input)
 
 
 def _timing(schedule: Schedule, busy: list[list[Interval]], waited_for: dict[Action, Action], after: float) -> Timing:

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from jaxpipe.errors import ScheduleError
 from jaxpipe.schedule import Action, Costs, Schedule, build, simulate
-from jaxpipe.schedule.pack import lockstep_local_makespan, lockstep_makespan, packings
+from jaxpipe.schedule.lower import choose
+from jaxpipe.schedule.pack import lockstep_local_makespan, lockstep_makespan
+from jaxpipe.schedule.simulate import Runtime
 
 
 def by_hand(*rows: str, microbatches: int = 1) -> Schedule:
@@ -73,6 +75,7 @@ def test_activations_after_the_input_gradient_may_count_for_less():
     [
         ({"runtime": "lock"}, "runtime='lock' must be 'async', 'lockstep' or 'lockstep_local'; try 'async'"),
         ({"packing": "greedy"}, "packing='greedy' must be 'auto', 'paired' or 'single'; try 'auto'"),
+        ({"memory": "tight"}, "memory='tight' must be 'ideal' or 'strict'; try 'ideal'"),
         ({"after_input": 2}, "after_input=2 must be between 0 and 1; try 1"),
     ],
 )
@@ -80,6 +83,11 @@ def test_wrong_options_are_refused(options, message):
     with pytest.raises(ScheduleError) as error:
         simulate(CHAIN, **options)
     assert str(error.value) == message
+
+
+def test_costs_of_zero_have_no_bubble():
+    timing = simulate(CHAIN, Costs(0.0, 0.0, 0.0))
+    assert (timing.makespan, timing.bubble, timing.span_bubble) == (0.0, 0.0, 0.0)
 
 
 def test_a_deadlock_is_an_error():
@@ -149,10 +157,13 @@ def test_idle_time_beyond_the_work(name, v, times, asynchronous, single):
 def test_lockstep_times_are_those_that_packing_is_priced_by(name, hop):
     schedule, costs = build(name, devices=4, microbatches=9), Costs(1.0, 1.3, 0.6, hop=hop)
     for packing in ("single", "paired"):
-        whole = min(lockstep_makespan(packed, costs) for packed in packings(schedule, packing))
-        local = min(lockstep_local_makespan(packed, costs) for packed in packings(schedule, packing))
-        assert simulate(schedule, costs, "lockstep", packing=packing).makespan == pytest.approx(whole)
-        assert simulate(schedule, costs, "lockstep_local", packing=packing).makespan == pytest.approx(local)
+        for memory in ("ideal", "strict"):
+            packed = choose(schedule, packing, costs, memory)
+            runtimes: tuple[Runtime, ...] = ("lockstep", "lockstep_local")
+            for runtime, price in zip(runtimes, (lockstep_makespan, lockstep_local_makespan), strict=True):
+                timing = simulate(schedule, costs, runtime, packing=packing, memory=memory)
+                assert timing.makespan == pytest.approx(price(packed, costs))
+                assert timing.peak_activations == tuple(n / schedule.repeats for n in packed.peak_stages())
 
 
 @given(
