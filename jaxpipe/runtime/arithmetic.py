@@ -1,6 +1,7 @@
 """How many floating-point operations a program's matrix products hold, counted in its jaxpr."""
 
 import math
+from collections import Counter
 from typing import Any
 
 import jax
@@ -54,19 +55,22 @@ def arithmetic_ratio(pipe: Any, params: Tree, batch: Tree) -> float:
     program = pipe.program(params, batch)
     stage, model = program.stage, program.model
     weights, carry, context = stage.params, stage.carry, stage.context
-    actions = {lane: sum(r >= 0 for row in pipe.table.columns[f"{lane}_repeat"] for r in row) for lane in "fb"}
+    actions = Counter(action.phase for actions in pipe.schedule.order for action in actions)
     heads = sum(r >= 0 for row in pipe.table.columns["h_gradient"] for r in row)
     head = jax.eval_shape(program.ends.head, dict(program.ends.shapes))
 
     def loss(head, carry, context):
         return model.head_loss.apply(head, carry, context.mb, context.group)[0]
 
-    executed = (
-        actions["f"] * dot_flops(stage.forward, weights, carry, context)
-        + actions["b"] * dot_flops(stage.backward, weights, carry, stage.residuals, context, carry)
-        + heads * dot_flops(jax.value_and_grad(loss, (0, 1)), head, carry, context)
-    )
-    forward = actions["f"] * dot_flops(stage.run, weights, carry, context) + heads * dot_flops(
+    executed = actions["F"] * dot_flops(stage.forward, weights, carry, context)
+    if actions["B"]:
+        executed += actions["B"] * dot_flops(stage.backward, weights, carry, stage.residuals, context, carry)
+    if actions["I"]:
+        rest = weights, carry, stage.residuals, context
+        executed += actions["I"] * dot_flops(stage.backward_input, *rest, carry)
+        executed += actions["W"] * dot_flops(stage.backward_weight, *rest, stage.weight_residuals)
+    executed += heads * dot_flops(jax.value_and_grad(loss, (0, 1)), head, carry, context)
+    forward = actions["F"] * dot_flops(stage.run, weights, carry, context) + heads * dot_flops(
         loss, head, carry, context
     )
     return executed / (3 * forward)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxpipe.errors import ConfigError, PartitionError
+from jaxpipe.errors import ConfigError, PartitionError, ScheduleError
 from jaxpipe.runtime import keys
 from jaxpipe.runtime.compile import Program
 from jaxpipe.runtime.ends import Ends
@@ -18,9 +18,8 @@ from jaxpipe.runtime.model import Model, Tree
 from jaxpipe.runtime.relayout import Layout
 from jaxpipe.runtime.sizes import model_bytes
 from jaxpipe.runtime.stage import Context, Remat, Stage, cast_dtypes
-from jaxpipe.runtime.supported import check_supported
 from jaxpipe.runtime.tree import get_path, set_path, tie, untie
-from jaxpipe.schedule import Costs, ModelBytes, Schedule, TickTable, build, lower
+from jaxpipe.schedule import Costs, ModelBytes, Schedule, TickTable, lower
 
 REMATS = ("full", "none", "all")
 
@@ -77,9 +76,8 @@ class Pipeline:
         self.remat: Remat = remat
         recompute = 1.0 if remat == "full" else 0.0
         self.table = lower(schedule, packing, costs or Costs(recompute=recompute), memory)
-        check_supported(self.table)
         per_stage = len(model.blocks) // schedule.stages
-        self.layout = Layout(mesh, schedule.devices, schedule.repeats, per_stage, kinds[0])
+        self.layout = Layout(mesh, schedule.devices, schedule.repeats, per_stage, kinds[0], schedule.placement)
 
     @property
     def batch_sharding(self) -> NamedSharding:
@@ -136,7 +134,12 @@ class Pipeline:
 
         Raises:
             ConfigError: B does not divide.
+            ScheduleError: The schedule has no backwards.
         """
+        if not any(phase.backward for phase in self.table.phases):
+            raise ScheduleError(
+                f"schedule={self.schedule.name!r} runs forwards only and has no gradient; try Pipeline.loss, or '1f1b'"
+            )
         key = _typed(key)
         loss, weight, grads = self.program(params, batch, self.table, key is not None)(params, batch, key)
         return loss / weight, jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
@@ -163,9 +166,8 @@ class Pipeline:
     @cached_property
     def _forward_table(self):
         s = self.schedule
-        forwards = build("interleaved_1f1b", devices=s.devices, microbatches=s.microbatches, repeats=s.repeats)
-        order = tuple(tuple(a for a in actions if a.phase == "F") for actions in forwards.order)
-        return lower(Schedule("inference", s.devices, s.microbatches, s.repeats, "loop", order))
+        order = tuple(tuple(a for a in actions if a.phase == "F") for actions in s.order)
+        return lower(Schedule("inference", s.devices, s.microbatches, s.repeats, s.placement, order))
 
     def optimizer(self, tx: optax.GradientTransformation) -> optax.GradientTransformation:
         """An optax transformation for the pipeline's tree that acts as `tx` on the model's separate layers.

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxpipe.errors import PartitionError
 from jaxpipe.runtime.mesh import PIPE
 from jaxpipe.runtime.model import Tree
+from jaxpipe.schedule.ir import Placement
 
 
 def sharded_dim(shape: tuple[int, ...], devices: int) -> int | None:
@@ -41,6 +42,7 @@ class Layout:
         repeats: V.
         per_stage: k, blocks per stage.
         kind: The blocks' kind.
+        placement: Where stages live.
     """
 
     mesh: Mesh
@@ -48,10 +50,12 @@ class Layout:
     repeats: int
     per_stage: int
     kind: str
+    placement: Placement
 
     def block(self, device: int, repeat: int, j: int) -> int:
-        """The global number of a device's j-th block of its `repeat`-th stage (placement loop)."""
-        return (repeat * self.devices + device) * self.per_stage + j
+        """The global number of a device's j-th block of its `repeat`-th stage."""
+        place = self.devices - 1 - device if self._backwards(repeat) else device
+        return (repeat * self.devices + place) * self.per_stage + j
 
     def rows(self, repeat: int, j: int) -> list[int]:
         """The blocks that form the leaves ``blocks[repeat][j]``, by device."""
@@ -123,7 +127,7 @@ class Layout:
         shape = (self.repeats * self.devices * self.per_stage, *first.shape[1:])
 
         def stack(leaves):
-            stages = [jax.numpy.stack(stage, axis=1) for stage in leaves]  # each [P, k, ...]
+            stages = [self._turned(c, jax.numpy.stack(stage, axis=1)) for c, stage in enumerate(leaves)]  # [P, k, ...]
             return jax.numpy.stack(stages).reshape(shape)
 
         return jax.jit(stack, out_shardings=self.canonical_sharding(shape))(leaves)
@@ -135,6 +139,14 @@ class Layout:
 
         def cut(leaf):
             stages = leaf.reshape(self.repeats, self.devices, self.per_stage, *leaf.shape[1:])
-            return [[stages[c, :, j] for j in range(self.per_stage)] for c in range(self.repeats)]
+            turned = [self._turned(c, stages[c]) for c in range(self.repeats)]
+            return [[stage[:, j] for j in range(self.per_stage)] for stage in turned]
 
         return jax.jit(cut, out_shardings=on_blocks)(leaf)
+
+    def _turned(self, repeat: int, stage):
+        """Blocks of a repeat ``[P, ...]`` in model order as those by device, or back."""
+        return jax.numpy.flip(stage, 0) if self._backwards(repeat) else stage
+
+    def _backwards(self, repeat: int) -> bool:
+        return self.placement == "v" and repeat % 2 == 1

@@ -44,15 +44,19 @@ def model_bytes(program: Program, params: Tree) -> ModelBytes:
     stage, repeats = program.stage, program.table.schedule.repeats
     ends = dict(program.ends.shapes)
     args = stage.params, stage.carry, stage.residuals, stage.context, stage.carry
-    backward = memory_of(jax.jit(stage.backward).lower(*args).compile())
+    lanes: list[tuple] = [(stage.backward, args)]
+    if "I" in program.table.schedule.phases:
+        lanes = [(stage.backward_input, args), (stage.backward_weight, (*args[:-1], stage.weight_residuals))]
+    working = [memory_of(jax.jit(lane).lower(*given).compile()) for lane, given in lanes]
     leaves = zip(jax.tree.leaves(stage.params), jax.tree.leaves(params["blocks"][0]), strict=True)
     casts = tree_bytes([cast for cast, rest in leaves if cast.dtype != rest.dtype])
     return ModelBytes(
         carry=tree_bytes(stage.carry),
         residual=tree_bytes(stage.residuals),
-        backward=backward.temp_size_in_bytes + backward.output_size_in_bytes,
+        backward=max(lane.temp_size_in_bytes + lane.output_size_in_bytes for lane in working),
         ends=tree_bytes(ends),
         ends_gradient=tree_bytes(ends, accumulator_dtype),
         stage_gradient=repeats * tree_bytes(stage.params, accumulator_dtype),
         casts=repeats * casts,
+        weight_residual=tree_bytes(stage.weight_residuals) if len(lanes) > 1 else 0,
     )

@@ -16,30 +16,15 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.core import eval_jaxpr
-from jax.extend.core import ClosedJaxpr, Jaxpr, Var
+from jax.extend.core import ClosedJaxpr, Jaxpr, Var, jaxpr_as_fun
 from jax.extend.core import Literal as Constant
 from jax.interpreters import partial_eval
 
 from jaxpipe.runtime import keys
 from jaxpipe.runtime.model import Tree
+from jaxpipe.runtime.split import PRODUCTS, SplitBackward, split_backward
 
 Remat = Literal["full", "none", "all"]
-
-PRODUCTS = frozenset(
-    {
-        "dot_general",
-        "ragged_dot",
-        "ragged_dot_general",
-        "conv_general_dilated",
-        "custom_vjp_call",
-        "custom_vjp_call_jaxpr",
-        "pallas_call",
-        "ffi_call",
-        "dot_product_attention_fwd",
-        "dot_product_attention_fwd_wrapper",
-    }
-)
-"""Primitives whose outputs ``remat="none"`` keeps: matrix products and opaque kernels that may hold them."""
 
 
 def save_products(primitive, *_, **__) -> bool:
@@ -129,6 +114,29 @@ class Stage:
             _, vjp = jax.vjp(lambda p, x: self.run(p, x, context), params, carry)
             return vjp(dy)
         return self._cut.vjp(residuals, jax.tree.leaves((params, carry, context)))(dy)
+
+    @property
+    def weight_residuals(self) -> list[jax.ShapeDtypeStruct]:
+        """Shapes of what I keeps for W beside the stage's input and residuals."""
+        return self._split.crossing
+
+    def backward_input(self, params: Tree, carry: Tree, residuals: list, context: Context, dy: Tree) -> tuple:
+        """The I half of `backward`: ``(dcarry, weight residuals)``."""
+        args = jax.tree.leaves((params, carry, residuals, context, dy))
+        outs = jaxpr_as_fun(self._split.inputs)(*args)
+        at = self._split.num_inputs
+        return jax.tree.unflatten(jax.tree.structure(carry), outs[:at]), list(outs[at:])
+
+    def backward_weight(self, params: Tree, carry: Tree, residuals: list, context: Context, crossing: list) -> Tree:
+        """The W half of `backward`: ``dparams``, from what `backward_input` kept."""
+        args = jax.tree.leaves((params, carry, residuals, context, crossing))
+        return jax.tree.unflatten(jax.tree.structure(params), jaxpr_as_fun(self._split.weights)(*args))
+
+    @cached_property
+    def _split(self) -> SplitBackward:
+        args = self.params, self.carry, self.residuals, self.context, self.carry
+        closed = jax.make_jaxpr(self.backward)(*args)
+        return split_backward(closed, len(jax.tree.leaves(self.params)), len(jax.tree.leaves(self.carry)))
 
     @cached_property
     def _cut(self) -> "Cut":

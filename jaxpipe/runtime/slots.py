@@ -1,0 +1,40 @@
+"""Numbered buffers of the compiled loop.
+
+Each kind of value rests in arrays ``[slots + 1, ...]``; the last slot is scratch, which idle lanes write. Always updated
+outside the conditionals: an update inside one makes XLA copy the whole buffer.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxpipe.runtime.model import Tree
+
+
+def make(shapes: Tree, count: int) -> Tree:
+    """Buffers of `count` slots and one scratch slot."""
+    return jax.tree.map(lambda s: jnp.zeros((count + 1, *s.shape), s.dtype), shapes)
+
+
+def put(slots: Tree, at, values: Tree) -> Tree:
+    """Writes a slot; slot -1 is the scratch slot."""
+
+    def write(buffer, value):
+        return lax.dynamic_update_index_in_dim(buffer, value, jnp.where(at < 0, buffer.shape[0] - 1, at), 0)
+
+    return jax.tree.map(write, slots, values)
+
+
+def get(slots: Tree, at) -> Tree:
+    """Reads a slot; anything valid for slot -1."""
+    return jax.tree.map(lambda b: lax.dynamic_index_in_dim(b, jnp.maximum(at, 0), keepdims=False), slots)
+
+
+def add(accumulators: Tree, at, gradients: Tree) -> Tree:
+    """``accumulators[at] += gradients``, in place, in the accumulators' dtypes."""
+
+    def add_row(accumulator, gradient):
+        row = lax.dynamic_index_in_dim(accumulator, at, keepdims=False) + gradient.astype(accumulator.dtype)
+        return lax.dynamic_update_index_in_dim(accumulator, row, at, 0)
+
+    return jax.tree.map(add_row, accumulators, gradients)
