@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.interpreters import partial_eval
 
 from jaxpipe.runtime.model import Tree
 
@@ -13,13 +14,15 @@ from jaxpipe.runtime.model import Tree
 def dot_flops(function: Any, *args: Any) -> int:
     """Floating-point operations of all matrix products that a call makes; two per multiply-add.
 
-    A conditional counts its dearest branch and a scan its body times its length.
+    What no output needs does not count, as XLA drops it. A conditional counts its dearest branch and a scan its body
+    times its length.
 
     Args:
         function: Anything that can be traced.
         args: Arrays or shapes.
     """
-    return _flops(jax.make_jaxpr(function)(*args).jaxpr)
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    return _flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 
 
 def _flops(jaxpr: Jaxpr) -> int:

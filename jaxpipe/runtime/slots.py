@@ -1,7 +1,7 @@
 """Numbered buffers of the compiled loop.
 
-Each kind of value rests in arrays ``[slots + 1, ...]``; the last slot is scratch, which idle lanes write. Always updated
-outside the conditionals: an update inside one makes XLA copy the whole buffer.
+Each kind of value rests in arrays ``[slots + 1, ...]``; the last slot is scratch, which idle lanes write. They are
+always updated outside the conditionals: an update inside one makes XLA copy the whole buffer.
 """
 
 import jax

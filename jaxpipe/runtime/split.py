@@ -2,8 +2,8 @@
 
 Read off the traced backward, once: what the input's gradient needs is I. W is what remains, and reads from I what it
 must not compute again: the outputs of matrix products and opaque kernels, and the gradient that arrived. Those cross
-from I to W in a slot of their own, the *weight-residual*. Elementwise work that both need is computed in both: keeping it
-would cost more memory than time. With full remat the forward runs again in I only, and its products cross.
+from I to W in a slot of their own, the *weight-residual*. Elementwise work that both need is computed in both: keeping
+it would cost more memory than time. With full remat the forward runs again in I only, and its products cross.
 """
 
 from collections.abc import Sequence

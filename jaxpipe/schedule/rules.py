@@ -53,7 +53,7 @@ def writes(action: Action, stages: int) -> tuple[Value, ...]:
             return ()
 
 
-class Deadlock(Exception):  # noqa: N818 - an event that callers turn into their own error
+class Deadlock(Exception):
     """No device can go on. Carries, per device, how many of its actions have run."""
 
     def __init__(self, done: list[int]):

@@ -9,7 +9,13 @@ import jaxpipe as jp
 from jaxpipe.errors import PartitionError
 from jaxpipe.runtime.relayout import sharded_dim
 
-SPLITS = [("1f1b", 1, 1, 8), ("1f1b", 2, 1, 4), ("interleaved_1f1b", 2, 2, 2), ("interleaved_1f1b", 4, 2, 1)]
+SPLITS = [
+    ("1f1b", 1, 1, 8),
+    ("1f1b", 2, 1, 4),
+    ("interleaved_1f1b", 2, 2, 2),
+    ("interleaved_1f1b", 4, 2, 1),
+    ("v_min", 2, 2, 2),
+]
 
 
 def bit_equal(a, b) -> bool:
