@@ -6,7 +6,7 @@
 
 The order of `interleaved_1f1b` with I in B's place and a warm-up of (P-1-i) + (V-1)P forwards (N for P where groups are
 larger); each W runs as soon as its device would otherwise idle, the rest in the drain. Needs M ≥ P.
-Bubble time (P-1)(tF+tI-tW)/V for tW ≤ min(tF, tI); no device keeps more than device 0 does under `interleaved_1f1b`.
+Bubble time (P-1)(tF+tI-tW)/V for tW ≤ min(tF, tI); no device keeps more than ((V-1)N + P)/V, N the largest group.
 
 Source: Qi et al. 2023 (ICLR 2024), zero bubble, with the order of Narayanan et al. 2021 (SC21). Not to be confused with
 ZB-V, which needs no ring.
@@ -21,7 +21,7 @@ from jaxpipe.schedule.ir import Action
 def order(devices: int, microbatches: int, repeats: int) -> Order:
     """Warm-up, then an F and an I in turn, then the remaining I; `fill_idle` puts the W between."""
     rows = [_without_weights(device, devices, microbatches, repeats) for device in range(devices)]
-    cap = round(repeats * interleaved.peak(devices, microbatches, repeats, 0))
+    cap = round(repeats * _peak(devices, microbatches, repeats, 0))
     return fill_idle(rows, [cap] * devices, stages=devices * repeats)
 
 
@@ -33,6 +33,10 @@ def _without_weights(device: int, devices: int, microbatches: int, repeats: int)
     warmup = min(devices - 1 - device + (repeats - 1) * largest, len(forwards))
     steady = [action for pair in zip(forwards[warmup:], inputs, strict=False) for action in pair]
     return forwards[:warmup] + steady + inputs[len(forwards) - warmup :]
+
+
+def _peak(p: int, m: int, v: int, i: int) -> float:
+    return min((v - 1) * max(interleaved.group_sizes(p, m)) + p, m * v) / v
 
 
 def _bubble(p: int, m: int, v: int, f: float, i: float, w: float) -> float:
@@ -47,7 +51,7 @@ FAMILY = Family(
     order,
     "interleaved_1f1b with split backward",
     _bubble,
-    peak=lambda p, m, v, i: interleaved.peak(p, m, v, 0),
+    peak=_peak,
     bubble_claim=_claim,
     peak_claim="at most",
     least=(1, 0),
