@@ -219,6 +219,7 @@ def _lanes_only(pipe, params, batch):
 
     program = pipe.program(params, batch)
     stage, schedule = program.stage, pipe.schedule
+    split = "I" in schedule.phases
 
     def device(lanes, state):
         carry = jax.tree.map(lambda s: jnp.full(s.shape, 0.5, s.dtype), stage.carry)
@@ -226,19 +227,24 @@ def _lanes_only(pipe, params, batch):
         def microbatch(state_and_x, m):
             state, x = state_and_x
             for repeat in range(schedule.repeats):
-                here = jnp.int32(repeat)
-                row = {"f_microbatch": m, "b_microbatch": m, "f_repeat": here, "b_repeat": here}
-                context = lanes.context(m, here)
-                x = lanes.embed_lane(x, context, here)
+                at = jnp.int32(repeat)
+                row = {"f_microbatch": m, "b_microbatch": m, "f_repeat": at, "b_repeat": at}
+                context = lanes.context(m, at)
+                x = lanes.embed_lane(x, context, at)
                 y, residuals = stage.forward(lanes.blocks[repeat], x, context)
                 x, (y, residuals) = fence(x, (y, residuals))
                 dy = y
                 if repeat == schedule.repeats - 1:
-                    last = lanes.device == schedule.devices - 1
+                    last = lanes.device == schedule.device_of(schedule.stages - 1)
                     state, dy = lanes.head_lane(state, row | {"h_gradient": jnp.where(last, 0, -1)}, y)
-                dw, dx = stage.backward(lanes.blocks[repeat], x, residuals, context, dy)
-                dx, dw = fence(dx, dw)
-                state = lanes.add_gradients(state, row, dx, dw)
+                here = lanes.blocks[repeat], x, residuals, context
+                if split:
+                    dx, crossing = fence(*stage.backward_input(*here, dy))
+                    dw = stage.backward_weight(*here, crossing)
+                else:
+                    dw, dx = stage.backward(*here, dy)
+                dx, dw = fence(dx, list(dw))
+                state = lanes.add_gradients(state, row, dx, dw, None)
                 x, _ = fence(carry, dx)
             return (state, x), None
 
