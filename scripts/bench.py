@@ -236,7 +236,8 @@ def _lanes_only(pipe, params, batch):
                 dy = y
                 if repeat == schedule.repeats - 1:
                     last = lanes.device == schedule.device_of(schedule.stages - 1)
-                    state, dy = lanes.head_lane(state, row | {"h_gradient": jnp.where(last, 0, -1)}, y)
+                    state, dy, commit = lanes.head_lane(state, row | {"h_gradient": jnp.where(last, 0, -1)}, y)
+                    state = commit(state)
                 here = lanes.blocks[repeat], x, residuals, context
                 if split:
                     dx, crossing = fence(*stage.backward_input(*here, dy))
@@ -244,7 +245,8 @@ def _lanes_only(pipe, params, batch):
                 else:
                     dw, dx = stage.backward(*here, dy)
                 dx, dw = fence(dx, list(dw))
-                state = lanes.add_gradients(state, row, dx, dw, None)
+                state = state | {"blocks": lanes.add(state["blocks"], at, dw)}
+                state = lanes.embed_gradient_lane(state, row, dx)
                 x, _ = fence(carry, dx)
             return (state, x), None
 

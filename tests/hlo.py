@@ -30,12 +30,19 @@ def computations(text: str) -> dict[str, list[str]]:
     return found
 
 
+def branches_of(line: str) -> list[str]:
+    """The computations that a conditional chooses from, the one for 0 or false first."""
+    listed = [name for group in _BRANCHES.findall(line) for name in re.findall(r"%?([\w.\-]+)", group)]
+    sides = (re.search(rf"{side}_computation=%?([\w.\-]+)", line) for side in ("false", "true"))
+    return listed or [found.group(1) for found in sides if found]
+
+
 def loop_bodies(text: str, inner: bool = False) -> list[list[str]]:
     """The instructions of the bodies of the loops that hold hops.
 
     Args:
         text: HLO text.
-        inner: With the instructions of the branches (but not the fusions) that a body calls.
+        inner: With the instructions of the lanes (branches and inner loops, but not fusions) that a body calls.
     """
     parts = computations(text)
     names = [
@@ -48,10 +55,10 @@ def loop_bodies(text: str, inner: bool = False) -> list[list[str]]:
 def _with_branches(parts: dict[str, list[str]], name: str) -> list[str]:
     lines = list(parts[name])
     for line in parts[name]:
+        if lane := re.search(r" while\(.*body=%?([\w.\-]+)", line):
+            lines += _with_branches(parts, lane.group(1))
         if " conditional(" in line:
-            called = [c for group in _BRANCHES.findall(line) for c in re.findall(r"%?([\w.\-]+)", group)]
-            called += re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", line)
-            lines += [inner for branch in called for inner in _with_branches(parts, branch)]
+            lines += [inner for branch in branches_of(line) for inner in _with_branches(parts, branch)]
     return lines
 
 

@@ -94,7 +94,8 @@ class Program:
         columns = {name: column[:, 0] for name, column in columns.items()}
         batch = jax.tree.map(lambda x: x.reshape(self.table.schedule.microbatches, -1, *x.shape[1:]), batch)
         parts = self.model, self.table, self.stage, self.ends, self.layout.per_stage
-        lanes = Lanes(*parts, device[0], shard[0], batch, key, *self._weights(params))
+        loops = self.mesh.devices.flat[0].platform == "cpu"
+        lanes = Lanes(*parts, device[0], shard[0], batch, key, *self._weights(params), loops=loops)
         state = lanes.start(params)
         if loop is not None:
             state = loop(lanes, state)

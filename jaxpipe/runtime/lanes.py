@@ -11,14 +11,14 @@ The state is a dict, one entry per kind of thing that lives from tick to tick:
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpipe.runtime import keys, slots
+from jaxpipe.runtime import keys, skip, slots
 from jaxpipe.runtime.ends import Ends, accumulate, accumulator_dtype
 from jaxpipe.runtime.model import Model, Tree
 from jaxpipe.runtime.stage import Context, Stage
@@ -46,6 +46,7 @@ class Lanes:
         key: A key or None.
         blocks: Weights, ``blocks[repeat][j]``.
         ends: Gathered embedding and head parameters.
+        loops: Whether lanes are skipped by loops instead of branches, see `jaxpipe.runtime.skip`.
     """
 
     model: Model
@@ -59,6 +60,7 @@ class Lanes:
     key: Any
     blocks: list
     ends: Tree
+    loops: bool = False
 
     @cached_property
     def trains(self) -> bool:
@@ -110,19 +112,20 @@ class Lanes:
         if phase.backward:
             rb = self.hops(state["dx"], self.sides("b", phase.start, phase.stop))  # [1]
         if phase.forward:
-            state, y, residuals = self.forward_lane(state, row)
+            state, y, commit = self.forward_lane(state, row)
             if phase.backward:
-                rb, (y, residuals) = fence(rb, (y, residuals))
+                rb, (y, commit) = fence(rb, (y, commit))
             # [2] What the last tick of a phase sends arrives in the next one.
             sent = self.hops(y, self.sides("f", phase.start + 1, phase.stop + 1))
-            state = self.keep(state, row, residuals) | {"rf": state["rf"] | sent}
+            state = commit(state) | {"rf": state["rf"] | sent}
         if phase.head:
-            state, dy = self.head_lane(state, row, y)
+            state, dy, commit = self.head_lane(state, row, y)
+            state = commit(state)
         if phase.backward:
-            state, dx, dw, crossing = self.backward_lane(state, row, rb, dy)
+            state, dx, commit = self.backward_lane(state, row, rb, dy)
             if phase.forward:
-                state["rf"], (dx, dw, crossing) = fence(state["rf"], (dx, dw, crossing))
-            state = self.add_gradients(state, row, dx, dw, crossing) | {"dx": dx}
+                state["rf"], (dx, commit) = fence(state["rf"], (dx, commit))
+            state = self.embed_gradient_lane(commit(state), row, dx) | {"dx": dx}
         if phase.weight:
             state = self.weight_lane(state, row)
         return state
@@ -133,8 +136,8 @@ class Lanes:
         ring = schedule.placement == "loop" and schedule.repeats > 1
         return {side: values if side == "own" else hop(values, schedule.devices, ring, STEP[side]) for side in sides}
 
-    def forward_lane(self, state: dict, row: dict) -> tuple[dict, Tree, list]:
-        """Takes in what arrived, keeps it, and runs the stage: its output and residuals."""
+    def forward_lane(self, state: dict, row: dict) -> tuple[dict, Tree, "Commit"]:
+        """Takes in what arrived, keeps it, and runs the stage."""
         stage, kept, repeat = self.stage, state["activation"], row["f_repeat"]
         arrived = state["rf"]
         if self.table.forward_direct:
@@ -146,12 +149,13 @@ class Lanes:
         x = self.embed_lane(arrived, context, repeat)
         kept = slots.put(kept, jnp.where(repeat >= 0, row["f_activation"], -1), x)
 
-        def idle():
-            return x, self.zeros(stage.residuals)
+        def run(repeat):
+            return lambda given: stage.forward(given[0][repeat], *given[1:])
 
-        branches = [idle, *(lambda w=w: stage.forward(w, x, context) for w in self.blocks)]
-        y, residuals = lax.switch(repeat + 1, branches)
-        return state | {"activation": kept}, y, residuals
+        branches = [run(c) for c in range(len(self.blocks))]
+        lane = Lane(branches, partial(_keep, row["f_residual"]), stage.residuals if self.trains else [])
+        state = state | {"activation": kept}
+        return self.run(lane, state, ["residual"] if self.trains else [], repeat, x, (self.blocks, x, context))
 
     def take_in(self, lane: str, row: dict, kept: Tree, arrived: dict[str, Tree]) -> Tree:
         """Puts what arrived into the slots that the row names."""
@@ -175,74 +179,75 @@ class Lanes:
         embed, key = self.model.embed.apply, keys.embed_key(context.group)
         return lax.cond(first, lambda: embed(self.ends["embed"], context.mb, key), lambda: arrived)
 
-    def keep(self, state: dict, row: dict, residuals: list) -> dict:
-        """Puts the residuals into their slot."""
-        if not self.trains:
-            return state
-        return state | {"residual": slots.put(state["residual"], row["f_residual"], residuals)}
-
-    def head_lane(self, state: dict, row: dict, y: Tree) -> tuple[dict, Tree]:
+    def head_lane(self, state: dict, row: dict, y: Tree) -> tuple[dict, Tree, "Commit"]:
         """Loss of the microbatch that leaves the last stage and, when training, its gradient."""
-        active = row["h_gradient"] >= 0
         context = self.context(row["f_microbatch"], row["f_repeat"])
-        key = keys.head_key(context.group, len(self.model.blocks))
-        dtype = state["loss"].dtype
-        head = self.parts.head(self.ends)
+        head, dtype = self.parts.head(self.ends), state["loss"].dtype
 
-        def loss(head, y):
+        def loss(head, y, context):
+            key = keys.head_key(context.group, len(self.model.blocks))
             total, weight = self.model.head_loss.apply(head, y, context.mb, key)
             return total.astype(dtype), lax.stop_gradient(weight).astype(dtype)
 
-        zero = jnp.zeros((), dtype)
-        if not self.trains:
-            total, weight = lax.cond(active, lambda: loss(head, y), lambda: (zero, zero))
-            return state | {"loss": state["loss"] + total, "weight": state["weight"] + weight}, None
+        def evaluate(given):
+            head, y, context = given
+            return y, (*loss(head, y, context), None)
 
-        def run():
-            total, vjp, weight = jax.vjp(loss, head, y, has_aux=True)
-            return (total, weight, *vjp(jnp.ones((), dtype)))
+        def train(given):
+            head, y, context = given
+            total, vjp, weight = jax.vjp(lambda head, y: loss(head, y, context), head, y, has_aux=True)
+            dhead, dy = vjp(jnp.ones((), dtype))
+            return dy, (total, weight, dhead)
 
-        def idle():
-            return zero, zero, self.zeros(head), y
+        def commit(state, kept):
+            total, weight, dhead = kept
+            ends = {"ends": self.parts.add_head(state["ends"], dhead)} if self.trains else {}
+            return {"loss": state["loss"] + total, "weight": state["weight"] + weight} | ends
 
-        total, weight, dhead, dy = lax.cond(active, run, idle)
-        state = state | {"loss": state["loss"] + total, "weight": state["weight"] + weight}
-        state["ends"] = self.parts.add_head(state["ends"], dhead)
+        scalar = jax.ShapeDtypeStruct((), dtype)
+        lane = Lane([train if self.trains else evaluate], commit, (scalar, scalar, head if self.trains else None))
+        index = jnp.minimum(row["h_gradient"], 0)
+        updates = ["loss", "weight", *(["ends"] if self.trains else [])]
+        state, dy, commit_now = self.run(lane, state, updates, index, y, (head, y, context))
         if "gradient" in state:
-            state["gradient"] = slots.put(state["gradient"], row["h_gradient"], dy)
-        return state, dy
+            state = state | {"gradient": slots.put(state["gradient"], row["h_gradient"], dy)}
+        return state, dy, commit_now
 
-    def backward_lane(self, state: dict, row: dict, rb: Any, dy: Tree) -> tuple[dict, Tree, Tree, Any]:
-        """Runs B or I of a stage on the gradient that arrived or that the head made.
-
-        Returns:
-            The state; the gradient of the stage's input; from B the gradients of its weights; from I what W needs. None
-            for what no tick of the table makes.
-        """
+    def backward_lane(self, state: dict, row: dict, rb: Any, dy: Tree) -> tuple[dict, Tree, "Commit"]:
+        """Runs B or I of a stage on the gradient that arrived or that the head made."""
         stage, repeat = self.stage, row["b_repeat"]
         state, gradient = self.arriving_gradient(state, row, rb, dy)
-        context = self.context(row["b_microbatch"], repeat)
         full, split = self.backward_kinds
 
-        def run(weights, input_only: bool):
-            x = slots.get(state["activation"], row["b_activation"])
-            residuals = slots.get(state["residual"], row["b_residual"])
+        def run(c: int, input_only: bool, given):
+            blocks, activation, residual, context, gradient = given
+            x = slots.get(activation, row["b_activation"])
+            known = blocks[c], x, slots.get(residual, row["b_residual"]), context
             if input_only:
-                dx, crossing = stage.backward_input(weights, x, residuals, context, gradient)
-                return dx, self.zeros(stage.params) if full else None, crossing
-            dw, dx = stage.backward(weights, x, residuals, context, gradient)
-            return dx, list(dw), self.zeros(stage.weight_residuals) if split else None
+                dx, crossing = stage.backward_input(*known, gradient)
+                return dx, (self.zeros(stage.params) if full else None, crossing)
+            dw, dx = stage.backward(*known, gradient)
+            return dx, (list(dw), self.zeros(stage.weight_residuals) if split else None)
 
-        def idle():
-            dw = list(self.zeros(stage.params)) if full else None
-            return gradient, dw, self.zeros(stage.weight_residuals) if split else None
+        def commit(state, kept):
+            dw, crossing = kept
+            if dw is not None:
+                state = state | {"blocks": self.add(state["blocks"], repeat, dw)}
+            if crossing is not None:
+                rest = slots.put(state["weight_residual"], row["b_weight_residual"], crossing)
+                state = state | {"weight_residual": rest}
+            return state
 
         kinds = [only for only, runs in ((False, full), (True, split)) if runs]
-        branches = [idle, *(lambda w=w, only=only: run(w, only) for only in kinds for w in self.blocks)]
-        index = repeat + 1
+        branches = [partial(run, c, only) for only in kinds for c in range(len(self.blocks))]
+        index = repeat
         if full and split:
             index += jnp.where(row["b_input_only"] == 1, len(self.blocks), 0)
-        return state, *lax.switch(index, branches)
+        shapes = stage.params if full else None, stage.weight_residuals if split else None
+        updates = [name for name, runs in (("blocks", full), ("weight_residual", split)) if runs]
+        context = self.context(row["b_microbatch"], repeat)
+        given = self.blocks, state["activation"], state["residual"], context, gradient
+        return self.run(Lane(branches, commit, shapes), state, updates, index, gradient, given)
 
     def arriving_gradient(self, state: dict, row: dict, rb: Any, dy: Tree) -> tuple[dict, Tree]:
         """The gradient of the stage's output, from its slot, from a neighbour or from the head."""
@@ -260,35 +265,61 @@ class Lanes:
     def weight_lane(self, state: dict, row: dict) -> dict:
         """Runs W of a stage and adds up what it makes."""
         stage, repeat = self.stage, row["w_repeat"]
+
+        def run(c: int, given):
+            blocks, activation, residual, crossing, context = given
+            x = slots.get(activation, row["w_activation"])
+            known = blocks[c], x, slots.get(residual, row["w_residual"]), context
+            return (), list(stage.backward_weight(*known, slots.get(crossing, row["w_weight_residual"])))
+
+        def commit(state, dw):
+            return {"blocks": self.add(state["blocks"], repeat, dw)}
+
+        lane = Lane([partial(run, c) for c in range(len(self.blocks))], commit, list(stage.params))
         context = self.context(row["w_microbatch"], repeat)
+        given = self.blocks, state["activation"], state["residual"], state["weight_residual"], context
+        state, _, commit_now = self.run(lane, state, ["blocks"], repeat, (), given)
+        return commit_now(state)
 
-        def run(weights):
-            x = slots.get(state["activation"], row["w_activation"])
-            residuals = slots.get(state["residual"], row["w_residual"])
-            crossing = slots.get(state["weight_residual"], row["w_weight_residual"])
-            return list(stage.backward_weight(weights, x, residuals, context, crossing))
+    def embed_gradient_lane(self, state: dict, row: dict, dx: Tree) -> dict:
+        """On the first stage, adds up the embedding's gradient."""
+        repeat, apply = row["b_repeat"], self.model.embed.apply
 
-        branches: list[Callable] = [lambda: list(self.zeros(stage.params)), *(lambda w=w: run(w) for w in self.blocks)]
-        return state | {"blocks": self.add(state["blocks"], repeat, lax.switch(repeat + 1, branches))}
+        def run(given):
+            embed, context, dx = given
+            _, vjp = jax.vjp(lambda p: apply(p, context.mb, keys.embed_key(context.group)), embed)
+            return (), vjp(dx)[0]
 
-    def add_gradients(self, state: dict, row: dict, dx: Tree, dw: Any, crossing: Any) -> dict:
-        """Adds a stage's weight gradients or keeps what W needs for them; adds the embedding's on the first stage."""
-        apply, repeat = self.model.embed.apply, row["b_repeat"]
+        def commit(state, gradient):
+            return {"ends": state["ends"] | {"embed": accumulate(state["ends"]["embed"], gradient)}}
+
+        embed = self.ends["embed"]
+        index = jnp.where((self.device == 0) & (repeat == 0), 0, -1)
         context = self.context(row["b_microbatch"], repeat)
-        first = (self.device == 0) & (repeat == 0)
-        embed, key = self.ends["embed"], keys.embed_key(context.group)
+        state, _, commit_now = self.run(Lane([run], commit, embed), state, ["ends"], index, (), (embed, context, dx))
+        return commit_now(state)
 
-        def embed_gradient():
-            _, vjp = jax.vjp(lambda p: apply(p, context.mb, key), embed)
-            return vjp(dx)[0]
+    def run(self, lane: "Lane", state: dict, updates: list[str], index, carry: Tree, given: Tree):
+        """Runs a lane where `index` is not -1, in the way that suits the machine.
 
-        gradient = lax.cond(first, embed_gradient, lambda: self.zeros(embed))
-        state = state | {"ends": state["ends"] | {"embed": accumulate(state["ends"]["embed"], gradient)}}
-        if dw is not None:
-            state["blocks"] = self.add(state["blocks"], repeat, dw)
-        if crossing is not None:
-            state["weight_residual"] = slots.put(state["weight_residual"], row["b_weight_residual"], crossing)
-        return state
+        Args:
+            lane: What it computes and commits.
+            state: The loop's state.
+            updates: The entries of the state that it commits to.
+            index: Which of its branches, or -1.
+            carry: What it passes on if it does not run.
+            given: All that its branches read.
+
+        Returns:
+            The state, what the lane passes on, and the commit that is still to be done.
+        """
+        if self.loops:
+            part = {name: state[name] for name in updates}
+            part, carry = skip.run_loop(index, lane.branches, lane.commit, part, carry, given)
+            return state | part, carry, Commit(None, None)
+        branches = [lambda branch=branch: branch(given) for branch in lane.branches]
+        carry, kept = skip.run_branch(index, branches, lambda: (carry, self.zeros(lane.kept)))
+        return state, carry, Commit(lane.commit, kept)
 
     def add(self, accumulators: list, repeat, gradients: list) -> list:
         """Adds the weight gradients of a stage; those of an idle lane are zero."""
@@ -317,3 +348,44 @@ class Lanes:
         if schedule.placement == "v":
             place = jnp.where(repeat % 2 == 1, schedule.devices - 1 - place, place)
         return Context(mb, group, (repeat * schedule.devices + place) * self.per_stage)
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What a lane computes, and what becomes of it.
+
+    Attributes:
+        branches: ``given -> (carry, kept)``: what is passed on, and what is committed.
+        commit: ``(state, kept) -> state``, for the entries that the lane updates.
+        kept: Shapes of what is committed.
+    """
+
+    branches: list[Callable[[Any], tuple[Tree, Any]]]
+    commit: Callable[[dict, Any], dict]
+    kept: Any
+
+
+@jax.tree_util.register_pytree_node_class
+class Commit:
+    """A commit that waits for its lane's fence; calling it with the state does it."""
+
+    def __init__(self, commit: Callable[[dict, Any], dict] | None, kept: Any):
+        self.commit, self.kept = commit, kept
+
+    def __call__(self, state: dict) -> dict:
+        """The state with the commit done."""
+        return state if self.commit is None else state | self.commit(state, self.kept)
+
+    def tree_flatten(self):
+        """What passes the fence: the values to be committed."""
+        return (self.kept,), self.commit
+
+    @classmethod
+    def tree_unflatten(cls, commit, children):
+        """The commit of values that passed the fence."""
+        return cls(commit, *children)
+
+
+def _keep(slot, state: dict, residuals: list) -> dict:
+    """Puts a forward's residuals into their slot."""
+    return {"residual": slots.put(state["residual"], slot, residuals)} if state else {}

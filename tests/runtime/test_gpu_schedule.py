@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hlo import computations, copies, hlo_text, holds_product, hops, loop_bodies
+from hlo import branches_of, computations, copies, hlo_text, holds_product, hops, loop_bodies
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
@@ -110,6 +110,22 @@ def test_no_collective_but_hops_runs_in_a_loop(repeats, remat):
     names = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all")
     for body in loop_bodies(text, inner=True):
         assert not [line for line in body if any(f" {name}" in line for name in names)]
+
+
+@pytest.mark.parametrize(("repeats", "remat"), CASES)
+def test_idle_branches_hold_no_matrix_product(repeats, remat):
+    _, _, text = compiled(repeats, remat)
+    parts = computations(text)
+
+    def works(name: str) -> bool:
+        return any(holds_product(line, parts) for line in parts[name])
+
+    lanes = 0
+    for branches in (branches_of(line) for body in loop_bodies(text) for line in body if " conditional(" in line):
+        working = sum(map(works, branches))
+        lanes += working > 0
+        assert working in (0, len(branches) - 1)
+    assert lanes >= 4  # forward and backward lane, each in two phases
 
 
 def test_the_check_sees_a_hop_that_waits():
