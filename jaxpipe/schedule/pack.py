@@ -249,7 +249,7 @@ def lockstep_makespan(packed: Packed, costs: Costs) -> float:
     A hop hides behind the other lane of its tick: what F sends flies while the backward lane (and W) works, and what
     the backward lane sends flies while the next tick's F lane works. A lane with nothing to do exposes it.
     """
-    work, sends = _work(packed, costs), _sends(packed)
+    work, sends = _work(packed, costs), lanes_that_send(packed)
     total, hop = 0.0, costs.hop
     for t, (forwards, backwards) in enumerate(work):
         # [1] F's hop flies during this tick's backward lane, the backward's during the next tick's F lane.
@@ -278,7 +278,7 @@ def lockstep_local_makespan(
     sources = [[_neighbours(schedule, d, lane) for d in devices] for lane in steps]
     ready = [[0.0] * schedule.devices, [0.0] * schedule.devices]
     free = [0.0] * schedule.devices
-    for work, sends in zip(_work(packed, costs), _sends(packed), strict=True):
+    for work, sends in zip(_work(packed, costs), lanes_that_send(packed), strict=True):
         for lane in (0, 1):
             free = [max(free[d], ready[lane][d]) + work[lane][d] for d in devices]
             hop = costs.hop * sends[lane]
@@ -310,7 +310,7 @@ def _work(packed: Packed, costs: Costs) -> list[tuple[list[float], list[float]]]
     return work
 
 
-def _sends(packed: Packed) -> list[list[bool]]:
+def lanes_that_send(packed: Packed) -> list[list[bool]]:
     """``[tick][lane]``: whether any device's F or backward lane sends to another device."""
     schedule = packed.schedule
     ends = range(schedule.stages - 1)

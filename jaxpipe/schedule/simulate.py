@@ -20,7 +20,7 @@ from jaxpipe.errors import ScheduleError
 from jaxpipe.schedule.costs import Costs
 from jaxpipe.schedule.ir import Action, Schedule
 from jaxpipe.schedule.lower import choose
-from jaxpipe.schedule.pack import Packed, Packing, _sends
+from jaxpipe.schedule.pack import Packed, Packing, lanes_that_send
 from jaxpipe.schedule.rules import Value, reads, writes
 
 Runtime = Literal["async", "lockstep", "lockstep_local"]
@@ -204,7 +204,7 @@ class _Moment(NamedTuple):
 def _lanes(packed: Packed, costs: Costs, local: bool) -> tuple[list[list[Interval]], dict[Action, Action]]:
     """The actions of every tick at their times, by the models that `pack` prices."""
     schedule = packed.schedule
-    price, sends = _prices(schedule, costs), _sends(packed)
+    price, sends = _prices(schedule, costs), lanes_that_send(packed)
     busy: list[list[Interval]] = [[] for _ in schedule.order]
     waited_for: dict[Action, Action] = {}
     free = [_Moment(0.0, None)] * schedule.devices
