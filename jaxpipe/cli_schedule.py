@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxpipe.errors import ConfigError, ScheduleError
 from jaxpipe.schedule import show, text
+from jaxpipe.schedule.auto import auto
 from jaxpipe.schedule.catalog import CATALOG, build
 from jaxpipe.schedule.costs import Costs
 from jaxpipe.schedule.ir import Schedule
@@ -29,6 +30,7 @@ EXAMPLES = """examples:
   jaxpipe schedule 1f1b --devices 4 --microbatches 8
   jaxpipe schedule interleaved_1f1b --devices 4 --microbatches 8 --repeats 2 --hop 0.1 --out timeline.svg
   jaxpipe schedule --compare 1f1b,zb_h1,zb_v --devices 4 --microbatches 16 --out compare.html
+  jaxpipe schedule auto --devices 4 --microbatches 16 --costs 1,1.2,0.8 --memory 3
   jaxpipe schedule --from mine.csv --costs 1,1.2,0.8 --runtime lockstep --json
 
 exit codes: 0 done, 2 bad arguments or a schedule that breaks a rule"""
@@ -43,7 +45,12 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", metavar="NAME", nargs="?", help="a schedule of the catalogue, see --list")
+    parser.add_argument(
+        "name",
+        metavar="NAME",
+        nargs="?",
+        help="a schedule of the catalogue, see --list, or 'auto': the fastest that fits",
+    )
     parser.add_argument("--compare", metavar="A,B,…", help="a table of several schedules, or 'all', fastest first")
     parser.add_argument("--from", dest="source", metavar="FILE", help="read a schedule from a .csv or .json file")
     parser.add_argument("--list", action="store_true", help="list the catalogue")
@@ -58,6 +65,9 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     )
     parser.add_argument("--hop", type=float, metavar="TIME", help="time of one transfer between devices, by default 0")
     parser.add_argument("--runtime", choices=RUNTIMES, default="async", help="how devices wait, by default async")
+    parser.add_argument(
+        "--memory", type=float, metavar="A", help="with auto: the most activations a device may keep, by default any"
+    )
     parser.add_argument("--out", metavar="FILE", help=f"write a file that ends in {', '.join(SUFFIXES)}")
     parser.add_argument("--json", action="store_true", help="print the same numbers as JSON")
     parser.set_defaults(run=run)
@@ -79,7 +89,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.list:
         print(_catalogue(options.json))
         return
-    schedules, costs, left_out = _schedules(options)
+    schedules, costs, left_out, reason = _schedules(options)
     timings = [simulate(schedule, costs, options.runtime) for schedule in schedules]
     if options.compare is not None:
         by_time = sorted(range(len(schedules)), key=lambda n: (round(timings[n].makespan, 9), _peak(timings[n])))
@@ -90,7 +100,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.json:
         priced = {"runtime": options.runtime, "costs": vars(costs)}
         if options.compare is None:
-            answer: dict[str, Any] = results[0] | priced
+            answer: dict[str, Any] = results[0] | priced | ({"reason": reason} if reason else {})
         else:
             answer = {"schedules": results, "left_out": left_out} | priced
         print(json.dumps(answer, indent=1, ensure_ascii=False))
@@ -100,6 +110,8 @@ def _run(options: argparse.Namespace) -> None:
             print(f"left out: {name}: {reason}")
     else:
         print(_report(schedules[0], results[0], show.timeline(schedules[0], costs, options.runtime).note))
+        if reason:
+            print(f"chosen       {reason}")
     if suffix is not None and not options.json:
         print(f"wrote {options.out}")
 
@@ -118,6 +130,8 @@ def _check_choice(options: argparse.Namespace) -> None:
     sizes = [f"--{size}" for size in ("devices", "microbatches", "repeats") if getattr(options, size) is not None]
     if (options.source is not None or options.list) and sizes:
         raise ConfigError(f"{', '.join(sizes)} has no effect with {given[0]}; leave it out")
+    if options.memory is not None and options.name != "auto":
+        raise ConfigError(f"--memory {options.memory:g} has no effect without auto; try NAME auto, or leave it out")
     if options.list:
         priced = ("costs", "hop", "out")
         without = [f"--{option}" for option in priced if getattr(options, option) is not None]
@@ -125,22 +139,25 @@ def _check_choice(options: argparse.Namespace) -> None:
             raise ConfigError(f"{', '.join(without)} has no effect with --list; leave it out")
 
 
-def _schedules(options: argparse.Namespace) -> tuple[list[Schedule], Costs, dict[str, str]]:
-    """What to show, its costs, and which schedules of a comparison cannot be built and why."""
+def _schedules(options: argparse.Namespace) -> tuple[list[Schedule], Costs, dict[str, str], str | None]:
+    """What to show, its costs, which schedules of a comparison cannot be built and why, and why auto chose its one."""
     if options.source is not None:
         if options.source.lower().endswith(".json"):
             schedule, stored = text.from_json(Path(options.source))
         else:
             schedule, stored = text.from_csv(Path(options.source)), None
-        return [schedule], _costs(options.costs, options.hop, stored or Costs()), {}
+        return [schedule], _costs(options.costs, options.hop, stored or Costs()), {}, None
     costs = _costs(options.costs, options.hop, Costs())
     names = [options.name] if options.compare is None else _names(options.compare)
     missing = [f"--{size}" for size in ("devices", "microbatches") if getattr(options, size) is None]
     if missing:
         raise ConfigError(f"{' and '.join(missing)} must be given; try {' '.join(f'{size} 4' for size in missing)}")
     shape = {"devices": options.devices, "microbatches": options.microbatches}
+    if options.name == "auto":
+        choice = auto(repeats=options.repeats, costs=costs, memory=options.memory, runtime=options.runtime, **shape)
+        return [choice.schedule], costs, {}, choice.reason
     if options.compare is None:
-        return [build(options.name, repeats=options.repeats, **shape)], costs, {}
+        return [build(options.name, repeats=options.repeats, **shape)], costs, {}, None
     schedules, left_out = [], {}
     for name in names:
         own = CATALOG[name].repeats
@@ -150,7 +167,7 @@ def _schedules(options: argparse.Namespace) -> tuple[list[Schedule], Costs, dict
             left_out[name] = str(error)
     if not schedules:
         raise ScheduleError("no schedule to compare: " + "; ".join(left_out.values()))
-    return schedules, costs, left_out
+    return schedules, costs, left_out, None
 
 
 def _names(compare: str) -> list[str]:

@@ -180,3 +180,17 @@ for name in ("jax", "numpy", "matplotlib"):
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_auto_says_why_and_keeps_the_limit(capsys):
+    assert main(["schedule", "auto", "--devices", "4", "--microbatches", "8", "--memory", "3", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert max(answer["peak_activations"]) <= 3
+    assert answer["name"] in answer["reason"] or answer["name"] == "auto"
+    assert main(["schedule", "auto", "--devices", "4", "--microbatches", "8"]) == 0
+    assert "\nchosen       interleaved_zb has the smallest makespan" in capsys.readouterr().out
+
+
+def test_a_memory_limit_without_auto_is_refused(capsys):
+    assert main(["schedule", "1f1b", "--devices", "4", "--microbatches", "8", "--memory", "3"]) == 2
+    assert "--memory 3 has no effect without auto" in capsys.readouterr().err
