@@ -55,16 +55,15 @@ class Ends:
 
     def head(self, ends: Tree) -> Tree:
         """The head's parameters, tied leaves put in."""
-        return tie(ends["head"], ends["embed"], self.model.tie)
+        return tie(ends["head"], ends["embed"], self.model.head_tie)
 
     def add_head(self, accumulators: Tree, gradient: Tree) -> Tree:
         """Adds the gradient of `head` to the accumulators of embedding and head."""
         embed = accumulators["embed"]
-        for to, source in self.model.tie.items():
-            path = source.removeprefix("embed/")
-            tied = accumulate(get_path(embed, path), get_path(gradient, to.removeprefix("head/")))
-            embed = set_path(embed, path, tied)
-        return {"embed": embed, "head": accumulate(accumulators["head"], untie(gradient, self.model.tie))}
+        for to, source in self.model.head_tie.items():
+            tied = accumulate(get_path(embed, source), get_path(gradient, to))
+            embed = set_path(embed, source, tied)
+        return {"embed": embed, "head": accumulate(accumulators["head"], untie(gradient, self.model.head_tie))}
 
 
 def accumulator_dtype(dtype):

@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from jaxpipe.errors import PartitionError
 
 Tree = Any
@@ -36,12 +39,14 @@ class Block:
 
     Attributes:
         init: ``(key, carry) -> params``.
-        apply: ``(params, carry, mb, key) -> carry``.
-        kind: Blocks of equal kind have parameters of equal structure.
+        apply: ``(params, carry, mb, key) -> carry``, or ``-> (carry, aux)`` with a scalar `aux` that joins the loss
+            (see `Model`). Integer leaves of the carry (masks, positions, segment ids) travel along and have no
+            gradient.
+        kind: Blocks of equal kind have parameters of equal structure, and the same `apply`.
     """
 
     init: Callable[[Any, Tree], Tree]
-    apply: Callable[[Tree, Tree, Tree, Any], Tree]
+    apply: Callable[[Tree, Tree, Tree, Any], Any]
     kind: str = "block"
 
 
@@ -51,13 +56,15 @@ class HeadLoss:
 
     Attributes:
         init: ``(key, carry, mb) -> params``.
-        apply: ``(params, carry, mb, key) -> (loss_sum, weight)``, two scalars. The loss of a batch is the sum of
-            `loss_sum` over all row groups divided once by the sum of `weight`, so that any mask gives the
-            unpipelined mean. `weight` is a constant for differentiation.
+        apply: ``(params, carry, mb, key) -> (loss_sum, weight)``, two scalars, or ``-> (loss_sum, weight, metrics)``.
+            The loss of a batch is the sum of `loss_sum` over all row groups divided once by the sum of `weight`, so
+            that any mask gives the unpipelined mean. `weight` is a constant for differentiation. `metrics` is a tree of
+            arrays for ``value_and_grad(…, has_aux=True)``: leaves ``[rows, …]`` come back for the whole batch
+            ``[B, …]``, scalars summed over row groups.
     """
 
     init: Callable[[Any, Tree, Tree], Tree]
-    apply: Callable[[Tree, Tree, Tree, Any], tuple[Any, Any]]
+    apply: Callable[[Tree, Tree, Tree, Any], tuple]
 
 
 @dataclass(frozen=True)
@@ -68,25 +75,72 @@ class Model:
         embed: Anything with `Embed`'s two functions.
         blocks: One `Block` per layer, in order.
         head_loss: Anything with `HeadLoss`'s two functions.
-        tie: Leaves of the head that live in the embedding, once: ``{"head/kernel": "embed/table"}``. Paths are
-            slash-separated keys below `head` and `embed`. The head's `apply` sees the embedding's leaf in that place.
+        tie: Leaves that live in the embedding, once, though others use them: ``{"head/kernel": "embed/table"}``.
+            Paths are slash-separated keys; ``"blocks/KIND/bias": "embed/bias"`` shares a leaf among all blocks of a
+            kind. Who uses such a leaf sees it in its own place; its gradients add up.
+        aux_weight: What the blocks' `aux` count. The loss of a batch is the mean of the head's plus `aux_weight` times
+            the mean over row groups of the sum of all `aux`. The head's `weight` may then depend on `mb` only.
 
     Raises:
-        PartitionError: No blocks, or a tie whose paths do not start with ``head/`` and ``embed/``.
+        PartitionError: No blocks, or a tie with other paths.
     """
 
     embed: Any
     blocks: Sequence[Any]
     head_loss: Any
     tie: Mapping[str, str] = field(default_factory=dict)
+    aux_weight: float = 1.0
 
     def __post_init__(self):
         object.__setattr__(self, "blocks", tuple(self.blocks))
         if not self.blocks:
             raise PartitionError("blocks=[] must hold at least one block; try one per transformer layer")
-        for head, embed in self.tie.items():
-            if not head.startswith("head/") or not embed.startswith("embed/"):
+        kinds = {f"blocks/{block.kind}/" for block in self.blocks}
+        for user, source in self.tie.items():
+            if not user.startswith(("head/", *kinds)) or not source.startswith("embed/"):
+                allowed = " or ".join(f"'{kind}…'" for kind in sorted(kinds))
                 raise PartitionError(
-                    f"tie={{{head!r}: {embed!r}}} must map a path 'head/…' to a path 'embed/…'; "
+                    f"tie={{{user!r}: {source!r}}} must map a path 'head/…' or {allowed} to a path 'embed/…'; "
                     "try {'head/kernel': 'embed/table'}"
                 )
+
+    @property
+    def head_tie(self) -> dict[str, str]:
+        """The leaves of the head that live in the embedding, paths below each."""
+        return self._ties("head/")
+
+    def block_tie(self, kind: str) -> dict[str, str]:
+        """The leaves of a kind of block that live in the embedding, paths below each."""
+        return self._ties(f"blocks/{kind}/")
+
+    def _ties(self, user: str) -> dict[str, str]:
+        pairs = ((to, source) for to, source in self.tie.items() if to.startswith(user))
+        return {to.removeprefix(user): source.removeprefix("embed/") for to, source in pairs}
+
+
+def carry_and_aux(carry: Tree, out: Any) -> tuple[Tree, Any]:
+    """What a block returned, as ``(carry, aux)``; `aux` is None for a block that has none.
+
+    Args:
+        carry: What the block was given.
+        out: What it returned.
+    """
+    pair = isinstance(out, tuple) and len(out) == 2
+    if pair and jax.tree.structure(out) != jax.tree.structure(carry) and is_scalar(out[1]):
+        return out
+    return out, None
+
+
+def is_scalar(value: Any) -> bool:
+    """Whether a value is one floating-point number."""
+    return (
+        jax.tree.structure(value) == jax.tree.structure(0)
+        and jnp.shape(value) == ()
+        and jnp.issubdtype(jnp.result_type(value), jnp.floating)
+    )
+
+
+def loss_and_metrics(out: tuple) -> tuple[Any, Any, Tree]:
+    """What a head returned, as ``(loss_sum, weight, metrics)``; no metrics are an empty dict."""
+    loss, weight, *rest = out
+    return loss, weight, rest[0] if rest else {}

@@ -102,7 +102,7 @@ class Pipeline:
         def make_ends():
             embed = model.embed.init(embed_key, zeros)
             carry = model.embed.apply(embed, zeros, None)
-            return {"embed": embed, "head": untie(model.head_loss.init(head_key, carry, zeros), model.tie)}
+            return {"embed": embed, "head": untie(model.head_loss.init(head_key, carry, zeros), model.head_tie)}
 
         carry = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self._carry(mb))
         ends = jax.eval_shape(make_ends)
@@ -253,14 +253,13 @@ class Pipeline:
     def _end_dtypes(self, ends: Tree, carry: Tree, mb: Tree, key) -> Tree:
         """The dtypes that embedding and head compute with; a tied leaf keeps its own unless both agree."""
         model = self.model
-        head = tie(ends["head"], ends["embed"], model.tie)
+        head = tie(ends["head"], ends["embed"], model.head_tie)
         embed = cast_dtypes(model.embed.apply, ends["embed"], mb, key)
         head = cast_dtypes(model.head_loss.apply, head, carry, mb, key)
-        for to, source in model.tie.items():
-            path = source.removeprefix("embed/")
-            if get_path(head, to.removeprefix("head/")) != get_path(embed, path):
-                embed = set_path(embed, path, get_path(ends["embed"], path).dtype)
-        return {"embed": embed, "head": untie(head, model.tie)}
+        for to, source in model.head_tie.items():
+            if get_path(head, to) != get_path(embed, source):
+                embed = set_path(embed, source, get_path(ends["embed"], source).dtype)
+        return {"embed": embed, "head": untie(head, model.head_tie)}
 
 
 def check_split(blocks: int, devices: int, repeats: int) -> None:

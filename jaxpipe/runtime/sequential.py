@@ -5,13 +5,15 @@ numbers mean something.
 """
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxpipe.errors import ConfigError
 from jaxpipe.runtime import keys
-from jaxpipe.runtime.model import Model, Tree
+from jaxpipe.runtime.model import Model, Tree, carry_and_aux, loss_and_metrics
 from jaxpipe.runtime.tree import tie, untie
 
 
@@ -52,38 +54,53 @@ class Sequential:
         carry = model.embed.apply(embed, mb, None)
         layers: dict[str, list] = {}
         for block, block_key in zip(model.blocks, block_keys, strict=True):
-            layers.setdefault(block.kind, []).append(block.init(block_key, carry))
+            params = untie(block.init(block_key, carry), model.block_tie(block.kind))
+            layers.setdefault(block.kind, []).append(params)
         stacked = {kind: jax.tree.map(lambda *x: jnp.stack(x), *trees) for kind, trees in layers.items()}
-        head = untie(model.head_loss.init(head_key, carry, mb), model.tie)
+        head = untie(model.head_loss.init(head_key, carry, mb), model.head_tie)
         return {"embed": embed, "blocks": stacked, "head": head}
 
-    def loss(self, canonical: Tree, batch: Tree, key=None):
-        """The mean loss of the batch: the sum over row groups divided once by the sum of the weights."""
+    def loss(self, canonical: Tree, batch: Tree, key=None, *, has_aux: bool = False):
+        """The mean loss of the batch: the sum over row groups divided once by the sum of the weights, plus aux.
+
+        With `has_aux`, ``(loss, metrics)``.
+        """
         groups = jax.tree.map(lambda x: x.reshape(self.row_groups, -1, *x.shape[1:]), batch)
 
         def one_group(totals, group):
             number, mb = group
-            loss, weight = self._group_loss(canonical, mb, keys.group_key(key, number))
-            return (totals[0] + loss, totals[1] + weight), None
+            *sums, metrics = self._group_loss(canonical, mb, keys.group_key(key, number))
+            return tuple(a + b for a, b in zip(totals, sums, strict=True)), metrics
 
         dtype = jnp.promote_types(jnp.float32, jax.tree.leaves(canonical)[0].dtype)
         zero = jnp.zeros((), dtype)
-        (loss, weight), _ = jax.lax.scan(one_group, (zero, zero), (jnp.arange(self.row_groups), groups))
-        return loss / weight
+        (loss, weight, aux), metrics = jax.lax.scan(one_group, (zero,) * 3, (jnp.arange(self.row_groups), groups))
+        mean = loss / weight + self.model.aux_weight * aux / self.row_groups
+        return (mean, jax.tree.map(_whole_batch, metrics)) if has_aux else mean
 
-    def value_and_grad(self, canonical: Tree, batch: Tree, key=None):
-        """The mean loss and its gradient, a canonical tree."""
-        return jax.value_and_grad(self.loss)(canonical, batch, key)
+    def value_and_grad(self, canonical: Tree, batch: Tree, key=None, *, has_aux: bool = False):
+        """The mean loss and its gradient, a canonical tree; with `has_aux`, ``((loss, metrics), gradient)``."""
+        loss = partial(self.loss, has_aux=has_aux)
+        return jax.value_and_grad(loss, has_aux=has_aux)(canonical, batch, key)
 
-    def _group_loss(self, canonical: Tree, mb: Tree, group):
+    def _group_loss(self, canonical: Tree, mb: Tree, group) -> tuple[Any, Any, Any, Tree]:
         model = self.model
         carry = model.embed.apply(canonical["embed"], mb, keys.embed_key(group))
         seen: dict[str, int] = {}
+        total = 0.0
         for number, block in enumerate(model.blocks):
             at = seen.get(block.kind, 0)
             seen[block.kind] = at + 1
             params = jax.tree.map(lambda leaf, at=at: leaf[at], canonical["blocks"][block.kind])
-            carry = block.apply(params, carry, mb, keys.block_key(group, number))
-        head = tie(canonical["head"], canonical["embed"], model.tie)
-        loss, weight = model.head_loss.apply(head, carry, mb, keys.head_key(group, len(model.blocks)))
-        return loss, jax.lax.stop_gradient(weight)
+            params = tie(params, canonical["embed"], model.block_tie(block.kind))
+            carry, aux = carry_and_aux(carry, block.apply(params, carry, mb, keys.block_key(group, number)))
+            total += 0.0 if aux is None else aux
+        head = tie(canonical["head"], canonical["embed"], model.head_tie)
+        out = model.head_loss.apply(head, carry, mb, keys.head_key(group, len(model.blocks)))
+        loss, weight, metrics = loss_and_metrics(out)
+        return loss, jax.lax.stop_gradient(weight), total, metrics
+
+
+def _whole_batch(metric):
+    """A metric ``[groups, rows, ...]`` as ``[B, ...]``; one number per group is summed."""
+    return metric.sum(0) if metric.ndim == 1 else metric.reshape(-1, *metric.shape[2:])

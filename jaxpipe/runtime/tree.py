@@ -33,16 +33,22 @@ def drop_path(tree: Tree, path: str) -> Tree:
     return {k: below if k == key else v for k, v in tree.items() if k != key or below}
 
 
-def tie(head: Tree, embed: Tree, ties: Mapping[str, str]) -> Tree:
-    """The head's parameters with the tied leaves put in from the embedding."""
+def tie(params: Tree, embed: Tree, ties: Mapping[str, str]) -> Tree:
+    """Parameters with the tied leaves put in from the embedding.
+
+    Args:
+        params: Those of the head or of a block, without its tied leaves.
+        embed: The embedding's.
+        ties: From paths in `params` to paths in `embed`.
+    """
     for to, source in ties.items():
-        head = set_path(head, to.removeprefix("head/"), get_path(embed, source.removeprefix("embed/")))
-    return head
+        params = set_path(params, to, get_path(embed, source))
+    return params
 
 
-def untie(head: Tree, ties: Mapping[str, str]) -> Tree:
-    """The head's own parameters: without the tied leaves."""
+def untie(params: Tree, ties: Mapping[str, str]) -> Tree:
+    """Parameters of one's own: without the tied leaves."""
     for to in ties:
-        get_path(head, path := to.removeprefix("head/"))
-        head = drop_path(head, path)
-    return head
+        get_path(params, to)
+        params = drop_path(params, to)
+    return params

@@ -49,7 +49,7 @@ def gpt_logits(cfg: GPTConfig, canonical: Tree, tokens_BT) -> jax.Array:
         return model.blocks[0].apply(params, x_BTD, {}, None), None
 
     x_BTD, _ = jax.lax.scan(one_layer, x_BTD, canonical["blocks"]["block"])
-    head = tie(canonical["head"], canonical["embed"], model.tie)
+    head = tie(canonical["head"], canonical["embed"], model.head_tie)
     return model.head_loss.apply(head, x_BTD, {}, None)[0]
 
 

@@ -105,7 +105,7 @@ def test_a_model_without_blocks_and_a_tie_to_nowhere():
     model = toy_model(2)
     with pytest.raises(PartitionError, match="must hold at least one block"):
         jp.Model(model.embed, [], model.head_loss)
-    with pytest.raises(PartitionError, match="must map a path 'head/…' to a path 'embed/…'"):
+    with pytest.raises(PartitionError, match="must map a path 'head/…' or 'blocks/block/…' to a path 'embed/…'"):
         jp.Model(model.embed, model.blocks, model.head_loss, tie={"kernel": "embed/table"})
     tied = jp.Model(model.embed, model.blocks, model.head_loss, tie={"head/kernle": "embed/table"})
     with pytest.raises(PartitionError, match="path 'kernle' has no 'kernle'; there is kernel, out"):
