@@ -8,6 +8,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.interpreters import partial_eval
 
+from jaxpipe.runtime.carry import join, part
 from jaxpipe.runtime.model import Tree
 
 
@@ -56,24 +57,28 @@ def arithmetic_ratio(pipe: Any, params: Tree, batch: Tree) -> float:
         batch: A batch, arrays or shapes.
     """
     program = pipe.program(params, batch)
-    stage, model = program.stage, program.model
-    weights, carry, context = stage.params, stage.carry, stage.context
-    actions = Counter(action.phase for actions in pipe.schedule.order for action in actions)
+    stages, model, schedule = program.stages, program.model, pipe.schedule
+    context, carry = stages.stage.context, stages.stage.carry
+    actions = Counter((a.stage, a.phase) for actions in schedule.order for a in actions)
     heads = sum(r >= 0 for row in pipe.table.columns["h_gradient"] for r in row)
     head = jax.eval_shape(program.ends.head, dict(program.ends.shapes))
 
-    def loss(head, carry, context):
-        return model.head_loss.apply(head, carry, context.mb, context.group)[0]
+    def loss(head, floating, context):
+        carried = join(carry, floating, part(carry)[1])
+        return model.head_loss.apply(head, carried, context.mb, context.group)[0]
 
-    executed = actions["F"] * dot_flops(stage.forward, weights, carry, context)
-    if actions["B"]:
-        executed += actions["B"] * dot_flops(stage.backward, weights, carry, stage.residuals, context, carry)
-    if actions["I"]:
-        rest = weights, carry, stage.residuals, context
-        executed += actions["I"] * dot_flops(stage.backward_input, *rest, carry)
-        executed += actions["W"] * dot_flops(stage.backward_weight, *rest, stage.weight_residuals)
-    executed += heads * dot_flops(jax.value_and_grad(loss, (0, 1)), head, carry, context)
-    forward = actions["F"] * dot_flops(stage.run, weights, carry, context) + heads * dot_flops(
-        loss, head, carry, context
-    )
+    executed = heads * dot_flops(jax.value_and_grad(loss, (0, 1)), head, part(carry)[0], context)
+    forward = heads * dot_flops(loss, head, part(carry)[0], context)
+    for number in range(schedule.stages):
+        at = stages.number[schedule.repeat_of(number)][schedule.device_of(number)]
+        stage = stages.branches[at].stage
+        known = stage.params, carry, context
+        executed += actions[number, "F"] * dot_flops(stage.forward, *known)
+        forward += actions[number, "F"] * dot_flops(stage.run, *known)
+        if times := actions[number, "B"]:
+            executed += times * dot_flops(stage.backward, *stage.backward_shapes)
+        if times := actions[number, "I"]:
+            executed += times * dot_flops(stage.backward_input, *stage.backward_shapes)
+        if times := actions[number, "W"]:
+            executed += times * dot_flops(stage.backward_weight, *stage.backward_weight_shapes)
     return executed / (3 * forward)

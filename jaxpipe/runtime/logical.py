@@ -1,6 +1,7 @@
 """Optimizers that see the model's separate layers, run on the pipeline's stacked leaves.
 
-A block leaf of the pipeline tree is ``[P, ...]``: one layer per device, its *lanes*. An optimizer must not see that:
+A block leaf of the pipeline tree is ``[P, ...]`` (``[P, count, ...]`` where blocks are scanned over): one layer per
+device and place, its *lanes*. An optimizer must not see that:
 weight decay asks for a leaf's ndim, LAMB and Adafactor for its norm or its rows, global-norm clipping for the norm of
 the whole model. Splitting the leaf into P leaves would make XLA copy every layer to every device.
 
@@ -15,12 +16,14 @@ leaves, equation by equation:
 No equation moves a layer to another device.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import eval_jaxpr
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
@@ -29,7 +32,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxpipe.errors import ConfigError
 from jaxpipe.runtime.mesh import PIPE
 from jaxpipe.runtime.model import Tree
-from jaxpipe.runtime.relayout import end_spec
+from jaxpipe.runtime.relayout import Layout, Position, end_spec
 
 REDUCTIONS: dict[str, Callable] = {
     "add": jnp.sum,
@@ -39,6 +42,7 @@ REDUCTIONS: dict[str, Callable] = {
     "and": jnp.all,
     "or": jnp.any,
 }
+"""Over the lanes that hold a layer: a device of a short stage has none in some places."""
 CALLS = ("pjit", "jit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint")
 MIXED = "mixed"
 """Tag of a partial reduction over several leaves."""
@@ -58,13 +62,29 @@ class Lanes:
     laned: bool = False
     tag: Any = None
 
+    @property
+    def layers(self):
+        """The array of the lanes that hold a layer."""
+        held = np.flatnonzero(self.tag.real)
+        return self.array if len(held) == len(self.tag.real) else self.array[held]
 
-def logical_optimizer(tx: optax.GradientTransformation, mesh: Mesh) -> optax.GradientTransformationExtraArgs:
+
+class Leaf(NamedTuple):
+    """A block leaf as a tag: its path, and which of its lanes hold a layer."""
+
+    path: tuple
+    real: tuple[bool, ...]
+
+
+def logical_optimizer(
+    tx: optax.GradientTransformation, mesh: Mesh, layout: Layout
+) -> optax.GradientTransformationExtraArgs:
     """Lifts a transformation of separate layers to the pipeline tree.
 
     Args:
         tx: Any optax transformation.
         mesh: The pipeline's mesh.
+        layout: Where the layers live.
 
     Returns:
         A transformation whose `init` and `update` take pipeline trees. Its state is sharded like the parameters.
@@ -73,18 +93,17 @@ def logical_optimizer(tx: optax.GradientTransformation, mesh: Mesh) -> optax.Gra
         ConfigError: From `init` or `update`, where `tx` joins leaves in a way that is not a reduction to a scalar.
     """
     inner = optax.with_extra_args_support(tx)
-    num_lanes = mesh.shape[PIPE]
 
     def run(function: Callable, *trees) -> Tree:
         paths = _block_paths(trees[0])
         leaves, structure = jax.tree.flatten_with_path(trees)
-        values = [_as_lanes(path, leaf, paths) for path, leaf in leaves]
+        values = [_as_lanes(path, leaf, paths, layout) for path, leaf in leaves]
         one_lane = [jax.ShapeDtypeStruct(v.array.shape[v.laned :], v.array.dtype) for v in values]
         closed, out = jax.make_jaxpr(function, return_shape=True)(*jax.tree.unflatten(structure, one_lane))
         results = _run(closed.jaxpr, closed.consts, values)
         shapes, out_structure = jax.tree.flatten_with_path(out)
         placed = [
-            _place(path, shape, result, paths, mesh, num_lanes)
+            _place(path, shape, result, paths, mesh, layout)
             for (path, shape), result in zip(shapes, results, strict=True)
         ]
         return jax.tree.unflatten(out_structure, placed)
@@ -114,11 +133,17 @@ def _find(path: tuple, paths: set[tuple]) -> tuple | None:
     return None
 
 
-def _as_lanes(path: tuple, leaf: Any, paths: set[tuple]) -> Lanes:
+def _position(path: tuple, layout: Layout) -> Position:
+    """The position that a path ``blocks[repeat][position]...`` leads to."""
+    return layout.positions[path[1].idx][path[2].idx]
+
+
+def _as_lanes(path: tuple, leaf: Any, paths: set[tuple], layout: Layout) -> Lanes:
     leaf = jnp.asarray(leaf)
     found = _find(path, paths)
     if found is not None:
-        return Lanes(leaf, True, found)
+        real = _position(found, layout).real
+        return Lanes(leaf.reshape(real.size, *leaf.shape[real.ndim :]), True, Leaf(found, tuple(real.reshape(-1))))
     return Lanes(leaf, False, _end_tag(path))
 
 
@@ -155,11 +180,14 @@ def _run_eqn(jaxpr: Jaxpr, eqn: JaxprEqn, values: list[Lanes]) -> list[Lanes]:
         return _run_cond(eqn, values)
     tags = {v.tag for v in values if v.tag is not None}
     if name in REDUCTIONS and len(tags) > 1 and all(_shape(v) == () for v in eqn.outvars):
-        arrays = [REDUCTIONS[name](v.array).astype(v.array.dtype) if v.laned else v.array for v in values]
+        arrays = [REDUCTIONS[name](v.layers).astype(v.array.dtype) if v.laned else v.array for v in values]
         return [Lanes(out, False, MIXED) for out in _bind(jaxpr, eqn, arrays)]
     if name == "concatenate" and len(tags) > 1 and len(_shape(eqn.outvars[0])) == 1:
         # Scalars of all leaves, stacked to be reduced: every lane becomes an entry.
-        return [Lanes(out, False, MIXED) for out in _bind(jaxpr, eqn, [v.array.reshape(-1) for v in values])]
+        return [
+            Lanes(out, False, MIXED)
+            for out in _bind(jaxpr, eqn, [(v.layers if v.laned else v.array).reshape(-1) for v in values])
+        ]
     tags.discard(MIXED)
     if not any(v.laned for v in values):
         tag = tags.pop() if len(tags) == 1 else None
@@ -208,16 +236,18 @@ def _bind(jaxpr: Jaxpr, eqn: JaxprEqn, arrays: Sequence) -> list:
     return eval_jaxpr(program, (), *(array for _, array in given))
 
 
-def _place(path: tuple, shape: Any, result: Lanes, paths: set[tuple], mesh: Mesh, num_lanes: int):
+def _place(path: tuple, shape: Any, result: Lanes, paths: set[tuple], mesh: Mesh, layout: Layout):
     """An output in its place: with lanes exactly where a block leaf's output belongs, sharded like the parameters."""
-    laned = _find(path, paths) is not None
-    if result.laned and not laned:
-        raise ConfigError(
-            f"the optimizer's state at {jax.tree_util.keystr(path)} depends on layers but is not stored per leaf; "
-            "try a transformation whose state has the tree structure of the parameters"
-        )
-    array = result.array
-    if laned and not result.laned:
-        array = jnp.broadcast_to(array, (num_lanes, *shape.shape))
-    spec = PartitionSpec(PIPE) if laned else end_spec(shape.shape, num_lanes)
+    found = _find(path, paths)
+    if found is None:
+        if result.laned:
+            raise ConfigError(
+                f"the optimizer's state at {jax.tree_util.keystr(path)} depends on layers but is not stored per leaf; "
+                "try a transformation whose state has the tree structure of the parameters"
+            )
+        array, spec = result.array, end_spec(shape.shape, mesh.shape[PIPE])
+    else:
+        lanes = _position(found, layout).real.shape
+        array = result.array if result.laned else jnp.broadcast_to(result.array, (math.prod(lanes), *shape.shape))
+        array, spec = array.reshape(*lanes, *shape.shape), PartitionSpec(PIPE)
     return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec))

@@ -1,5 +1,6 @@
 """The door: checks what the user gives, fixes the program, delegates."""
 
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -8,20 +9,22 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxpipe.errors import ConfigError, PartitionError, ScheduleError
+from jaxpipe.errors import ConfigError, ScheduleError
 from jaxpipe.runtime import keys
-from jaxpipe.runtime.compile import Program
-from jaxpipe.runtime.ends import Ends
+from jaxpipe.runtime.build import build_stages, check_kinds, check_params
+from jaxpipe.runtime.casts import cast_dtypes
+from jaxpipe.runtime.compile import Outcome, Program
+from jaxpipe.runtime.ends import Ends, check_weight
+from jaxpipe.runtime.lane import Skip
 from jaxpipe.runtime.logical import logical_optimizer
 from jaxpipe.runtime.mesh import DATA, PIPE
-from jaxpipe.runtime.model import Model, Tree
-from jaxpipe.runtime.relayout import Layout
+from jaxpipe.runtime.model import Model, Tree, loss_and_metrics
+from jaxpipe.runtime.options import relative_costs, stage_counts, stage_remats
+from jaxpipe.runtime.relayout import Layout, Position
 from jaxpipe.runtime.sizes import model_bytes
-from jaxpipe.runtime.stage import Context, Remat, Stage, cast_dtypes
+from jaxpipe.runtime.stage import Context, Remat
 from jaxpipe.runtime.tree import get_path, set_path, tie, untie
 from jaxpipe.schedule import Costs, ModelBytes, Schedule, TickTable, lower
-
-REMATS = ("full", "none", "all")
 
 
 class Pipeline:
@@ -31,19 +34,26 @@ class Pipeline:
         model: Embedding, blocks and head.
         schedule: Any schedule whose `devices` is the mesh's `pipe` size.
         mesh: From `make_mesh`.
+        stages: Blocks per stage, in stage order: numbers, or Megatron's layout string (``"Et*3|(tt|)*2tL"``). By
+            default the same number for all; ``"even"`` spreads any number of blocks as evenly as it goes. A stage may
+            hold no block, only the embedding or only the head. A device's weights take the room of the largest stage
+            of each repeat.
         remat: What a forward keeps for its backward. ``full``: only the stage's input; the backward runs the stage's
             forward again. ``none``: the outputs of matrix products, so that none is computed twice. ``all``: every
-            residual.
+            residual. Or any policy of `jax.checkpoint`, applied to each block. Or a sequence of these, one per stage.
+        scan_blocks: Compile one block of each kind and loop over it, instead of unrolling a stage's blocks: for deep
+            stages, where compile time matters more. Not with schedules that split backwards.
+        idle: ``skip``: idle lanes compute nothing. ``mask``: they compute and discard; see `jaxpipe.runtime.lane`.
         packing: See `jaxpipe.schedule.lower`.
         memory: See `jaxpipe.schedule.lower`.
-        costs: Relative times of the phases, for ``packing="auto"``; by default those of `remat`.
+        costs: Relative times of the phases, for ``packing="auto"``; by default those of `remat` and `stages`.
 
     Attributes:
         table: The tick table that runs.
 
     Raises:
         ConfigError: The mesh has another `pipe` size than the schedule, or an option has an unknown value.
-        PartitionError: The blocks do not divide into stages, or are of several kinds.
+        PartitionError: The blocks do not divide into stages.
         ScheduleError: The schedule does not verify or cannot be lowered.
     """
 
@@ -53,13 +63,16 @@ class Pipeline:
         *,
         schedule: Schedule,
         mesh: Mesh,
-        remat: Remat = "full",
+        stages: Sequence[int] | str | None = None,
+        remat: Remat | Sequence[Remat] = "full",
+        scan_blocks: bool = False,
+        idle: Literal["skip", "mask"] = "skip",
         packing: Literal["auto", "paired", "single"] = "auto",
         memory: Literal["ideal", "strict"] = "ideal",
         costs: Costs | None = None,
     ):
-        if remat not in REMATS:
-            raise ConfigError(f"remat={remat!r} must be one of {', '.join(REMATS)}; try 'full'")
+        if idle not in ("skip", "mask"):
+            raise ConfigError(f"idle={idle!r} must be 'skip' or 'mask'; try 'skip'")
         for axis in (PIPE, DATA):
             if axis not in mesh.shape:
                 raise ConfigError(f"mesh axes={tuple(mesh.shape)} must hold {axis!r}; try jaxpipe.make_mesh(pipe=…)")
@@ -68,16 +81,22 @@ class Pipeline:
                 f"mesh.pipe={mesh.shape[PIPE]} must equal the schedule's devices={schedule.devices}; "
                 f"try mesh.pipe={schedule.devices}"
             )
-        check_split(len(model.blocks), schedule.devices, schedule.repeats)
-        kinds = sorted({block.kind for block in model.blocks})
-        if len(kinds) > 1:
-            raise PartitionError(f"blocks of kinds {', '.join(kinds)} must all be of one kind; try kind={kinds[0]!r}")
-        self.model, self.schedule, self.mesh = model, schedule, mesh
-        self.remat: Remat = remat
-        recompute = 1.0 if remat == "full" else 0.0
-        self.table = lower(schedule, packing, costs or Costs(recompute=recompute), memory)
-        per_stage = len(model.blocks) // schedule.stages
-        self.layout = Layout(mesh, schedule.devices, schedule.repeats, per_stage, kinds[0], schedule.placement)
+        if scan_blocks and schedule.phases & {"I", "W"}:
+            raise ScheduleError(
+                f"scan_blocks=True cannot split the backwards of schedule {schedule.name!r} into I and W; "
+                "try scan_blocks=False, or '1f1b' or 'interleaved_1f1b'"
+            )
+        check_kinds(model)
+        counts = stage_counts(stages, len(model.blocks), schedule)
+        self.model, self.schedule, self.mesh, self.idle = model, schedule, mesh, idle
+        self.remats = stage_remats(remat, schedule.stages)
+        self.table = lower(schedule, packing, costs or relative_costs(counts, self.remats, schedule), memory)
+        self.layout = Layout(mesh, schedule, tuple(block.kind for block in model.blocks), counts, scan_blocks)
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Blocks per stage, in stage order."""
+        return self.layout.counts
 
     @property
     def batch_sharding(self) -> NamedSharding:
@@ -108,26 +127,58 @@ class Pipeline:
         ends = jax.eval_shape(make_ends)
         shardings = jax.tree.map(lambda s: layout.canonical_sharding(s.shape), ends)
         params = jax.jit(make_ends, out_shardings=shardings)()
-        sharding = NamedSharding(self.mesh, PartitionSpec(PIPE))
-        inits = {}
-
-        def make_block(c: int, j: int) -> Tree:
-            rows = jnp.asarray(layout.rows(c, j))
-            init = model.blocks[layout.rows(c, j)[0]].init
-            if init not in inits:
-                inits[init] = jax.jit(jax.vmap(init, in_axes=(0, None)), out_shardings=sharding)
-            return inits[init](block_keys[rows], carry)
-
-        blocks = [[make_block(c, j) for j in range(layout.per_stage)] for c in range(layout.repeats)]
+        make = self._block_maker(block_keys, carry)
+        blocks = [[make(position) for position in row] for row in layout.positions]
+        check_params({**params, "blocks": blocks})
         return {**params, "blocks": blocks}
 
-    def value_and_grad(self, params: Tree, batch: Tree, key=None) -> tuple[Any, Tree]:
+    def _block_maker(self, block_keys: Any, carry: Tree) -> Callable[[Position], Tree]:
+        """Makes the blocks of a position, each where it lives."""
+        sharding, compiled = NamedSharding(self.mesh, PartitionSpec(PIPE)), {}
+        blocks: dict[str, list[int]] = {}
+        for number, kind in enumerate(self.layout.kinds):
+            blocks.setdefault(kind, []).append(number)
+
+        def make(position: Position) -> Tree:
+            numbers = [
+                blocks[position.kind][max(row, 0)] for rows in position.rows for row in position.padded(rows, -1)
+            ]
+            inits = [self.model.blocks[number].init for number in numbers]
+            alike = all(init == inits[0] for init in inits)
+            ties, shape = self.model.block_tie(position.kind), (*position.real.shape,)
+
+            def run(keys, real):
+                if alike:
+                    made = jax.vmap(inits[0], in_axes=(0, None))(keys, carry)
+                else:
+                    each = [init(key, carry) for init, key in zip(inits, keys, strict=True)]
+                    made = jax.tree.map(lambda *x: jnp.stack(x), *each)
+
+                def place(leaf):
+                    held = jnp.where(real.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, jnp.zeros_like(leaf))
+                    return held.reshape(*shape, *leaf.shape[1:])
+
+                return jax.tree.map(place, untie(made, ties))
+
+            key = position.kind, (inits[0] if alike else tuple(inits)), shape
+            if key not in compiled:
+                compiled[key] = jax.jit(run, out_shardings=sharding)
+            return compiled[key](block_keys[jnp.asarray(numbers)], jnp.asarray(position.real.reshape(-1)))
+
+        return make
+
+    def value_and_grad(
+        self, params: Tree, batch: Tree, key=None, *, has_aux: bool = False, loss_scale: Any = None
+    ) -> tuple[Any, Tree]:
         """The mean loss of the batch and its gradient, in one pass of the pipeline. Wrap it in `jax.jit`.
 
         Args:
             params: From `init` or `from_canonical`.
             batch: Leaves ``[B, ...]`` with B a multiple of microbatches times data shards.
             key: A `jax.random` key for dropout, or None for deterministic.
+            has_aux: Also return the head's metrics (see `HeadLoss`): ``((loss, metrics), grads)``.
+            loss_scale: A number that backwards start from instead of 1, for half precision; gradients are divided by it
+                when they have been added up in float32. Where the scale was too large they are not finite.
 
         Returns:
             The loss (a float32 scalar) and a tree like `params` of float32 gradients.
@@ -141,27 +192,37 @@ class Pipeline:
                 f"schedule={self.schedule.name!r} runs forwards only and has no gradient; try Pipeline.loss, or '1f1b'"
             )
         key = _typed(key)
-        loss, weight, grads = self.program(params, batch, self.table, key is not None)(params, batch, key)
-        return loss / weight, jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+        program = self.program(params, batch, self.table, key is not None, has_aux)
+        scale = 1.0 if loss_scale is None else loss_scale
+        out = program(params, batch, key, scale)
+        loss = self._mean(program, out)
+        divisor = out.weight if loss_scale is None else out.weight * scale
+        grads = jax.tree.map(lambda g: g / divisor.astype(g.dtype), out.gradient)
+        return ((loss, out.metrics) if has_aux else loss), grads
 
-    def loss(self, params: Tree, batch: Tree, key=None):
+    def loss(self, params: Tree, batch: Tree, key=None, *, has_aux: bool = False):
         """The mean loss of the batch: forward only, with no buffer that grows with the microbatches.
 
         Args:
             params: From `init` or `from_canonical`.
             batch: Leaves ``[B, ...]``.
             key: A `jax.random` key for dropout, or None for deterministic.
+            has_aux: Also return the head's metrics: ``(loss, metrics)``.
         """
-        return self._loss(params, batch, _typed(key))
+        return self._loss(params, batch, _typed(key), has_aux)
 
     @cached_property
     def _loss(self):
-        def loss(params, batch, key):
-            program = self.program(params, batch, self._forward_table, key is not None)
-            total, weight, _ = program(params, batch, key)
-            return total / weight
+        def loss(params, batch, key, has_aux):
+            program = self.program(params, batch, self._forward_table, key is not None, has_aux)
+            out = program(params, batch, key)
+            return (self._mean(program, out), out.metrics) if has_aux else self._mean(program, out)
 
-        return jax.jit(loss)
+        return jax.jit(loss, static_argnums=3)
+
+    def _mean(self, program: Program, out: Outcome):
+        mean = out.loss / out.weight
+        return mean if out.aux is None else mean + self.model.aux_weight * out.aux / program.row_groups
 
     @cached_property
     def _forward_table(self):
@@ -178,7 +239,7 @@ class Pipeline:
         Args:
             tx: Any optax transformation or chain.
         """
-        return logical_optimizer(tx, self.mesh)
+        return logical_optimizer(tx, self.mesh, self.layout)
 
     def to_canonical(self, params: Tree) -> Tree:
         """The canonical tree of pipeline parameters (or gradients), leaf by leaf on the devices."""
@@ -225,7 +286,9 @@ class Pipeline:
         params = jax.eval_shape(self.init, jax.eval_shape(lambda: jax.random.key(0)), batch)
         return model_bytes(self.program(params, batch), params)
 
-    def program(self, params: Tree, batch: Tree, table: TickTable | None = None, random: bool = False) -> Program:
+    def program(
+        self, params: Tree, batch: Tree, table: TickTable | None = None, random: bool = False, metrics: bool = False
+    ) -> Program:
         """What is fixed for parameters and batches of these shapes.
 
         Args:
@@ -233,22 +296,36 @@ class Pipeline:
             batch: Arrays or shapes.
             table: The table to run, by default `table`.
             random: Whether there will be a key.
+            metrics: Whether the head's metrics are wanted.
         """
-        mb = self._microbatch(batch)
+        model, mb = self.model, self._microbatch(batch)
         params, key = _shapes(params), jax.eval_shape(lambda: jax.random.key(0))
-        carry = jax.eval_shape(lambda p, mb: self.model.embed.apply(p, mb, None), params["embed"], mb)
-        blocks = [
-            jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), tree) for tree in params["blocks"][0]
-        ]
-        applies = [block.apply for block in self.model.blocks[: self.layout.per_stage]]
-        for number, (apply, block) in enumerate(zip(applies, blocks, strict=True)):
-            check_carry(number, carry, jax.eval_shape(apply, block, carry, mb, key))
-        casts = [cast_dtypes(a, b, carry, mb, key) for a, b in zip(applies, blocks, strict=True)]
+        check_params(params)
+        carry = jax.eval_shape(lambda p, mb: model.embed.apply(p, mb, None), params["embed"], mb)
         context = Context(mb, key if random else None, jax.ShapeDtypeStruct((), jnp.int32))
-        stage = Stage(applies, self.remat, _with_dtypes(blocks, casts), carry, context)
+        stages = build_stages(model, self.layout, self.remats, params, carry, context)
         ends = {"embed": params["embed"], "head": params["head"]}
-        ends = Ends(self.model, self.schedule.devices, _with_dtypes(ends, self._end_dtypes(ends, carry, mb, key)))
-        return Program(self.model, table or self.table, self.layout, self.mesh, stage, ends)
+        ends = Ends(model, self.schedule.devices, _with_dtypes(ends, self._end_dtypes(ends, carry, mb, key)))
+        head = jax.eval_shape(ends.head, dict(ends.shapes))
+        if stages.stage.aux:
+            check_weight(model, head, carry, mb)
+        return Program(
+            model=model,
+            table=table or self.table,
+            layout=self.layout,
+            mesh=self.mesh,
+            stages=stages,
+            ends=ends,
+            skip=self._skip,
+            metrics=_metrics(model, head, carry, mb) if metrics else {},
+        )
+
+    @property
+    def _skip(self) -> Skip:
+        """How lanes are idle: simulated devices share cores, and GPUs wait for the host in loops."""
+        if self.idle == "mask":
+            return "mask"
+        return "loop" if self.mesh.devices.flat[0].platform == "cpu" else "branch"
 
     def _end_dtypes(self, ends: Tree, carry: Tree, mb: Tree, key) -> Tree:
         """The dtypes that embedding and head compute with; a tied leaf keeps its own unless both agree."""
@@ -259,33 +336,31 @@ class Pipeline:
         for to, source in model.head_tie.items():
             if get_path(head, to) != get_path(embed, source):
                 embed = set_path(embed, source, get_path(ends["embed"], source).dtype)
+        for kind in set(self.layout.kinds):
+            for source in model.block_tie(kind).values():
+                embed = set_path(embed, source, get_path(ends["embed"], source).dtype)
         return {"embed": embed, "head": untie(head, model.head_tie)}
 
 
-def check_split(blocks: int, devices: int, repeats: int) -> None:
-    """Raises PartitionError unless the blocks divide evenly into devices * repeats stages."""
-    stages = devices * repeats
-    if blocks % stages:
-        near = sorted({max(1, blocks // stages) * stages, -(-blocks // stages) * stages})
-        raise PartitionError(
-            f"num_layers={blocks} must be a multiple of devices={devices} * repeats={repeats} = {stages}; "
-            f"try num_layers={' or '.join(map(str, near))}"
-        )
+def _metrics(model: Model, head: Tree, carry: Tree, mb: Tree) -> Tree:
+    """Shapes of the head's metrics of one row group.
 
-
-def check_carry(number: int, carry: Tree, out: Tree) -> None:
-    """Raises PartitionError unless a block returns the structure, shapes and dtypes that it was given."""
-    if jax.tree.structure(carry) != jax.tree.structure(out):
-        raise PartitionError(
-            f"block {number} returns {jax.tree.structure(out)} but must return the structure of its input; "
-            f"try {jax.tree.structure(carry)}"
+    Raises:
+        ConfigError: There are none, or one has neither a row per row of the microbatch nor no dim at all.
+    """
+    shapes = jax.eval_shape(lambda *known: loss_and_metrics(model.head_loss.apply(*known, None))[2], head, carry, mb)
+    rows = jax.tree.leaves(mb)[0].shape[0]
+    if not jax.tree.leaves(shapes):
+        raise ConfigError(
+            "has_aux=True needs metrics but head_loss.apply returns (loss_sum, weight); try (loss_sum, weight, metrics)"
         )
-    for (path, a), b in zip(jax.tree.leaves_with_path(carry), jax.tree.leaves(out), strict=True):
-        if (a.shape, a.dtype) != (b.shape, b.dtype):
-            raise PartitionError(
-                f"block {number} returns {b.dtype}{list(b.shape)} at carry{jax.tree_util.keystr(path)} but must return "
-                f"what it was given; try {a.dtype}{list(a.shape)}"
+    for path, leaf in jax.tree.leaves_with_path(shapes):
+        if leaf.shape[:1] not in ((), (rows,)):
+            raise ConfigError(
+                f"metrics{jax.tree_util.keystr(path)} has shape {list(leaf.shape)} but must be a number or have the "
+                f"microbatch's rows first; try [{rows}, …]"
             )
+    return shapes
 
 
 def _shapes(tree: Tree) -> Tree:

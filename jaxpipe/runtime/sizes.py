@@ -41,22 +41,23 @@ def model_bytes(program: Program, params: Tree) -> ModelBytes:
         program: The program.
         params: Shapes of the pipeline parameters.
     """
-    stage, repeats = program.stage, program.table.schedule.repeats
-    ends = dict(program.ends.shapes)
-    args = stage.params, stage.carry, stage.residuals, stage.context, stage.carry
-    lanes: list[tuple] = [(stage.backward, args)]
-    if "I" in program.table.schedule.phases:
-        lanes = [(stage.backward_input, args), (stage.backward_weight, (*args[:-1], stage.weight_residuals))]
+    stages, ends = program.stages, dict(program.ends.shapes)
+    split = "I" in program.table.schedule.phases
+    made = {id(branch.stage): branch.stage for branch in stages.branches}.values()
+    lanes: list[tuple] = [(stage.backward, stage.backward_shapes) for stage in made]
+    if split:
+        lanes = [(stage.backward_input, stage.backward_shapes) for stage in made]
+        lanes += [(stage.backward_weight, stage.backward_weight_shapes) for stage in made]
     working = [memory_of(jax.jit(lane).lower(*given).compile()) for lane, given in lanes]
-    leaves = zip(jax.tree.leaves(stage.params), jax.tree.leaves(params["blocks"][0]), strict=True)
-    casts = tree_bytes([cast for cast, rest in leaves if cast.dtype != rest.dtype])
+    leaves = zip(jax.tree.leaves(stages.weights), jax.tree.leaves(params["blocks"]), strict=True)
     return ModelBytes(
-        carry=tree_bytes(stage.carry),
-        residual=tree_bytes(stage.residuals),
+        carry=tree_bytes(stages.stage.carry),
+        residual=tree_bytes(stages.residuals.shapes),
         backward=max(lane.temp_size_in_bytes + lane.output_size_in_bytes for lane in working),
         ends=tree_bytes(ends),
         ends_gradient=tree_bytes(ends, accumulator_dtype),
-        stage_gradient=repeats * tree_bytes(stage.params, accumulator_dtype),
-        casts=repeats * casts,
-        weight_residual=tree_bytes(stage.weight_residuals) if len(lanes) > 1 else 0,
+        stage_gradient=sum(a.num_rows * tree_bytes(a.params, accumulator_dtype) for a in stages.accumulators),
+        casts=tree_bytes([cast for cast, rest in leaves if cast.dtype != rest.dtype]),
+        weight_residual=tree_bytes(stages.weight_residuals.shapes) if split else 0,
+        gradient=tree_bytes(stages.stage.gradient),
     )

@@ -101,6 +101,7 @@ class ModelBytes:
         stage_gradient: Gradient accumulators of all V stages.
         casts: Weights kept in the compute dtype during the step.
         weight_residual: What an I stores for its W, beside the stage's input and residual.
+        gradient: The gradient of a carry; None: as large as the carry. Integer leaves have none.
     """
 
     carry: int
@@ -111,6 +112,7 @@ class ModelBytes:
     stage_gradient: int
     casts: int = 0
     weight_residual: int = 0
+    gradient: int | None = None
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,7 @@ class TickTable:
             Bytes by term; their sum is the plan for the program's temporaries. Every kind of buffer has one scratch
             slot, which idle lanes write.
         """
+        gradient = model.carry if model.gradient is None else model.gradient
         splits = {}
         if self.slots.weight_residual:
             splits["weight-residual slots"] = (self.slots.weight_residual + 1) * model.weight_residual
@@ -194,7 +197,7 @@ class TickTable:
         return {
             "activation slots": (self.slots.activation + 1) * model.carry,
             "residual slots": (self.slots.residual + 1) * model.residual,
-            "gradient slots": 0 if self.gradient_direct else (self.slots.gradient + 1) * model.carry,
+            "gradient slots": 0 if self.gradient_direct else (self.slots.gradient + 1) * gradient,
             **splits,
             "one stage's backward": model.backward,
             "gathered embedding and head": model.ends,

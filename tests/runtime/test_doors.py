@@ -6,8 +6,7 @@ import pytest
 from helpers import toy_batch, toy_model, toy_pipeline
 
 import jaxpipe as jp
-from jaxpipe.errors import ConfigError, PartitionError
-from jaxpipe.runtime.pipeline import check_split
+from jaxpipe.errors import ConfigError, PartitionError, ScheduleError
 from jaxpipe.schedule import build
 
 
@@ -42,9 +41,12 @@ def test_simulating_after_jax_has_started_is_refused():
 
 
 def test_layers_that_do_not_divide():
+    schedule = build("interleaved_1f1b", devices=4, microbatches=4, repeats=2)
     with pytest.raises(PartitionError) as error:
-        check_split(10, 4, 2)
-    assert one_line(error) == "num_layers=10 must be a multiple of devices=4 * repeats=2 = 8; try num_layers=8 or 16"
+        jp.Pipeline(toy_model(10), schedule=schedule, mesh=jp.make_mesh(4))
+    assert one_line(error) == (
+        "num_layers=10 must be a multiple of devices=4 * repeats=2 = 8; try num_layers=8 or 16, or stages='even'"
+    )
 
 
 def test_mesh_and_schedule_of_different_sizes():
@@ -56,7 +58,7 @@ def test_mesh_and_schedule_of_different_sizes():
 def test_unknown_remat():
     with pytest.raises(ConfigError) as error:
         toy_pipeline("1f1b", 2, 2, remat="some")
-    assert one_line(error) == "remat='some' must be one of full, none, all; try 'full'"
+    assert one_line(error) == "remat='some' must be one of full, none, all or a policy of jax.checkpoint; try 'full'"
 
 
 def test_batches_that_do_not_divide():
@@ -89,16 +91,120 @@ def test_a_block_that_changes_the_carry():
     assert "block 0 returns float32[2, 5, 16]" in one_line(error) and "try float32[2, 5, 8]" in one_line(error)
 
 
-def test_blocks_of_several_kinds():
+def test_blocks_of_one_kind_with_different_functions():
     model = toy_model(2)
-    mixed = [model.blocks[0], jp.Block(model.blocks[0].init, model.blocks[0].apply, kind="other")]
+    mixed = [model.blocks[0], jp.Block(model.blocks[0].init, lambda p, x, mb, key: x)]
     with pytest.raises(PartitionError) as error:
         jp.Pipeline(
             jp.Model(model.embed, mixed, model.head_loss),
             schedule=build("1f1b", devices=2, microbatches=2),
             mesh=jp.make_mesh(2),
         )
-    assert "blocks of kinds block, other must all be of one kind" in one_line(error)
+    assert one_line(error) == (
+        "blocks 0 and 1 are of kind='block' but have different apply functions; try the same function for both, or "
+        "kind='block1' for block 1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([3, 1, 2, 1], "stages=[3, 1, 2, 1] hold 7 blocks but the model has 8; try [2, 2, 2, 2]"),
+        ([4, 4], "must hold one number of blocks for each of devices=4 * repeats=1 = 4 stages; try [2, 2, 2, 2]"),
+        ([9, -1, 0, 0], "must hold one number of blocks for each of devices=4"),
+        ("Ettt|ttt|tt|L|", "4"),
+    ],
+)
+def test_stages_that_do_not_fit(stages, message):
+    schedule = build("1f1b", devices=4, microbatches=4)
+    with pytest.raises(PartitionError) as error:
+        jp.Pipeline(toy_model(8), schedule=schedule, mesh=jp.make_mesh(4), stages=stages)
+    assert message in one_line(error)
+
+
+def test_scanning_cannot_split_the_backward():
+    with pytest.raises(ScheduleError) as error:
+        jp.Pipeline(
+            toy_model(4), schedule=build("zb_h1", devices=2, microbatches=4), mesh=jp.make_mesh(2), scan_blocks=True
+        )
+    assert one_line(error) == (
+        "scan_blocks=True cannot split the backwards of schedule 'zb_h1' into I and W; try scan_blocks=False, or "
+        "'1f1b' or 'interleaved_1f1b'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"idle": "wait"}, "idle='wait' must be 'skip' or 'mask'; try 'skip'"),
+        ({"remat": ["full"]}, "remat=['full'] must hold one value for each of 2 stages; try 'full' for all"),
+        ({"remat": ["full", 3]}, "remat=3 must be one of full, none, all or a policy of jax.checkpoint; try 'full'"),
+    ],
+)
+def test_options_with_unknown_values(option, message):
+    with pytest.raises(ConfigError) as error:
+        jp.Pipeline(toy_model(2), schedule=build("1f1b", devices=2, microbatches=2), mesh=jp.make_mesh(2), **option)
+    assert one_line(error) == message
+
+
+def test_a_parameter_that_is_an_integer():
+    model = toy_model(2)
+    counting = jp.Block(lambda key, x: {"n": jnp.zeros((), jnp.int32)}, lambda p, x, mb, key: x)
+    pipe = jp.Pipeline(
+        jp.Model(model.embed, [counting] * 2, model.head_loss),
+        schedule=build("1f1b", devices=2, microbatches=2),
+        mesh=jp.make_mesh(2),
+    )
+    with pytest.raises(PartitionError) as error:
+        pipe.init(jax.random.key(0), toy_batch(4))
+    assert one_line(error) == (
+        "parameter ['blocks'][0][0]['n'] is int32[2] but parameters must be floating-point, for they have gradients; "
+        "try it in the batch, in the carry, or as a constant"
+    )
+
+
+def test_an_aux_that_is_no_number():
+    model = toy_model(2)
+    wide = jp.Block(model.blocks[0].init, lambda p, x, mb, key: (x, x.sum(-1)))
+    pipe = jp.Pipeline(
+        jp.Model(model.embed, [wide] * 2, model.head_loss),
+        schedule=build("1f1b", devices=2, microbatches=2),
+        mesh=jp.make_mesh(2),
+    )
+    with pytest.raises(PartitionError) as error:
+        pipe.loss(pipe.init(jax.random.key(0), toy_batch(4)), toy_batch(4))
+    assert one_line(error) == (
+        "block 0 returns an aux of float32[2, 5] but it must be one floating-point number; try its sum or mean"
+    )
+
+
+def test_a_weight_that_depends_on_activations_beside_an_aux():
+    model = toy_model(2)
+    block = jp.Block(model.blocks[0].init, lambda p, x, mb, key: (x, x.mean()))
+    head = jp.HeadLoss(lambda key, x, mb: {}, lambda p, x, mb, key: (x.sum(), (x > 0).sum()))
+    pipe = jp.Pipeline(
+        jp.Model(model.embed, [block] * 2, head),
+        schedule=build("1f1b", devices=2, microbatches=2),
+        mesh=jp.make_mesh(2),
+    )
+    with pytest.raises(ConfigError) as error:
+        pipe.loss(pipe.init(jax.random.key(0), toy_batch(4)), toy_batch(4))
+    assert "must depend on the batch only; try the sum of a mask in mb" in one_line(error)
+
+
+def test_metrics_that_are_not_there_or_have_no_rows():
+    pipe = toy_pipeline("1f1b", 2, 2)
+    params = pipe.init(jax.random.key(0), toy_batch(4))
+    with pytest.raises(ConfigError, match="has_aux=True needs metrics"):
+        pipe.loss(params, toy_batch(4), has_aux=True)
+    model = toy_model(2)
+    head = jp.HeadLoss(lambda key, x, mb: {}, lambda p, x, mb, key: (x.sum(), 1.0, {"last": x[0]}))
+    odd = jp.Pipeline(jp.Model(model.embed, model.blocks, head), schedule=pipe.schedule, mesh=pipe.mesh)
+    with pytest.raises(ConfigError) as error:
+        odd.loss(odd.init(jax.random.key(0), toy_batch(4)), toy_batch(4), has_aux=True)
+    assert one_line(error) == (
+        "metrics['last'] has shape [5, 8] but must be a number or have the microbatch's rows first; try [2, …]"
+    )
 
 
 def test_a_model_without_blocks_and_a_tie_to_nowhere():

@@ -94,11 +94,11 @@ def test_each_phase_hops_only_where_it_has_something_to_send(repeats, remat):
 @pytest.mark.parametrize(("repeats", "remat"), CASES)
 def test_no_stash_accumulator_or_weight_is_copied_in_a_loop(repeats, remat):
     pipe, program, text = compiled(repeats, remat)
-    weights = {leaf.shape for leaf in jax.tree.leaves(program.stage.params) if leaf.ndim > 1}
+    weights = {leaf.shape for leaf in jax.tree.leaves(program.stages.weights) if leaf.ndim > 1}
     ends = {leaf.shape for leaf in jax.tree.leaves(program.ends.shapes) if leaf.ndim > 1}
     slots = pipe.table.slots
-    stash = {(slots.residual + 1, *leaf.shape) for leaf in program.stage.residuals}
-    stash |= {(slots.activation + 1, *leaf.shape) for leaf in jax.tree.leaves(program.stage.carry)}
+    stash = {(slots.residual + 1, *leaf.shape) for leaf in program.stages.residuals.shapes}
+    stash |= {(slots.activation + 1, *leaf.shape) for leaf in jax.tree.leaves(program.stages.stage.carry)}
     accumulators = {(repeats, *shape) for shape in weights}
     copied = [shape for body in loop_bodies(text, inner=True) for shape in copies(body)]
     assert not [shape for shape in copied if shape in weights | ends | stash | accumulators]

@@ -118,10 +118,10 @@ def test_loops_copy_no_stash_accumulator_or_weight(name, repeats, remat):
     pipe = pipeline(*case)
     params, batch = shapes(pipe)
     program = pipe.program(params, batch)
-    weights = {leaf.shape for leaf in jax.tree.leaves(program.stage.params) if leaf.ndim > 1}
+    weights = {leaf.shape for leaf in jax.tree.leaves(program.stages.weights) if leaf.ndim > 1}
     slots = pipe.table.slots
-    stash = {(slots.residual + 1, *leaf.shape) for leaf in program.stage.residuals}
-    stash |= {(slots.activation + 1, *leaf.shape) for leaf in jax.tree.leaves(program.stage.carry)}
+    stash = {(slots.residual + 1, *leaf.shape) for leaf in program.stages.residuals.shapes}
+    stash |= {(slots.activation + 1, *leaf.shape) for leaf in jax.tree.leaves(program.stages.stage.carry)}
     accumulators = {(repeats, *shape) for shape in weights}
     text = hlo_text(compiled(*case))
     found = [copy for body in loop_bodies(text, inner=True) for copy in copies(body)]

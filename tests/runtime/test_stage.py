@@ -10,7 +10,8 @@ from helpers import toy_batch, toy_pipeline
 import jaxpipe as jp
 from jaxpipe.models.gpt import GPTConfig
 from jaxpipe.runtime.arithmetic import arithmetic_ratio, dot_flops
-from jaxpipe.runtime.stage import Stage, cast_dtypes
+from jaxpipe.runtime.casts import cast_dtypes
+from jaxpipe.runtime.stage import Stage
 from jaxpipe.schedule import build
 from jaxpipe.train.model import gpt_model
 
@@ -18,7 +19,7 @@ from jaxpipe.train.model import gpt_model
 def stage_of(pipe: jp.Pipeline, batch, random: bool = False) -> Stage:
     """The lanes of a pipeline."""
     params = jax.eval_shape(pipe.init, jax.random.key(0), batch)
-    return pipe.program(params, batch, random=random).stage
+    return pipe.program(params, batch, random=random).stages.stage
 
 
 def gpt_stage(remat, dtype: Any = "bfloat16", **config: Any) -> Stage:
@@ -61,7 +62,7 @@ def test_matrix_products_run_once_or_with_full_remat_twice(remat, least, most):
     stage = gpt_stage(remat, dtype="float32")
     once = dot_flops(stage.run, stage.params, stage.carry, stage.context)
     forward = dot_flops(stage.forward, stage.params, stage.carry, stage.context)
-    backward = dot_flops(stage.backward, stage.params, stage.carry, stage.residuals, stage.context, stage.carry)
+    backward = dot_flops(stage.backward, *stage.backward_shapes)
     assert forward == once > 0
     assert least * once <= forward + backward <= most * once
 
@@ -85,9 +86,9 @@ def test_dropout_masks_are_kept_by_all_and_drawn_again_by_none():
 
 def test_weights_that_are_only_cast_are_cast_once_per_step():
     stage = gpt_stage("none")
-    kernels = {name: leaf.dtype for name, leaf in stage.params[0]["mlp"]["fc"].items()}
+    kernels = {name: leaf.dtype for name, leaf in stage.params["blocks"][0]["mlp"]["fc"].items()}
     assert kernels["kernel"] == jnp.bfloat16
-    assert stage.params[0]["norm1"]["scale"].dtype == jnp.float32
+    assert stage.params["blocks"][0]["norm1"]["scale"].dtype == jnp.float32
 
 
 def test_a_weight_with_another_use_keeps_its_dtype():
@@ -102,10 +103,9 @@ def test_a_weight_with_another_use_keeps_its_dtype():
 @pytest.mark.parametrize("remat", ["none", "all", "full"])
 def test_splitting_the_backward_computes_no_product_twice(remat):
     stage = gpt_stage(remat, dtype="float32")
-    arguments = stage.params, stage.carry, stage.residuals, stage.context
-    whole = dot_flops(stage.backward, *arguments, stage.carry)
-    inputs = dot_flops(stage.backward_input, *arguments, stage.carry)
-    weights = dot_flops(stage.backward_weight, *arguments, stage.weight_residuals)
+    whole = dot_flops(stage.backward, *stage.backward_shapes)
+    inputs = dot_flops(stage.backward_input, *stage.backward_shapes)
+    weights = dot_flops(stage.backward_weight, *stage.backward_weight_shapes)
     assert inputs + weights == whole
     once = dot_flops(stage.run, stage.params, stage.carry, stage.context)
     linear = 2 * 3 * 24 * sum(leaf.size for leaf in jax.tree.leaves(stage.params) if leaf.ndim == 2)

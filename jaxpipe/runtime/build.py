@@ -1,0 +1,199 @@
+"""From a model and a layout to the lane functions of its stages, by shapes alone; and the checks that need shapes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jaxpipe.errors import PartitionError
+from jaxpipe.runtime.carry import has_gradient
+from jaxpipe.runtime.casts import cast_dtypes
+from jaxpipe.runtime.ends import accumulator_dtype
+from jaxpipe.runtime.model import Block, Model, Tree, carry_and_aux, is_scalar
+from jaxpipe.runtime.relayout import Layout
+from jaxpipe.runtime.stage import Context, Remat, Run, Stage
+from jaxpipe.runtime.stages import Accumulator, Branch, Stages
+from jaxpipe.runtime.tree import get_path, set_path, tie
+
+
+def build_stages(
+    model: Model, layout: Layout, remats: Sequence[Remat], params: Tree, carry: Tree, context: Context
+) -> Stages:
+    """The lane functions of all stages.
+
+    Args:
+        model: The model.
+        layout: Where its blocks live.
+        remats: What each stage keeps, in stage order.
+        params: Shapes of the pipeline parameters.
+        carry: Shapes of the embedding's output.
+        context: Shapes of what lanes know of a microbatch.
+
+    Raises:
+        PartitionError: A block does not return what it was given, or has parameters that are not floating-point.
+    """
+    schedule = layout.schedule
+    kinds = {block.kind: block for block in model.blocks}
+    shared = _shared(model, params["embed"])
+    one_block = _one_of_each(layout, params)
+    has_aux = [
+        check_block(model, kind, tie(one_block[kind], params["embed"], model.block_tie(kind)), carry, context)
+        for kind in kinds
+    ]
+    dtype = accumulator_dtype(jax.tree.leaves(params)[0].dtype)
+    aux = [jax.ShapeDtypeStruct((), dtype)] if any(has_aux) else []
+    casts = {
+        kind: _casts(block, one_block[kind], shared, model.block_tie(kind), carry, context)
+        for kind, block in kinds.items()
+    }
+    weights = [[_shapes(casts[p.kind], p.count) for p in row] for row in layout.positions]
+    places, accumulators = _accumulators(layout, weights)
+    made: dict[Any, Stage] = {}
+
+    def stage(number: int) -> Stage:
+        runs = [(layout.kinds[run[0]], len(run) if layout.scan else None) for run in layout.runs(number)]
+        key = tuple(runs), remats[number]
+        if key not in made:
+            made[key] = Stage(
+                runs=[Run(kinds[kind].apply, model.block_tie(kind), count) for kind, count in runs],
+                remat=remats[number],
+                params={"blocks": [_shapes(casts[kind], count) for kind, count in runs], "shared": shared},
+                carry=carry,
+                context=context,
+                aux=aux,
+            )
+        return made[key]
+
+    branches: dict[Any, Branch] = {}
+    numbers = []
+    for repeat in range(schedule.repeats):
+        row = []
+        for device in range(schedule.devices):
+            at = schedule.stage_at(device, repeat)
+            branch = Branch(repeat, layout.places[at], stage(at))
+            key = repeat, branch.positions, id(branch.stage)
+            branches.setdefault(key, branch)
+            row.append(list(branches).index(key))
+        numbers.append(tuple(row))
+    return Stages(
+        schedule=schedule,
+        branches=list(branches.values()),
+        number=tuple(numbers),
+        first=tuple(
+            tuple(layout.first[schedule.stage_at(d, c)] for d in range(schedule.devices))
+            for c in range(schedule.repeats)
+        ),
+        places=places,
+        accumulators=accumulators,
+        weights=weights,
+    )
+
+
+def check_block(model: Model, kind: str, params: Tree, carry: Tree, context: Context) -> bool:
+    """Whether the blocks of a kind have an aux loss.
+
+    Raises:
+        PartitionError: It returns another structure, shape or dtype than it was given, or another aux than one number.
+    """
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    number, block = next((n, block) for n, block in enumerate(model.blocks) if block.kind == kind)
+    out = jax.eval_shape(block.apply, params, carry, context.mb, key)
+    out, aux = carry_and_aux(carry, out)
+    pair = isinstance(out, tuple) and len(out) == 2 and jax.tree.structure(out[0]) == jax.tree.structure(carry)
+    if pair and not is_scalar(out[1]):
+        raise PartitionError(
+            f"block {number} returns an aux of {jax.tree.map(_text, out[1])} but it must be one floating-point number; "
+            "try its sum or mean"
+        )
+    check_carry(number, carry, out)
+    return aux is not None
+
+
+def check_carry(number: int, carry: Tree, out: Tree) -> None:
+    """Raises PartitionError unless a block returns the structure, shapes and dtypes that it was given."""
+    if jax.tree.structure(carry) != jax.tree.structure(out):
+        raise PartitionError(
+            f"block {number} returns {jax.tree.structure(out)} but must return the structure of its input; "
+            f"try {jax.tree.structure(carry)}"
+        )
+    for (path, a), b in zip(jax.tree.leaves_with_path(carry), jax.tree.leaves(out), strict=True):
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
+            raise PartitionError(
+                f"block {number} returns {_text(b)} at carry{jax.tree_util.keystr(path)} but must return "
+                f"what it was given; try {_text(a)}"
+            )
+
+
+def check_params(params: Tree) -> None:
+    """Raises PartitionError for a parameter that has no gradient."""
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if not has_gradient(leaf):
+            raise PartitionError(
+                f"parameter {jax.tree_util.keystr(path)} is {_text(leaf)} but parameters must be floating-point, for "
+                "they have gradients; try it in the batch, in the carry, or as a constant"
+            )
+
+
+def check_kinds(model: Model) -> None:
+    """Raises PartitionError where blocks of one kind have different apply functions."""
+    seen: dict[str, tuple[int, Block]] = {}
+    for number, block in enumerate(model.blocks):
+        first, other = seen.setdefault(block.kind, (number, block))
+        if block.apply != other.apply:
+            raise PartitionError(
+                f"blocks {first} and {number} are of kind={block.kind!r} but have different apply functions; "
+                f"try the same function for both, or kind='{block.kind}{number}' for block {number}"
+            )
+
+
+def _text(leaf: Any) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def _shared(model: Model, embed: Tree) -> Tree:
+    found: Tree = {}
+    for kind in dict.fromkeys(block.kind for block in model.blocks):
+        for source in model.block_tie(kind).values():
+            found = set_path(found, source, get_path(embed, source))
+    return found
+
+
+def _one_of_each(layout: Layout, params: Tree) -> Mapping[str, Tree]:
+    """Shapes of one block of each kind."""
+    found: dict[str, Tree] = {}
+    for row, trees in zip(layout.positions, params["blocks"], strict=True):
+        for position, tree in zip(row, trees, strict=True):
+            lead = 1 if position.count is None else 2
+            shapes = jax.tree.map(lambda s, n=lead: jax.ShapeDtypeStruct(s.shape[n:], s.dtype), tree)
+            found.setdefault(position.kind, shapes)
+    return found
+
+
+def _casts(block: Any, own: Tree, shared: Tree, ties: Mapping[str, str], carry: Tree, context: Context) -> Tree:
+    """Shapes of one block's own parameters, with the dtypes that it computes with."""
+
+    def run(own, shared, carry, mb, key):
+        return block.apply(tie(own, shared, ties), carry, mb, key)
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    dtypes = cast_dtypes(run, own, shared, carry, context.mb, key)
+    return jax.tree.map(lambda s, dtype: jax.ShapeDtypeStruct(s.shape, dtype), own, dtypes)
+
+
+def _shapes(block: Tree, count: int | None) -> Tree:
+    """Shapes of a position's parameters from those of one block."""
+    lead = () if count is None else (count,)
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct((*lead, *s.shape), s.dtype), block)
+
+
+def _accumulators(layout: Layout, weights: list) -> tuple[tuple[tuple[int, ...], ...], list[Accumulator]]:
+    """One accumulator for each place that any repeat has: which one each position uses, and what they look like."""
+    keys = list(dict.fromkeys(key for row in layout.keys for key in row))
+    accumulators = []
+    for key in keys:
+        holders = [repeat for repeat, row in enumerate(layout.keys) if key in row]
+        shapes = [weights[repeat][layout.keys[repeat].index(key)] for repeat in holders]
+        longest = max(shapes, key=lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree)))
+        rows = tuple(holders.index(c) if c in holders else None for c in range(layout.schedule.repeats))
+        accumulators.append(Accumulator(longest, rows))
+    return tuple(tuple(keys.index(key) for key in row) for row in layout.keys), accumulators

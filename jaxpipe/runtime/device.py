@@ -1,0 +1,104 @@
+"""What one device knows while it runs the loop, and the small things that every lane asks of it."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxpipe.runtime import keys, slots
+from jaxpipe.runtime.ends import Ends, accumulate
+from jaxpipe.runtime.lane import Commit, Lane, Skip, run_lane
+from jaxpipe.runtime.model import Model, Tree
+from jaxpipe.runtime.stage import Context
+from jaxpipe.runtime.stages import Stages
+from jaxpipe.schedule import TickTable
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device in the loop.
+
+    Attributes:
+        model: The model.
+        table: The tick table.
+        stages: The lane functions of all stages.
+        parts: Embedding and head.
+        place: Its place on the axis `pipe`, int32.
+        shard: Its data shard, int32.
+        batch: Leaves ``[M, rows, ...]``.
+        key: A key or None.
+        blocks: Weights, ``blocks[repeat][position]``.
+        ends: Gathered embedding and head parameters.
+        skip: How lanes are idle, see `jaxpipe.runtime.lane`.
+        seeds: Gradients of the head's loss and of the blocks' `aux`, scalars.
+        metrics: Shapes of the head's metrics of one row group if they are wanted, else an empty dict.
+    """
+
+    model: Model
+    table: TickTable
+    stages: Stages
+    parts: Ends
+    place: Any
+    shard: Any
+    batch: Tree
+    key: Any
+    blocks: list
+    ends: Tree
+    skip: Skip
+    seeds: tuple[Any, Any]
+    metrics: Tree
+
+    @cached_property
+    def trains(self) -> bool:
+        """Whether there is a backward lane."""
+        return any(phase.backward for phase in self.table.phases)
+
+    @cached_property
+    def shared(self) -> Tree:
+        """The leaves of the embedding that blocks use."""
+        return self.parts.shared(self.ends["embed"])
+
+    @property
+    def daux(self) -> list:
+        """The gradient of a stage's `aux`."""
+        return [self.seeds[1].astype(s.dtype) for s in self.stages.stage.aux]
+
+    def run(self, lane: Lane, state: dict, index, carry: Tree, given: Tree) -> tuple[dict, Tree, Commit]:
+        """Runs a lane where `index` is not -1; see `run_lane`."""
+        return run_lane(self.skip, lane, state, index, carry, given, self.zeros)
+
+    def add(self, state: dict, repeat, gradients: dict) -> dict:
+        """The state's entries with the weight gradients of a stage added; those of an idle lane are zero."""
+        accumulators, rows = self.stages.accumulators, self.stages.rows(jnp.maximum(repeat, 0))
+        blocks = [
+            accumulate(sums, tree) if a.num_rows == 1 else slots.add(sums, row, tree)
+            for a, sums, row, tree in zip(accumulators, state["blocks"], rows, gradients["blocks"], strict=True)
+        ]
+        if not jax.tree.leaves(gradients["shared"]):
+            return {"blocks": blocks}
+        return {"blocks": blocks, "ends": self.parts.add_shared(state["ends"], gradients["shared"])}
+
+    @property
+    def updates(self) -> list[str]:
+        """The entries of the state that `add` changes."""
+        return ["blocks", "ends"] if jax.tree.leaves(self.shared) else ["blocks"]
+
+    def zeros(self, shapes: Tree) -> Tree:
+        """Zeros, each leaf filled from a scalar of its own that XLA cannot see to be zero.
+
+        Equal constants would be made once and then copied into every output.
+        """
+        leaves, tree = jax.tree.flatten(shapes)
+        scalars = [jnp.minimum(self.place + k, 0) for k in range(len(leaves))]
+        filled = [jnp.full(s.shape, x.astype(s.dtype)) for s, x in zip(leaves, scalars, strict=True)]
+        return jax.tree.unflatten(tree, filled)
+
+    def context(self, microbatch, repeat) -> Context:
+        """What a lane needs to know of the microbatch and stage it works on; anything valid where it is idle."""
+        microbatch, repeat = jnp.maximum(microbatch, 0), jnp.maximum(repeat, 0)
+        mb = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, microbatch, keepdims=False), self.batch)
+        group = keys.group_key(self.key, self.shard * self.table.schedule.microbatches + microbatch)
+        return Context(mb, group, self.stages.first_block(repeat, self.place))

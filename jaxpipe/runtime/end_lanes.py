@@ -1,0 +1,107 @@
+"""The lanes of the two ends: embedding, head with loss, and the embedding's gradient."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxpipe.runtime import keys, slots
+from jaxpipe.runtime.carry import join, part
+from jaxpipe.runtime.device import Device
+from jaxpipe.runtime.ends import accumulate
+from jaxpipe.runtime.lane import Commit, Lane
+from jaxpipe.runtime.model import Tree, loss_and_metrics
+from jaxpipe.runtime.stage import Context
+
+
+def embed_lane(device: Device, arrived: Tree, context: Context, row: dict) -> Tree:
+    """The stage's input: what arrived, or on the first stage the embedded microbatch."""
+    first = (device.place == 0) & (row["f_repeat"] == 0)
+    embed, key = device.model.embed.apply, keys.embed_key(context.group)
+    if device.skip == "mask":
+        x = embed(device.ends["embed"], context.mb, key)
+        return jax.tree.map(lambda a, b: jnp.where(first, a, b), x, arrived)
+    return lax.cond(first, lambda: embed(device.ends["embed"], context.mb, key), lambda: arrived)
+
+
+def head_lane(device: Device, state: dict, row: dict, y: Tree) -> tuple[dict, list, Commit]:
+    """Loss of the microbatch that leaves the last stage and, when training, its gradient."""
+    context = device.context(row["f_microbatch"], row["f_repeat"])
+    head, dtype = device.parts.head(device.ends), state["loss"].dtype
+    floating, others = part(y)
+
+    def loss(head, floating, others, context):
+        key = keys.head_key(context.group, len(device.model.blocks))
+        carry = join(y, floating, others)
+        total, weight, metrics = loss_and_metrics(device.model.head_loss.apply(head, carry, context.mb, key))
+        metrics = metrics if device.metrics else {}
+        return total.astype(dtype), (lax.stop_gradient(weight).astype(dtype), lax.stop_gradient(metrics))
+
+    def evaluate(given):
+        head, floating, others, context, _ = given
+        total, (weight, metrics) = loss(head, floating, others, context)
+        return floating, (total, weight, metrics, None)
+
+    def train(given):
+        head, floating, others, context, seed = given
+        total, vjp, (weight, metrics) = jax.vjp(
+            lambda head, floating: loss(head, floating, others, context), head, floating, has_aux=True
+        )
+        dhead, dy = vjp(seed.astype(dtype))
+        return dy, (total, weight, metrics, dhead)
+
+    def commit(state, kept):
+        total, weight, metrics, dhead = kept
+        out = {"loss": state["loss"] + total, "weight": state["weight"] + weight}
+        if device.metrics:
+            out["metrics"] = _keep_metrics(state["metrics"], row, metrics)
+        return out | ({"ends": device.parts.add_head(state["ends"], dhead)} if device.trains else {})
+
+    scalar = jax.ShapeDtypeStruct((), dtype)
+    shapes = scalar, scalar, device.metrics, head if device.trains else None
+    updates = ["loss", "weight", *(["metrics"] if device.metrics else []), *(["ends"] if device.trains else [])]
+    lane = Lane([train if device.trains else evaluate], commit, shapes, updates)
+    index = jnp.minimum(row["h_gradient"], 0)
+    given = head, floating, others, context, device.seeds[0]
+    state, dy, commit_now = device.run(lane, state, index, floating, given)
+    if "gradient" in state:
+        state = state | {"gradient": slots.put(state["gradient"], row["h_gradient"], dy)}
+    return state, dy, commit_now
+
+
+def embed_gradient_lane(device: Device, state: dict, row: dict, dx: list) -> dict:
+    """On the first stage, adds up the embedding's gradient."""
+    apply = device.model.embed.apply
+
+    def run(given):
+        embed, context, dx = given
+        _, vjp = jax.vjp(lambda p: part(apply(p, context.mb, keys.embed_key(context.group)))[0], embed)
+        return (), vjp(dx)[0]
+
+    def commit(state, gradient):
+        return {"ends": state["ends"] | {"embed": accumulate(state["ends"]["embed"], gradient)}}
+
+    embed = device.ends["embed"]
+    index = jnp.where((device.place == 0) & (row["b_repeat"] == 0), 0, -1)
+    context = device.context(row["b_microbatch"], row["b_repeat"])
+    state, _, commit_now = device.run(Lane([run], commit, embed, ["ends"]), state, index, (), (embed, context, dx))
+    return commit_now(state)
+
+
+def _keep_metrics(kept: Tree, row: dict, metrics: Tree) -> Tree:
+    """Numbers are added up, arrays kept by microbatch."""
+
+    def keep(sums, new):
+        if new.ndim == 0:
+            return sums + new
+        at = jnp.where(row["h_gradient"] >= 0, row["f_microbatch"], -1)
+        return slots.put(sums, at, new)
+
+    return jax.tree.map(keep, kept, metrics)
+
+
+def start_metrics(device: Device) -> Any:
+    """Where the metrics of all microbatches go."""
+    microbatches = device.table.schedule.microbatches
+    return jax.tree.map(lambda s: slots.make(s, microbatches) if s.shape else jnp.zeros((), s.dtype), device.metrics)

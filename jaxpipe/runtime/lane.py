@@ -1,0 +1,108 @@
+"""Running a lane, or not: three ways to be idle, for two kinds of machine.
+
+A lane computes values and *commits* them: into slots and accumulators, which are large and must be updated in place.
+
+    branch   a conditional computes, idle lanes give zeros, and the commit follows outside of it: updated inside, XLA
+             copies slots and accumulators whole. One round trip to the host per lane on a GPU. An idle lane writes its
+             zeros into a scratch slot: nobody waits for it, unless devices share cores.
+    loop     a loop of one turn or none computes and commits: what a loop carries is updated in place, and an idle lane
+             does nothing at all. Two round trips to the host per working lane on a GPU, none on a CPU.
+    mask     idle lanes compute too and what they make counts as zero. No round trip where there is one branch only, but
+             work for nothing, and power.
+
+So GPUs take branches and simulated CPU devices, which share cores, take loops; masks are for whoever measured them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxpipe.runtime.model import Tree
+
+Skip = Literal["branch", "loop", "mask"]
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What a lane computes, and what becomes of it.
+
+    Attributes:
+        branches: ``given -> (carry, kept)``: what is passed on, and what is committed.
+        commit: ``(state, kept) -> state``, for the entries of the loop's state that the lane updates.
+        kept: Shapes of what is committed.
+        updates: Names of these entries.
+    """
+
+    branches: list[Callable[[Any], tuple[Tree, Any]]]
+    commit: Callable[[dict, Any], dict]
+    kept: Any
+    updates: list[str]
+
+
+@jax.tree_util.register_pytree_node_class
+class Commit:
+    """A commit that waits for its lane's fence; calling it with the state does it."""
+
+    def __init__(self, commit: Callable[[dict, Any], dict] | None, kept: Any):
+        self.commit, self.kept = commit, kept
+
+    def __call__(self, state: dict) -> dict:
+        """The state with the commit done."""
+        return state if self.commit is None else state | self.commit(state, self.kept)
+
+    def tree_flatten(self):
+        """What passes the fence: the values to be committed."""
+        return (self.kept,), self.commit
+
+    @classmethod
+    def tree_unflatten(cls, commit, children):
+        """The commit of values that passed the fence."""
+        return cls(commit, *children)
+
+
+def run_lane(
+    skip: Skip, lane: Lane, state: dict, index: Any, carry: Tree, given: Any, zeros: Callable[[Any], Any]
+) -> tuple[dict, Tree, Commit]:
+    """Runs ``lane.branches[index]`` and commits what it makes; does nothing for -1.
+
+    Args:
+        skip: How it does nothing.
+        lane: What it computes and commits.
+        state: The loop's state.
+        index: Which branch, or -1.
+        carry: What it passes on if it does not run; with ``mask`` anything of the same shapes.
+        given: All that its branches read.
+        zeros: ``shapes -> arrays``.
+
+    Returns:
+        The state, what the lane passes on, and the commit that is still to be done.
+    """
+    if skip == "loop":
+        part = {name: state[name] for name in lane.updates}
+        part, carry = _run_loop(lane, part, index, carry, given)
+        return state | part, carry, Commit(None, None)
+    branches = [lambda branch=branch: branch(given) for branch in lane.branches]
+    if skip == "branch":
+        carry, kept = lax.switch(index + 1, [lambda: (carry, zeros(lane.kept)), *branches])
+        return state, carry, Commit(lane.commit, kept)
+    carry, kept = lax.switch(jnp.maximum(index, 0), branches) if len(branches) > 1 else branches[0]()
+    kept = jax.tree.map(lambda x: jnp.where(index >= 0, x, jnp.zeros_like(x)), kept)
+    return state, carry, Commit(lane.commit, kept)
+
+
+def _run_loop(lane: Lane, state: dict, index: Any, carry: Tree, given: Any) -> tuple[dict, Tree]:
+    def turn(loop):
+        at, state, _, given = loop
+        # Nothing but this barrier tells XLA that the turn depends on being in the loop: without it, it computes the
+        # turn in advance, whether or not there will be one.
+        at, given = lax.optimization_barrier((at, given))
+        carry, kept = lax.switch(index, [lambda branch=branch: branch(given) for branch in lane.branches])
+        return at + 1, lane.commit(state, kept), carry, given
+
+    turns = (index >= 0).astype(jnp.int32)
+    _, state, carry, _ = lax.while_loop(lambda loop: loop[0] < turns, turn, (jnp.int32(0), state, carry, given))
+    return state, carry

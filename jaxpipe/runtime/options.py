@@ -1,0 +1,77 @@
+"""What a user may write for the stages of a `Pipeline`, and what is meant by it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxpipe.errors import ConfigError, PartitionError
+from jaxpipe.runtime.stage import Remat
+from jaxpipe.schedule import Costs, Schedule
+
+REMATS = ("full", "none", "all")
+
+
+def stage_counts(stages: Sequence[int] | str | None, blocks: int, schedule: Schedule) -> tuple[int, ...]:
+    """Blocks per stage.
+
+    Args:
+        stages: See `Pipeline`.
+        blocks: How many the model has.
+        schedule: What runs.
+
+    Raises:
+        PartitionError: They do not add up, or do not divide.
+    """
+    if stages is None:
+        if blocks % schedule.stages:
+            near = sorted({max(1, blocks // schedule.stages), -(-blocks // schedule.stages)})
+            raise PartitionError(
+                f"num_layers={blocks} must be a multiple of devices={schedule.devices} * repeats={schedule.repeats} = "
+                f"{schedule.stages}; try num_layers={' or '.join(str(n * schedule.stages) for n in near)}, or "
+                "stages='even'"
+            )
+        return (blocks // schedule.stages,) * schedule.stages
+    from jaxpipe.schedule.stages import even_stages, parse_stages
+
+    if isinstance(stages, str):
+        counts = even_stages(blocks, schedule.stages) if stages == "even" else parse_stages(stages, schedule.stages)
+    else:
+        counts = tuple(stages)
+    if len(counts) != schedule.stages or any(not isinstance(n, int) or n < 0 for n in counts):
+        raise PartitionError(
+            f"stages={list(counts)} must hold one number of blocks for each of devices={schedule.devices} * "
+            f"repeats={schedule.repeats} = {schedule.stages} stages; try {list(even_stages(blocks, schedule.stages))}"
+        )
+    if sum(counts) != blocks:
+        raise PartitionError(
+            f"stages={list(counts)} hold {sum(counts)} blocks but the model has {blocks}; "
+            f"try {list(even_stages(blocks, schedule.stages))}"
+        )
+    return counts
+
+
+def stage_remats(remat: Remat | Sequence[Remat], stages: int) -> tuple[Remat, ...]:
+    """What each stage keeps, in stage order.
+
+    Raises:
+        ConfigError: An unknown value, or a sequence of another length.
+    """
+    one = isinstance(remat, str) or callable(remat)
+    each: tuple[Any, ...] = (remat,) * stages if one else tuple(remat)  # pyright: ignore
+    if len(each) != stages:
+        raise ConfigError(f"remat={list(each)} must hold one value for each of {stages} stages; try 'full' for all")
+    for value in each:
+        if value not in REMATS and not callable(value):
+            raise ConfigError(
+                f"remat={value!r} must be one of {', '.join(REMATS)} or a policy of jax.checkpoint; try 'full'"
+            )
+    return each
+
+
+def relative_costs(counts: Sequence[int], remats: Sequence[Remat], schedule: Schedule) -> Costs:
+    """Times of the phases as far as they are known: in proportion to a stage's blocks, and a forward more for remat."""
+    recompute = [1.0 if remat == "full" else 0.0 for remat in remats]
+    if len(set(counts)) == 1 and len(set(recompute)) == 1:
+        return Costs(recompute=recompute[0])
+    times = [count * schedule.devices / max(1, sum(counts)) for count in counts]
+    again = [time * share for time, share in zip(times, recompute, strict=True)]
+    return Costs(forward=times, backward_input=times, backward_weight=times, recompute=again)

@@ -1,0 +1,104 @@
+"""What a backward needs from its forward, cut into three by dependence, read off the traced program.
+
+    the stage's input            kept once, in an activation slot, whatever the policy
+    from weights and batch only  computed again where it is needed, never kept: no slot holds a weight or its cast
+    the rest                     the residuals: kept in a residual slot, each value once
+
+Leaves of the carry that have no gradient count as batch: the backward finds them in the activation slot.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.core import eval_jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, Var
+from jax.extend.core import Literal as Constant
+from jax.interpreters import partial_eval
+
+from jaxpipe.runtime.model import Tree
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A traced vjp, cut into what is kept and what is computed again.
+
+    Attributes:
+        forward: ``inputs -> outputs, kept``.
+        again: ``inputs -> values`` that depend on weights and batch only.
+        kept: Variables whose values go to a residual slot.
+        sources: For each leaf of the vjp, where it comes from: ("input", i), ("kept", i), ("again", i) or
+            ("constant", value).
+    """
+
+    forward: Jaxpr
+    again: Jaxpr
+    consts: list
+    kept: list[Var]
+    sources: list[tuple[str, Any]]
+    tree: Any
+    num_outputs: int
+
+    def vjp(self, kept: list, inputs: list) -> Callable[[Tree], tuple[Tree, Tree]]:
+        """Puts the vjp function together from kept values and the lane's own inputs."""
+        again = eval_jaxpr(self.again, self.consts, *inputs)
+        by_kind = {"input": inputs, "kept": kept, "again": again}
+        leaves = [at if kind == "constant" else by_kind[kind][at] for kind, at in self.sources]
+        return jax.tree.unflatten(self.tree, leaves)
+
+
+def cut_residuals(closed: ClosedJaxpr, counts: list[int], num_outputs: int, tree, keep_random: bool) -> Cut:
+    """Classifies the leaves of a traced vjp by what they depend on.
+
+    Args:
+        closed: ``(params, carry, context) -> (outputs, leaves)``.
+        counts: Leaves of params, of the carry with gradients, and of everything else.
+        num_outputs: How many outputs stand before the leaves.
+        tree: Structure of the vjp function.
+        keep_random: Keep what depends on random keys (dropout masks) instead of drawing it again.
+    """
+    jaxpr = closed.jaxpr
+    inputs = {var: i for i, var in enumerate(jaxpr.invars)}
+    first_carry, first_context = counts[0], counts[0] + counts[1]
+    depends: dict[Var, frozenset[str]] = dict.fromkeys(jaxpr.constvars, frozenset())
+    for var, i in inputs.items():
+        random = jax.dtypes.issubdtype(var.aval.dtype, jax.dtypes.prng_key)  # pyright: ignore
+        role = "weights" if i < first_carry else "carry" if i < first_context else "random" if random else "batch"
+        depends[var] = frozenset({role})
+    for eqn in jaxpr.eqns:
+        role = frozenset().union(*(depends[v] for v in eqn.invars if isinstance(v, Var)))
+        depends.update(dict.fromkeys(eqn.outvars, role))
+
+    kept: dict[Var, int] = {}
+    again: dict[Var, int] = {}
+    sources: list[tuple[str, Any]] = []
+    for leaf in jaxpr.outvars[num_outputs:]:
+        if isinstance(leaf, Constant):
+            sources.append(("constant", leaf.val))
+        elif leaf in inputs:
+            sources.append(("input", inputs[leaf]))
+        elif "carry" in depends[leaf] or (keep_random and "random" in depends[leaf] and not _is_key(leaf)):
+            sources.append(("kept", kept.setdefault(leaf, len(kept))))
+        else:
+            sources.append(("again", again.setdefault(leaf, len(again))))
+    outputs = jaxpr.outvars[:num_outputs]
+    return Cut(
+        forward=_only(jaxpr, [*outputs, *kept]),
+        again=_only(jaxpr, list(again)),
+        consts=list(closed.consts),
+        kept=list(kept),
+        sources=sources,
+        tree=tree,
+        num_outputs=num_outputs,
+    )
+
+
+def _is_key(var: Var) -> bool:
+    return jax.dtypes.issubdtype(var.aval.dtype, jax.dtypes.prng_key)  # pyright: ignore
+
+
+def _only(jaxpr: Jaxpr, outvars: list) -> Jaxpr:
+    """The part of a program that makes the given outputs, with the same inputs."""
+    wanted = jaxpr.replace(outvars=outvars, debug_info=jaxpr.debug_info.with_unknown_names())
+    return partial_eval.dce_jaxpr(wanted, [True] * len(outvars), instantiate=True)[0]

@@ -1,0 +1,150 @@
+"""The lanes that run stages: forward, backward (B or I) and weight gradient."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpipe.runtime import end_lanes, slots
+from jaxpipe.runtime.device import Device
+from jaxpipe.runtime.lane import Commit, Lane
+from jaxpipe.runtime.model import Tree
+from jaxpipe.runtime.stages import Branch
+from jaxpipe.schedule import TickTable
+from jaxpipe.schedule.table import ARRIVAL
+
+
+def forward_lane(device: Device, state: dict, row: dict) -> tuple[dict, Tree, Commit]:
+    """Takes in what arrived, keeps it, and runs the stage."""
+    stages, kept, repeat = device.stages, state["activation"], row["f_repeat"]
+    arrived = state["rf"]
+    if device.table.forward_direct:
+        arrived = select("f", row, arrived, stages.stage.carry)
+    else:
+        kept = take_in("f", row, kept, arrived)
+        arrived = slots.get(kept, row["f_activation"])
+    context = device.context(row["f_microbatch"], repeat)
+    x = end_lanes.embed_lane(device, arrived, context, row)
+    kept = slots.put(kept, jnp.where(repeat >= 0, row["f_activation"], -1), x)
+
+    def run(branch: Branch, given):
+        blocks, shared, x, context = given
+        y, aux, residuals = branch.stage.forward(stages.params(branch, blocks, shared), x, context)
+        return y, (aux, stages.residuals.fill(residuals, device.zeros) if device.trains else [])
+
+    def commit(state: dict, kept) -> dict:
+        aux, residuals = kept
+        out = {"aux": state["aux"] + aux[0].astype(state["aux"].dtype)} if aux else {}
+        if device.trains:
+            out["residual"] = slots.put(state["residual"], row["f_residual"], residuals)
+        return out
+
+    shapes = list(stages.stage.aux), list(stages.residuals.shapes) if device.trains else []
+    updates = [name for name, used in (("aux", stages.stage.aux), ("residual", device.trains)) if used]
+    lane = Lane([partial(run, branch) for branch in stages.branches], commit, shapes, updates)
+    given = device.blocks, device.shared, x, context
+    return device.run(lane, state | {"activation": kept}, stages.branch_of(repeat, device.place), x, given)
+
+
+def backward_lane(device: Device, state: dict, row: dict, rb: Any, dy: list | None) -> tuple[dict, list, Commit]:
+    """Runs B or I of a stage on the gradient that arrived or that the head made."""
+    stages, repeat = device.stages, row["b_repeat"]
+    state, gradient = _arriving_gradient(device, state, row, rb, dy)
+    full, split = backward_kinds(device.table)
+
+    def run(branch: Branch, input_only: bool, given):
+        blocks, shared, activation, residual, context, gradient, daux = given
+        stage = branch.stage
+        residuals = stages.residuals.take(stage.residuals, slots.get(residual, row["b_residual"]))
+        x = slots.get(activation, row["b_activation"])
+        arguments = stages.params(branch, blocks, shared), x, residuals, context, gradient, daux
+        if input_only:
+            dx, crossing = stage.backward_input(*arguments)
+            crossing = stages.weight_residuals.fill(crossing, device.zeros)
+            return dx, (device.zeros(stages.gradients) if full else None, crossing)
+        dw, dx = stage.backward(*arguments)
+        crossing = device.zeros(list(stages.weight_residuals.shapes)) if split else None
+        return dx, (stages.spread(branch, dw, device.zeros), crossing)
+
+    def commit(state: dict, kept) -> dict:
+        dw, crossing = kept
+        out = {} if dw is None else device.add(state, repeat, dw)
+        if crossing is not None:
+            out["weight_residual"] = slots.put(state["weight_residual"], row["b_weight_residual"], crossing)
+        return out
+
+    kinds = [only for only, runs in ((False, full), (True, split)) if runs]
+    branches: list[Callable] = [partial(run, branch, only) for only in kinds for branch in stages.branches]
+    index = stages.branch_of(repeat, device.place)
+    if full and split:
+        index += jnp.where(row["b_input_only"] == 1, len(stages.branches), 0)
+    shapes = stages.gradients if full else None, list(stages.weight_residuals.shapes) if split else None
+    updates = [*(device.updates if full else []), *(["weight_residual"] if split else [])]
+    context = device.context(row["b_microbatch"], repeat)
+    given = device.blocks, device.shared, state["activation"], state["residual"], context, gradient, device.daux
+    return device.run(Lane(branches, commit, shapes, updates), state, index, gradient, given)
+
+
+def weight_lane(device: Device, state: dict, row: dict) -> dict:
+    """Runs W of a stage and adds up what it makes."""
+    stages, repeat = device.stages, row["w_repeat"]
+
+    def run(branch: Branch, given):
+        blocks, shared, activation, residual, crossing, context = given
+        stage = branch.stage
+        x = slots.get(activation, row["w_activation"])
+        residuals = stages.residuals.take(stage.residuals, slots.get(residual, row["w_residual"]))
+        crossing = slots.get(crossing, row["w_weight_residual"])
+        crossing = stages.weight_residuals.take(stage.weight_residuals, crossing)
+        params = stages.params(branch, blocks, shared)
+        dw = stage.backward_weight(params, x, residuals, context, crossing)
+        return (), stages.spread(branch, dw, device.zeros)
+
+    branches: list[Callable] = [partial(run, branch) for branch in stages.branches]
+    lane = Lane(branches, lambda state, dw: device.add(state, repeat, dw), stages.gradients, device.updates)
+    context = device.context(row["w_microbatch"], repeat)
+    slots_read = (state[name] for name in ("activation", "residual", "weight_residual"))
+    given = device.blocks, device.shared, *slots_read, context
+    state, _, commit = device.run(lane, state, stages.branch_of(repeat, device.place), (), given)
+    return commit(state)
+
+
+def take_in(lane: str, row: dict, kept: Tree, arrived: dict[str, Tree]) -> Tree:
+    """Puts what arrived into the slots that the row names."""
+    for side, values in arrived.items():
+        kept = slots.put(kept, row[ARRIVAL[lane][side]], values)
+    return kept
+
+
+def select(lane: str, row: dict, arrived: dict[str, Tree], shapes: Tree) -> Tree:
+    """What arrived from the side that the row names; anything valid if nothing did."""
+    if not arrived:
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    (_, values), *others = arrived.items()
+    for side, other in others:
+        here = row[ARRIVAL[lane][side]] >= 0
+        values = jax.tree.map(lambda a, b, here=here: jnp.where(here, a, b), other, values)
+    return values
+
+
+def _arriving_gradient(device: Device, state: dict, row: dict, rb: Any, dy: list | None) -> tuple[dict, list]:
+    """The gradient of the stage's output, from its slot, from a neighbour or from the head."""
+    if "gradient" in state:
+        kept = take_in("b", row, state["gradient"], rb)
+        return state | {"gradient": kept}, slots.get(kept, row["b_gradient"])
+    arrived = select("b", row, rb, device.stages.stage.gradient)
+    if dy is None:
+        return state, arrived
+    schedule = device.table.schedule
+    owner = schedule.device_of(schedule.stages - 1)
+    last = (device.place == owner) & (row["b_repeat"] == schedule.repeats - 1)
+    return state, jax.tree.map(lambda a, b: jnp.where(last, a, b), dy, arrived)
+
+
+def backward_kinds(table: TickTable) -> tuple[bool, bool]:
+    """Whether the backward lane runs B anywhere, and whether it runs I."""
+    cells = zip(table.columns["b_repeat"], table.columns["b_input_only"], strict=True)
+    kinds = {only == 1 for repeats, onlys in cells for r, only in zip(repeats, onlys, strict=True) if r >= 0}
+    return False in kinds, True in kinds

@@ -1,0 +1,102 @@
+"""The tick: what one turn of the loop does with its state.
+
+The state is a dict, one entry per kind of thing that lives from tick to tick:
+
+    loss, weight, aux  sums so far
+    metrics            of all microbatches, where they are wanted
+    rf                 by side, what the neighbours' (or this device's own) forward lanes sent
+    dx                 what this device's last backward lane made, not sent yet
+    activation, residual, gradient, weight_residual      slots
+    ends, blocks       gradient accumulators
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxpipe.runtime import slots
+from jaxpipe.runtime.device import Device
+from jaxpipe.runtime.end_lanes import embed_gradient_lane, head_lane, start_metrics
+from jaxpipe.runtime.ends import accumulator_dtype
+from jaxpipe.runtime.model import Tree
+from jaxpipe.runtime.stage_lanes import backward_kinds, backward_lane, forward_lane, weight_lane
+from jaxpipe.runtime.transfer import fence, hop
+from jaxpipe.schedule.table import ARRIVAL, Phase
+
+STEP = {"left": 1, "right": -1}
+"""What arrives from a side was sent this way round."""
+
+
+def start(device: Device, params: Tree) -> dict:
+    """The loop's state before the first tick."""
+    table, stages, counts = device.table, device.stages, device.table.slots
+    stage = stages.stage
+    carry, gradient = (jax.tree.map(_zero, shapes) for shapes in (stage.carry, stage.gradient))
+    number = jnp.zeros((), accumulator_dtype(jax.tree.leaves(params)[0].dtype))
+    state = {"loss": number, "weight": number, "rf": dict.fromkeys(_sides(device, "f"), carry)}
+    state |= {"aux": number} if stage.aux else {}
+    state |= {"metrics": start_metrics(device)} if device.metrics else {}
+    state["activation"] = slots.make(stage.carry, counts.activation)
+    if not device.trains:
+        return state
+    state |= {
+        "dx": gradient,
+        "residual": slots.make(list(stages.residuals.shapes), counts.residual),
+        "ends": jax.tree.map(lambda x: jnp.zeros(x.shape, accumulator_dtype(x.dtype)), device.ends),
+        "blocks": [
+            # One row per repeat, but no lone row: XLA adds to [1, ...] in a new buffer and copies it back.
+            jax.tree.map(
+                lambda s, rows=(a.num_rows,) if a.num_rows > 1 else (): jnp.zeros(
+                    (*rows, *s.shape), accumulator_dtype(s.dtype)
+                ),
+                a.params,
+            )
+            for a in stages.accumulators
+        ],
+    }
+    if not table.gradient_direct:
+        state["gradient"] = slots.make(stage.gradient, counts.gradient)
+    if backward_kinds(table)[1]:
+        state["weight_residual"] = slots.make(list(stages.weight_residuals.shapes), counts.weight_residual)
+    return state
+
+
+def tick(device: Device, state: dict, row: dict, phase: Phase) -> dict:
+    """One turn of the loop; `row` holds one number of each column."""
+    rb = y = dy = None
+    if phase.backward:
+        rb = _hops(device, state["dx"], _sides(device, "b", phase.start, phase.stop))  # [1]
+    if phase.forward:
+        state, y, commit = forward_lane(device, state, row)
+        if phase.backward:
+            rb, (y, commit) = fence(rb, (y, commit))
+        # [2] What the last tick of a phase sends arrives in the next one.
+        sent = _hops(device, y, _sides(device, "f", phase.start + 1, phase.stop + 1))
+        state = commit(state) | {"rf": state["rf"] | sent}
+    if phase.head:
+        state, dy, commit = head_lane(device, state, row, y)
+        state = commit(state)
+    if phase.backward:
+        state, dx, commit = backward_lane(device, state, row, rb, dy)
+        if phase.forward:
+            state["rf"], (dx, commit) = fence(state["rf"], (dx, commit))
+        state = embed_gradient_lane(device, commit(state), row, dx) | {"dx": dx}
+    if phase.weight:
+        state = weight_lane(device, state, row)
+    return state
+
+
+def _sides(device: Device, lane: str, start: int = 0, stop: int | None = None) -> list[str]:
+    """The sides from which something arrives for a lane in these ticks."""
+    columns = {side: device.table.columns[name][start:stop] for side, name in ARRIVAL[lane].items()}
+    return [side for side, rows in columns.items() if any(slot >= 0 for row in rows for slot in row)]
+
+
+def _hops(device: Device, values: Tree, sides: list[str]) -> dict[str, Tree]:
+    """What arrives from each side when every device sends `values`."""
+    schedule = device.table.schedule
+    ring = schedule.placement == "loop" and schedule.repeats > 1
+    return {side: values if side == "own" else hop(values, schedule.devices, ring, STEP[side]) for side in sides}
+
+
+def _zero(shape):
+    return jnp.zeros(shape.shape, shape.dtype)
