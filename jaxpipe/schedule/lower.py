@@ -7,6 +7,7 @@ A gradient that is always used in the tick in which it arrives needs no slot at 
 read back then (`TickTable.forward_direct`).
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 from jaxpipe.errors import ScheduleError
@@ -25,6 +26,7 @@ def lower(
     packing: Literal["auto", "paired", "single"] = "auto",
     costs: Costs | None = None,
     memory: Literal["ideal", "strict"] = "ideal",
+    keeps: Sequence[bool] | None = None,
 ) -> TickTable:
     """Turns a schedule into tick tables.
 
@@ -37,12 +39,15 @@ def lower(
         memory: ``ideal`` may move forwards ahead so that hops hide behind the other lane, or put weight gradients off
             so that ticks are equally long; both keep more activations (`1f1b` then runs as `eager_1f1b`; the table's
             notes say so). ``strict`` keeps no more than the schedule's own order does.
+        keeps: One flag per stage: whether its forward keeps residuals for its backward beside the stage's input. By
+            default all do. A stage that runs its forward again in the backward keeps none and gets no residual slot.
 
     Returns:
         The tables.
 
     Raises:
-        ScheduleError: The schedule does not verify, or an option has an unknown value.
+        ScheduleError: The schedule does not verify, an option has an unknown value, or `keeps` does not have one flag
+            per stage.
 
     Example:
         >>> from jaxpipe.schedule import build, lower
@@ -54,8 +59,10 @@ def lower(
         raise ScheduleError(f"packing={packing!r} must be 'auto', 'paired' or 'single'; try 'auto'")
     if memory not in ("ideal", "strict"):
         raise ScheduleError(f"memory={memory!r} must be 'ideal' or 'strict'; try 'ideal'")
+    if keeps is not None and len(keeps) != schedule.stages:
+        raise ScheduleError(f"keeps has {len(keeps)} flags but must have one per stage; try {schedule.stages}")
     packed = choose(verify(schedule), packing, costs or Costs(), memory)
-    return tabulate(packed, _notes(schedule, packed))
+    return tabulate(packed, _notes(schedule, packed), keeps)
 
 
 def choose(
@@ -89,11 +96,12 @@ def _notes(schedule: Schedule, packed: Packed) -> tuple[str, ...]:
     )
 
 
-def tabulate(packed: Packed, notes: tuple[str, ...] = ()) -> TickTable:
+def tabulate(packed: Packed, notes: tuple[str, ...] = (), keeps: Sequence[bool] | None = None) -> TickTable:
     """Fills the columns for actions whose ticks are known."""
     schedule, ticks = packed.schedule, action_ticks(packed)
+    keeps = (True,) * schedule.stages if keeps is None else tuple(map(bool, keeps))
     columns = {name: [[-1] * schedule.devices for _ in range(packed.ticks)] for name in COLUMNS}
-    lives = [lifetimes(packed, ticks, device) for device in range(schedule.devices)]
+    lives = [lifetimes(packed, ticks, device, keeps) for device in range(schedule.devices)]
     counts: dict[str, int] = dict.fromkeys(KINDS, 0)
     for device, live in enumerate(lives):
         slots: dict[str, dict[tuple[int, int], int]] = {}
@@ -111,6 +119,7 @@ def tabulate(packed: Packed, notes: tuple[str, ...] = ()) -> TickTable:
         ticks=packed.ticks,
         columns={name: tuple(map(tuple, rows)) for name, rows in columns.items()},
         slots=Slots(**counts),
+        keeps=keeps,
         forward_direct=all(start == ticks["F"][s][m] for live in lives for start, _, (s, m) in live["activation"]),
         gradient_direct=direct,
         notes=notes,

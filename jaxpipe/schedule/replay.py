@@ -34,6 +34,10 @@ def check(table: TickTable) -> TickTable:
     for name in COLUMNS:
         if shapes.get(name) != {table.schedule.devices, -table.ticks}:
             raise ScheduleError(f"column {name} must have shape [{table.ticks}, {table.schedule.devices}]")
+    if len(table.keeps) != table.schedule.stages:
+        raise ScheduleError(
+            f"keeps has {len(table.keeps)} flags but must have one per stage; try {table.schedule.stages}"
+        )
     machine = _Machine(table)
     for tick in range(table.ticks):
         machine.run(tick)
@@ -117,7 +121,7 @@ class _Machine:
         if (head >= 0) != (s == self.schedule.stages - 1):
             self._fail(device, "the head must run with the last stage's forward and only then")
         trains = self.schedule.phases != {"F"}
-        if trains:
+        if trains and self._keeps("f", device, s):
             self._write("residual", self._at("f_residual", device), device, Value("r", s, m))
         if head < 0:
             self._send("f", device, Value("x", s + 1, m))
@@ -135,7 +139,8 @@ class _Machine:
         s, m = action.stage, action.microbatch
         gradient = Value("g", s, m)
         self._read("b", "activation", device, Value("x", s, m))
-        self._read("b", "residual", device, Value("r", s, m))
+        if self._keeps("b", device, s):
+            self._read("b", "residual", device, Value("r", s, m))
         self._read("b", "gradient", device, gradient)
         if self.table.gradient_direct and (device, gradient) not in self.arrived:
             self._fail(device, f"gradient_direct, but {gradient} did not arrive in this tick")
@@ -151,7 +156,8 @@ class _Machine:
         if action is not None:
             s, m = action.stage, action.microbatch
             self._read("w", "activation", device, Value("x", s, m))
-            self._read("w", "residual", device, Value("r", s, m))
+            if self._keeps("w", device, s):
+                self._read("w", "residual", device, Value("r", s, m))
             self._read("w", "weight_residual", device, Value("w", s, m))
 
     def _action(self, lane: str, phase: str, device: int) -> Action | None:
@@ -164,6 +170,12 @@ class _Machine:
         action = Action(self.schedule.stage_at(device, repeat), phase, microbatch)  # pyright: ignore[reportArgumentType]
         self.ran[action] += 1
         return action
+
+    def _keeps(self, lane: str, device: int, stage: int) -> bool:
+        """Whether a stage has residuals; one that has none must name no slot."""
+        if not self.table.keeps[stage] and self._at(f"{lane}_residual", device) >= 0:
+            self._fail(device, f"{lane}_residual is set though stage {stage} keeps no residuals")
+        return self.table.keeps[stage]
 
     def _send(self, lane: str, device: int, value: Value) -> None:
         way = self._at(f"{lane}_send", device)

@@ -3,7 +3,7 @@
 Every value that outlives a lane gets a slot of its kind for exactly the ticks in which it is alive on its device:
 
     activation       a stage's input            from its arrival (stage 0: its forward) to its B or W
-    residual         what the backward needs    from the forward to its B or W
+    residual         what the backward needs    from the forward to its B or W; none where a stage keeps none
     gradient         a stage's output gradient  from its arrival (last stage: its forward) to its B or I
     weight_residual  what W needs besides       from its I to its W
 
@@ -11,7 +11,7 @@ Input and residual rest until W so that I need not copy what W shares with it. S
 colouring, so there are exactly as many as values that live at once.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush
 
 from jaxpipe.schedule.ir import Phase
@@ -36,13 +36,16 @@ def action_ticks(packed: Packed) -> Ticks:
     return ticks
 
 
-def lifetimes(packed: Packed, ticks: Ticks, device: int) -> dict[str, list[Interval]]:
+def lifetimes(
+    packed: Packed, ticks: Ticks, device: int, keeps: Sequence[bool] | None = None
+) -> dict[str, list[Interval]]:
     """The values that rest on a device, by kind, each with its first and last tick.
 
     Args:
         packed: Actions in ticks.
         ticks: Of the same.
         device: Whose values.
+        keeps: Per stage, whether it keeps residuals beside its input; by default all do.
     """
     schedule = packed.schedule
     last = schedule.stages - 1
@@ -60,7 +63,8 @@ def lifetimes(packed: Packed, ticks: Ticks, device: int) -> dict[str, list[Inter
             live["activation"].append((arrival, max(now, used, ticks["W"][s][m]), value))
             if used < 0:
                 continue
-            live["residual"].append((now, max(used, ticks["W"][s][m]), value))
+            if keeps is None or keeps[s]:
+                live["residual"].append((now, max(used, ticks["W"][s][m]), value))
             live["gradient"].append((gradient_tick(s + 1, m) + 1 if s < last else now, used, value))
             if ticks["W"][s][m] >= 0:
                 live["weight_residual"].append((ticks["I"][s][m], ticks["W"][s][m], value))

@@ -7,7 +7,7 @@ action. What a lane sends arrives before the same lane of the next tick.
     f_repeat             which of the device's stages the F lane runs; -1: the lane is idle
     f_microbatch         for which microbatch
     f_activation         slot of the stage's input: the F lane reads it there (on stage 0 it puts it there)
-    f_residual           slot that the F lane writes
+    f_residual           slot that the F lane writes; -1 where the stage keeps no residuals (`TickTable.keeps`)
     f_send               where the output goes: `SEND`
     f_arrival            slot for what arrives from the left in this tick, before the lane runs
     f_arrival_right      slot for what arrives from the right (placement v)
@@ -137,6 +137,8 @@ class TickTable:
         ticks: Length of every column.
         columns: By name, see `COLUMNS` and the table in this module's docstring.
         slots: Buffers of each kind.
+        keeps: Per stage, whether its forward keeps residuals beside its input; where not, the columns `f_residual`,
+            `b_residual` and `w_residual` are -1.
         forward_direct: Every forward but stage 0's runs in the tick in which its input arrives.
         gradient_direct: Every backward runs in the tick in which its gradient arrives: no gradient slots.
         notes: What a user should know about the choice, one line each.
@@ -147,6 +149,7 @@ class TickTable:
     ticks: int
     columns: dict[str, Column] = field(repr=False)
     slots: Slots
+    keeps: tuple[bool, ...]
     forward_direct: bool
     gradient_direct: bool
     notes: tuple[str, ...] = ()
