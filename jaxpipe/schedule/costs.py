@@ -20,6 +20,8 @@ class Costs:
         backward_weight: tW, the gradient of its weights. A full backward costs tI + tW.
         hop: Time of one transfer between neighbours.
         recompute: Added to every B or I, for stages that run their forward again.
+        head: Time of one microbatch's vocab-parallel head, which all devices run together when the last stage's F is
+            done; 0 where the last stage runs the head alone (its time is then part of that stage's). See `simulate`.
 
     Raises:
         ScheduleError: A cost is negative.
@@ -34,15 +36,16 @@ class Costs:
     backward_weight: float | Sequence[float] = 1.0
     hop: float = 0.0
     recompute: float | Sequence[float] = 0.0
+    head: float = 0.0
 
     def __post_init__(self):
-        for name in ("forward", "backward_input", "backward_weight", "hop", "recompute"):
+        for name in ("forward", "backward_input", "backward_weight", "hop", "recompute", "head"):
             value = getattr(self, name)
             if not all(number >= 0 for number in (value if isinstance(value, Sequence) else (value,))):
                 raise ScheduleError(f"{name}={value} must not be negative; try 0")
 
     def of(self, action: Action, schedule: Schedule) -> float:
-        """The time of one action.
+        """The time of one action, without the head that all devices run.
 
         Raises:
             ScheduleError: A per-stage sequence does not have one number per stage.

@@ -64,6 +64,7 @@ class _Listing:
         self.phases: tuple[Phase, ...] = ("F", "I", "W") if policy.split else ("F", "B")
         stages = range(empty.stages)
         self.price = {(s, p): costs.of(Action(s, p, 0), empty) for s, p in product(stages, self.phases)}
+        self.price[empty.stages - 1, "F"] += costs.head
         self.following = {key: 0 for key in self.price}
         self.stages_of = [[empty.stage_at(d, c) for c in range(empty.repeats)] for d in range(empty.devices)]
         self.arrives: dict[Value, float] = {}

@@ -110,6 +110,7 @@ def tabulate(packed: Packed, notes: tuple[str, ...] = (), keeps: Sequence[bool] 
             counts[kind] = max(counts[kind], used)
         _put_actions(packed, device, slots, columns)
         _put_arrivals(schedule, device, live, slots, columns)
+    _put_ends(packed, columns)
     direct = all(start == end for live in lives for start, end, _ in live["gradient"])
     if direct:
         counts["gradient"] = 0
@@ -153,6 +154,15 @@ def _put_actions(
             row[f"{lane}_weight_residual"] = slots["weight_residual"][value]
         for name, number in row.items():
             columns[name][tick][device] = number
+
+
+def _put_ends(packed: Packed, columns: dict[str, list[list[int]]]) -> None:
+    """The microbatches that all devices embed, run the head of, or end the backward of together."""
+    last = packed.schedule.stages - 1
+    for action, tick in packed.tick.items():
+        for name, stage, phases in (("h", last, "F"), ("e", 0, "F"), ("g", 0, "BI")):
+            if action.stage == stage and action.phase in phases:
+                columns[f"{name}_microbatch"][tick] = [action.microbatch] * packed.schedule.devices
 
 
 def _put_arrivals(

@@ -248,13 +248,18 @@ def lockstep_makespan(packed: Packed, costs: Costs) -> float:
 
     A hop hides behind the other lane of its tick: what F sends flies while the backward lane (and W) works, and what
     the backward lane sends flies while the next tick's F lane works. A lane with nothing to do exposes it.
+
+    Before a head that all devices run (`Costs.head`) they wait for the slowest F lane; what F sends leaves after it.
     """
-    work, sends = _work(packed, costs), lanes_that_send(packed)
+    work, sends, heads = _work(packed, costs), lanes_that_send(packed), head_ticks(packed, costs)
     total, hop = 0.0, costs.hop
     for t, (forwards, backwards) in enumerate(work):
         # [1] F's hop flies during this tick's backward lane, the backward's during the next tick's F lane.
         floor_f, floor_b = hop * (t > 0 and sends[t - 1][1]), hop * sends[t][0]
-        total += max(max(f, floor_f) + max(b, floor_b) for f, b in zip(forwards, backwards, strict=True))
+        if t in heads:
+            total += max(*forwards, floor_f) + costs.head + max(*backwards, floor_b)
+        else:
+            total += max(max(f, floor_f) + max(b, floor_b) for f, b in zip(forwards, backwards, strict=True))
     return total
 
 
@@ -264,7 +269,7 @@ def lockstep_local_makespan(
     """Time when each lane waits on its own: F for the F lanes of the last tick, B, I and W for the backward lanes.
 
     A device may run ahead of others in one lane while it waits for nothing in the other. Never more than
-    `lockstep_makespan`.
+    `lockstep_makespan`. A head that all devices run (`Costs.head`) is a meeting of all after the F lane.
 
     Args:
         packed: Ticks.
@@ -278,9 +283,12 @@ def lockstep_local_makespan(
     sources = [[_neighbours(schedule, d, lane) for d in devices] for lane in steps]
     ready = [[0.0] * schedule.devices, [0.0] * schedule.devices]
     free = [0.0] * schedule.devices
-    for work, sends in zip(_work(packed, costs), lanes_that_send(packed), strict=True):
+    heads = head_ticks(packed, costs)
+    for tick, (work, sends) in enumerate(zip(_work(packed, costs), lanes_that_send(packed), strict=True)):
         for lane in (0, 1):
             free = [max(free[d], ready[lane][d]) + work[lane][d] for d in devices]
+            if lane == 0 and tick in heads:
+                free = [max(free) + costs.head] * schedule.devices
             hop = costs.hop * sends[lane]
             if waits_for == "pipeline":
                 ready[lane] = [max(free) + hop] * schedule.devices
@@ -308,6 +316,15 @@ def _work(packed: Packed, costs: Costs) -> list[tuple[list[float], list[float]]]
                 cost[key] = costs.of(a, schedule)
             work[packed.tick[a]][a.phase != "F"][device] += cost[key]
     return work
+
+
+def head_ticks(packed: Packed, costs: Costs) -> frozenset[int]:
+    """The ticks in which all devices run a head together, if it has a price: those of the last stage's forwards."""
+    last = packed.schedule.stages - 1
+    return frozenset(t for a, t in packed.tick.items() if a.phase == "F" and a.stage == last) if costs.head else _NEVER
+
+
+_NEVER: frozenset[int] = frozenset()
 
 
 def lanes_that_send(packed: Packed) -> list[list[bool]]:

@@ -20,7 +20,8 @@ def check(table: TickTable) -> TickTable:
 
     Checks that each lane reads the values that its action needs, that whatever is read was written and not overwritten,
     that what arrives is not lost while it is needed, that slots are within their counts, that `forward_direct` and
-    `gradient_direct` hold, and that every action of the schedule runs exactly once.
+    `gradient_direct` hold, that the columns which are equal on all devices tell what the lanes of the two ends run, and
+    that every action of the schedule runs exactly once.
 
     Raises:
         ScheduleError: Names the tick, the device and the rule.
@@ -89,6 +90,17 @@ class _Machine:
                 runs(device)
         for device in range(self.schedule.devices):
             self._weight(device)
+        self._ends()
+
+    def _ends(self) -> None:
+        """What stage 0 and the last stage run in this tick is known to all devices."""
+        ran = [action for device in range(self.schedule.devices) for action in self.table.actions(self.tick, device)]
+        last = self.schedule.stages - 1
+        for name, stage, phases in (("h", last, "F"), ("e", 0, "F"), ("g", 0, "BI")):
+            found = [a.microbatch for a in ran if a.stage == stage and a.phase in phases] or [-1]
+            for device in range(self.schedule.devices):
+                if self._at(f"{name}_microbatch", device) != found[0]:
+                    self._fail(device, f"{name}_microbatch must be {found[0]}, as stage {stage} runs")
 
     def _clear(self, lane: str) -> None:
         self.hops[lane] = {side: [None] * self.schedule.devices for side in SIDES}

@@ -10,6 +10,13 @@ Three runtimes:
 
 The lockstep runtimes run what `lower` makes of the schedule for the same costs. It may move actions to hide hops;
 memory is then that of the moved order.
+
+A vocab-parallel head (`Costs.head`) is run by all devices together, once per microbatch:
+
+    lockstep, lockstep_local   in the ticks of the last stage's forwards all devices meet after their F lane, then spend
+                               the head, then go on. It counts as work of every device (`Timing.heads`).
+    async                      it is charged to the last stage's forward: nobody else waits for it but for its result. A
+                               lower limit, as everything under this runtime.
 """
 
 from collections.abc import Sequence
@@ -20,10 +27,14 @@ from jaxpipe.errors import ScheduleError
 from jaxpipe.schedule.costs import Costs
 from jaxpipe.schedule.ir import Action, Schedule
 from jaxpipe.schedule.lower import choose
-from jaxpipe.schedule.pack import Packed, Packing, lanes_that_send
+from jaxpipe.schedule.pack import Packed, Packing, head_ticks, lanes_that_send
 from jaxpipe.schedule.rules import Value, reads, writes
 
 Runtime = Literal["async", "lockstep", "lockstep_local"]
+
+
+Heads = tuple[tuple[float, float], ...]
+"""(start, end) of each head that all devices run together."""
 
 
 class Interval(NamedTuple):
@@ -47,6 +58,7 @@ class Timing:
             full device.
         critical_path: Actions that each waited for the one before them, from the start to the end of the makespan.
         busy: ``busy[d]``: device d's actions with their times, in the order in which they run.
+        heads: (start, end) of each head that all devices run together; none under ``async``.
     """
 
     makespan: float
@@ -55,11 +67,12 @@ class Timing:
     peak_activations: tuple[float, ...]
     critical_path: tuple[Action, ...] = field(repr=False)
     busy: tuple[tuple[Interval, ...], ...] = field(repr=False)
+    heads: Heads = field(default=(), repr=False)
 
     @property
     def idle(self) -> tuple[tuple[tuple[float, float], ...], ...]:
         """``idle[d]``: (start, end) of device d's idle times, between 0 and the makespan."""
-        return tuple(_gaps(row, self.makespan) for row in self.busy)
+        return tuple(_gaps(row, self.heads, self.makespan) for row in self.busy)
 
     @property
     def bubble_time(self) -> float:
@@ -115,10 +128,15 @@ def simulate(
     return _timing(packed.schedule, *_lanes(packed, costs, runtime == "lockstep_local"), after_input)
 
 
-def _timing(schedule: Schedule, busy: list[list[Interval]], waited_for: dict[Action, Action], after: float) -> Timing:
-    spans = [row[-1].end - row[0].start for row in busy]
-    makespan = max(row[-1].end for row in busy) - min(row[0].start for row in busy)
+def _timing(
+    schedule: Schedule, busy: list[list[Interval]], waited_for: dict[Action, Action], heads: Heads, after: float
+) -> Timing:
+    latest = heads[-1][1] if heads else 0.0
+    ends = [max(row[-1].end, latest) for row in busy]
+    spans = [end - row[0].start for end, row in zip(ends, busy, strict=True)]
+    makespan = max(ends) - min(row[0].start for row in busy)
     work = sum(end - start for row in busy for start, end, _ in row)
+    work += schedule.devices * sum(end - start for start, end in heads)
     path = [max((row[-1] for row in busy), key=lambda interval: interval.end).action]
     while path[-1] in waited_for:
         path.append(waited_for[path[-1]])
@@ -129,6 +147,7 @@ def _timing(schedule: Schedule, busy: list[list[Interval]], waited_for: dict[Act
         peak_activations=tuple(_peak(actions, after) / schedule.repeats for actions in schedule.order),
         critical_path=tuple(reversed(path)),
         busy=tuple(map(tuple, busy)),
+        heads=heads,
     )
 
 
@@ -150,9 +169,10 @@ def _peak(actions: Sequence[Action], after_input: float) -> float:
 
 def _asynchronous(
     schedule: Schedule, costs: Costs, blocking: bool
-) -> tuple[list[list[Interval]], dict[Action, Action]]:
+) -> tuple[list[list[Interval]], dict[Action, Action], Heads]:
     """Each action as early as its inputs and its device allow, and which action each one waited for."""
     price, stages = _prices(schedule, costs), schedule.stages
+    price[stages - 1, "F"] += costs.head
     owner = [schedule.device_of(stage) for stage in range(stages)]
     arrives: dict[Value, tuple[float, Action]] = {}
     free = [0.0] * schedule.devices
@@ -183,7 +203,7 @@ def _asynchronous(
                 left -= 1
         if left == before:
             raise ScheduleError("the devices wait for each other in a circle; `verify` shows where")
-    return busy, waited_for
+    return busy, waited_for, ()
 
 
 def _prices(schedule: Schedule, costs: Costs) -> dict[tuple[int, str], float]:
@@ -201,7 +221,7 @@ class _Moment(NamedTuple):
     action: Action | None
 
 
-def _lanes(packed: Packed, costs: Costs, local: bool) -> tuple[list[list[Interval]], dict[Action, Action]]:
+def _lanes(packed: Packed, costs: Costs, local: bool) -> tuple[list[list[Interval]], dict[Action, Action], Heads]:
     """The actions of every tick at their times, by the models that `pack` prices."""
     schedule = packed.schedule
     price, sends = _prices(schedule, costs), lanes_that_send(packed)
@@ -209,6 +229,7 @@ def _lanes(packed: Packed, costs: Costs, local: bool) -> tuple[list[list[Interva
     waited_for: dict[Action, Action] = {}
     free = [_Moment(0.0, None)] * schedule.devices
     arrived = [_Moment(0.0, None)] * 2
+    with_head, heads = head_ticks(packed, costs), []
     for tick, row in enumerate(_lane_actions(packed)):
         for lane in (0, 1):
             start = [max(moment, arrived[lane], key=_time) for moment in free]
@@ -221,18 +242,22 @@ def _lanes(packed: Packed, costs: Costs, local: bool) -> tuple[list[list[Interva
                     end = begin + price[action.stage, action.phase]
                     busy[device].append(Interval(begin, end, action))
                     free[device] = _Moment(end, action)
-            if local:
-                slowest = max(free, key=_time)
-                arrived[lane] = slowest._replace(time=slowest.time + costs.hop * sends[tick][lane])
-            elif sends[tick][0] if lane == 1 else tick > 0 and sends[tick - 1][1]:
+            if not local and (sends[tick][0] if lane == 1 else tick > 0 and sends[tick - 1][1]):
                 # [1] What the other lane sent last arrives before this one ends.
                 free = [
                     max(end, begin._replace(time=begin.time + costs.hop), key=_time)
                     for end, begin in zip(free, start, strict=True)
                 ]
+            if lane == 0 and tick in with_head:
+                met = max(free, key=_time)
+                free = [met._replace(time=met.time + costs.head)] * schedule.devices
+                heads.append((met.time, met.time + costs.head))
+            if local:
+                slowest = max(free, key=_time)
+                arrived[lane] = slowest._replace(time=slowest.time + costs.hop * sends[tick][lane])
         if not local:
             free = [max(free, key=_time)] * schedule.devices
-    return busy, waited_for
+    return busy, waited_for, tuple(heads)
 
 
 def _time(moment: _Moment) -> float:
@@ -248,8 +273,9 @@ def _lane_actions(packed: Packed) -> list[list[list[list[Action]]]]:
     return lanes
 
 
-def _gaps(row: Sequence[Interval], end: float) -> tuple[tuple[float, float], ...]:
-    """The idle times before, between and after a device's actions."""
-    ends = [0.0, *(interval.end for interval in row)]
-    starts = [*(interval.start for interval in row), end]
+def _gaps(row: Sequence[Interval], heads: Heads, end: float) -> tuple[tuple[float, float], ...]:
+    """The idle times before, between and after a device's actions and the heads."""
+    spans = sorted([interval[:2] for interval in row] + list(heads))
+    ends = [0.0, *(stop for _, stop in spans)]
+    starts = [*(start for start, _ in spans), end]
     return tuple((a, b) for a, b in zip(ends, starts, strict=True) if b > a)

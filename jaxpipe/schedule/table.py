@@ -12,7 +12,10 @@ action. What a lane sends arrives before the same lane of the next tick.
     f_arrival            slot for what arrives from the left in this tick, before the lane runs
     f_arrival_right      slot for what arrives from the right (placement v)
     f_arrival_own        slot for what this device's own F lane made in the last tick (a turn of the snake)
-    h_gradient           slot for the gradient that the head makes after the F lane; -1: no head runs
+    h_gradient           slot for the gradient that the head makes after the F lane; -1: no head runs here
+    h_microbatch         the microbatch whose head runs in this tick, on whatever device
+    e_microbatch         the microbatch that stage 0's F embeds in this tick, on whatever device
+    g_microbatch         the microbatch whose stage-0 B or I (the embedding's gradient) runs, on whatever device
     b_repeat             as above, for the backward lane
     b_microbatch
     b_input_only         1: the lane runs I, 0: it runs B
@@ -29,6 +32,10 @@ action. What a lane sends arrives before the same lane of the next tick.
     w_activation         slots that the lane reads
     w_residual
     w_weight_residual
+
+In `h_microbatch`, `e_microbatch` and `g_microbatch` all devices have the same number, so that a conditional on it may
+hold a collective: a vocab-parallel head or embedding. There is at most one of each per tick, because a stage lives on
+one device.
 """
 
 from collections.abc import Sequence
@@ -53,6 +60,9 @@ COLUMNS = (
     "f_arrival_right",
     "f_arrival_own",
     "h_gradient",
+    "h_microbatch",
+    "e_microbatch",
+    "g_microbatch",
     "b_repeat",
     "b_microbatch",
     "b_input_only",

@@ -192,7 +192,7 @@ def _read_costs(read: object) -> Costs:
     if not isinstance(read, dict) or not set(read) <= set(known):
         raise ScheduleError(f"costs={read!r} must hold only {', '.join(known)}")
     for name, value in read.items():
-        for number in value if isinstance(value, list) and value and name != "hop" else [value]:
+        for number in value if isinstance(value, list) and value and name not in ("hop", "head") else [value]:
             if not isinstance(number, int | float) or isinstance(number, bool):
                 raise ScheduleError(f"costs {name}={value!r} must be a number or a list of numbers")
     priced: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in read.items()}

@@ -58,6 +58,27 @@ def test_columns_of_a_single_split_backward():
     ]
 
 
+def test_the_ends_are_known_to_all_devices():
+    """What stage 0 embeds, whose head runs and whose first stage runs backwards stands in every device's column."""
+    table = lower(build("zb_h1", devices=2, microbatches=2), "single")
+    assert picture(table) == "0F0 0F1 . 0I0 0W0 0I1 0W1\n. 1F0 1I0 1F1 1I1 1W0 1W1"
+    assert column(table, "e_microbatch") == ["0 1 . . . . ."] * 2
+    assert column(table, "h_microbatch") == [". 0 . 1 . . ."] * 2
+    assert column(table, "g_microbatch") == [". . . 0 . 1 ."] * 2
+    bare = lower(build("inference", devices=2, microbatches=2))
+    assert column(bare, "h_microbatch") == [". 0 1"] * 2 and column(bare, "g_microbatch") == [". . ."] * 2
+
+
+@pytest.mark.parametrize("name", ["h_microbatch", "e_microbatch", "g_microbatch"])
+@pytest.mark.parametrize("change", [1, -1])
+def test_replay_rejects_an_end_that_one_device_does_not_know(name, change):
+    table = lower(build("interleaved_1f1b", devices=3, microbatches=6))
+    rows = [list(row) for row in table.columns[name]]
+    rows[next(t for t, row in enumerate(rows) if row[0] >= 0)][1] += change
+    with pytest.raises(ScheduleError, match=f"device 1: {name} must be 0, as stage"):
+        check(replace(table, columns=table.columns | {name: tuple(map(tuple, rows))}))
+
+
 def test_columns_of_a_snake():
     """Forwards go right, turn on the last device without a hop, and come back left; gradients the other way."""
     order = ("0F0 3F0 3B0 0B0", "1F0 2F0 2B0 1B0")

@@ -159,7 +159,7 @@ def test_lockstep_bubble_of_8_devices_and_32_microbatches(name, repeats, costs, 
 
 
 @pytest.mark.parametrize("name", CATALOG)
-@pytest.mark.parametrize("costs", [UNIT, UNEVEN, SLOW_INPUT, Costs(1, 1, 1, hop=0.3)])
+@pytest.mark.parametrize("costs", [UNIT, UNEVEN, SLOW_INPUT, Costs(1, 1, 1, hop=0.3), Costs(1, 1.1, 0.9, head=0.4)])
 def test_auto_is_never_worse_and_lanes_on_their_own_never_slower(name, costs):
     schedule = build(name, devices=4, microbatches=9)
     auto = lockstep_makespan(choose(schedule, "auto", costs, "ideal"), costs)
@@ -188,3 +188,19 @@ def test_a_hop_that_no_lane_hides_is_paid():
     # ticks: 0F0 | 0F1 1F0 | 1F1, and the hops after the first two
     assert lockstep_makespan(packed, Costs(1, 1, 1, hop=0.25)) == 3 + 2 * 0.25
     assert lockstep_local_makespan(packed, Costs(1, 1, 1, hop=0.25)) == 3 + 2 * 0.25
+
+
+@pytest.mark.parametrize("name", CATALOG)
+@pytest.mark.parametrize("hop", [0.0, 0.3])
+def test_no_packing_gets_faster_with_a_dearer_head(name, hop):
+    for packed in packings(build(name, devices=4, microbatches=9), "auto"):
+        for price in (lockstep_makespan, lockstep_local_makespan):
+            times = [price(packed, Costs(1, 1.3, 0.6, hop=hop, head=head)) for head in (0.0, 0.01, 0.5, 2.0)]
+            assert times == sorted(times) and times[3] - times[2] == pytest.approx(9 * 1.5)
+
+
+def test_auto_takes_the_meetings_at_the_head_into_account():
+    """One action per tick is best for zb_h1, but not where all devices meet in the middle of every forward's tick."""
+    schedule = build("zb_h1", devices=8, microbatches=32)
+    assert choose(schedule, "auto", UNIT, "ideal").packing == "single"
+    assert choose(schedule, "auto", Costs(head=0.25), "ideal").packing == "paired"

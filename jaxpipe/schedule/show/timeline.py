@@ -97,8 +97,8 @@ def timeline(what: Drawable, costs: Costs | None = None, runtime: Runtime = "asy
         length, bubble, span_bubble = timing.makespan, timing.bubble, timing.span_bubble
         schedule, busy, peaks, note = what, timing.busy, timing.peak_activations, f"{runtime}, {_prices(costs)}"
     else:
-        schedule, busy = what.schedule, _tick_times(what, costs)
-        length, bubble, span_bubble = _shares(busy)
+        schedule, (busy, heads) = what.schedule, _tick_times(what, costs)
+        length, bubble, span_bubble = _shares(busy, heads)
         peaks = simulate(schedule, costs).peak_activations
         note = f"{what.ticks} ticks, {what.packing} packing, {_prices(costs)}"
     return Timeline(schedule, busy, _hops(schedule, busy, costs), length, bubble, span_bubble, peaks, note)
@@ -149,13 +149,17 @@ def _hops(schedule: Schedule, busy: Sequence[Sequence[Interval]], costs: Costs) 
     )
 
 
-def _tick_times(table: "TickTable", costs: Costs) -> tuple[tuple[Interval, ...], ...]:
-    """Ticks one after the other; the lanes of a tick stand side by side, each in the same place on every device."""
+def _tick_times(table: "TickTable", costs: Costs) -> tuple[tuple[tuple[Interval, ...], ...], float]:
+    """Ticks one after the other; the lanes of a tick stand side by side, each in the same place on every device.
+
+    Heads that all devices run stand between F and the backward lane; the second result is the time of all of them.
+    """
     schedule = table.schedule
     busy: list[list[Interval]] = [[] for _ in range(schedule.devices)]
-    now = 0.0
-    for row in tick_actions(table):
-        together = any(len(actions) > 1 for actions in row)
+    now = spent = 0.0
+    for tick, row in enumerate(tick_actions(table)):
+        head = costs.head * (table.columns["h_microbatch"][tick][0] >= 0)
+        together = head > 0 or any(len(actions) > 1 for actions in row)
         lanes = ("F", "BI", "W") if together else ("FBIW",)
         for lane in lanes:
             spans = [
@@ -166,12 +170,13 @@ def _tick_times(table: "TickTable", costs: Costs) -> tuple[tuple[Interval, ...],
             ]
             for device, action, span in spans:
                 busy[device].append(Interval(now, now + span, action))
-            now += max((span for _, _, span in spans), default=0.0)
-    return tuple(map(tuple, busy))
+            now += max((span for _, _, span in spans), default=0.0) + head * (lane == "F")
+        spent += head
+    return tuple(map(tuple, busy)), spent
 
 
-def _shares(busy: Sequence[Sequence[Interval]]) -> tuple[float, float, float]:
-    work = sum(end - start for row in busy for start, end, _ in row)
+def _shares(busy: Sequence[Sequence[Interval]], heads: float) -> tuple[float, float, float]:
+    work = sum(end - start for row in busy for start, end, _ in row) + len(busy) * heads
     length = max(row[-1].end for row in busy) - min(row[0].start for row in busy)
     span = max(row[-1].end - row[0].start for row in busy)
     return length, _idle_share(work, len(busy) * length), _idle_share(work, len(busy) * span)
@@ -182,12 +187,19 @@ def _idle_share(work: float, available: float) -> float:
 
 
 def _prices(costs: Costs) -> str:
-    names = {"forward": "tF", "backward_input": "tI", "backward_weight": "tW", "recompute": "recompute", "hop": "hop"}
+    names = {
+        "forward": "tF",
+        "backward_input": "tI",
+        "backward_weight": "tW",
+        "recompute": "recompute",
+        "hop": "hop",
+        "head": "head",
+    }
     shown = []
     for attribute, name in names.items():
         value = getattr(costs, attribute)
         if isinstance(value, Sequence):
             shown.append(f"{name} by stage" if len(value) > 4 else f"{name} {'/'.join(f'{v:g}' for v in value)}")
-        elif value or attribute != "recompute":
+        elif value or attribute not in ("recompute", "head"):
             shown.append(f"{name} {value:g}")
     return ", ".join(shown)
