@@ -7,6 +7,7 @@ from jaxpipe.schedule.costs import Costs
 from jaxpipe.schedule.ir import Action, Schedule
 from jaxpipe.schedule.lower import ModelBytes, TickTable, lower
 from jaxpipe.schedule.simulate import Interval, Timing, simulate
+from jaxpipe.schedule.stages import even_stages, format_stages, parse_stages
 from jaxpipe.schedule.text import from_csv, from_json, parse, to_csv, to_json
 from jaxpipe.schedule.verify import verify
 
@@ -22,10 +23,13 @@ __all__ = [
     "Timing",
     "auto",
     "build",
+    "even_stages",
+    "format_stages",
     "from_csv",
     "from_json",
     "lower",
     "parse",
+    "parse_stages",
     "show",
     "simulate",
     "to_csv",
