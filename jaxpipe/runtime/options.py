@@ -6,6 +6,7 @@ from typing import Any
 from jaxpipe.errors import ConfigError, PartitionError
 from jaxpipe.runtime.stage import Remat
 from jaxpipe.schedule import Costs, Schedule
+from jaxpipe.schedule.stages import even_stages, parse_stages
 
 REMATS = ("full", "none", "all")
 
@@ -30,8 +31,6 @@ def stage_counts(stages: Sequence[int] | str | None, blocks: int, schedule: Sche
                 "stages='even'"
             )
         return (blocks // schedule.stages,) * schedule.stages
-    from jaxpipe.schedule.stages import even_stages, parse_stages
-
     if isinstance(stages, str):
         counts = even_stages(blocks, schedule.stages) if stages == "even" else parse_stages(stages, schedule.stages)
     else:

@@ -90,7 +90,8 @@ class Pipeline:
         counts = stage_counts(stages, len(model.blocks), schedule)
         self.model, self.schedule, self.mesh, self.idle = model, schedule, mesh, idle
         self.remats = stage_remats(remat, schedule.stages)
-        self.table = lower(schedule, packing, costs or relative_costs(counts, self.remats, schedule), memory)
+        costs = costs or relative_costs(counts, self.remats, schedule)
+        self.table = lower(schedule, packing, costs, memory, keeps=[kept != "full" for kept in self.remats])
         self.layout = Layout(mesh, schedule, tuple(block.kind for block in model.blocks), counts, scan_blocks)
 
     @property

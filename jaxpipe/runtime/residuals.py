@@ -7,7 +7,7 @@
 Leaves of the carry that have no gradient count as batch: the backward finds them in the activation slot.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,10 @@ from jax.interpreters import partial_eval
 
 from jaxpipe.runtime.model import Tree
 
+Roles = frozenset[str]
+"""What a value depends on: some of weights, carry, batch, random."""
+
+CALLS = ("pjit", "jit", "closed_call", "remat2", "checkpoint")
 
 @dataclass(frozen=True)
 class Cut:
@@ -61,15 +65,12 @@ def cut_residuals(closed: ClosedJaxpr, counts: list[int], num_outputs: int, tree
     jaxpr = closed.jaxpr
     inputs = {var: i for i, var in enumerate(jaxpr.invars)}
     first_carry, first_context = counts[0], counts[0] + counts[1]
-    depends: dict[Var, frozenset[str]] = dict.fromkeys(jaxpr.constvars, frozenset())
+    roles: list[Roles] = []
     for var, i in inputs.items():
         random = jax.dtypes.issubdtype(var.aval.dtype, jax.dtypes.prng_key)  # pyright: ignore
         role = "weights" if i < first_carry else "carry" if i < first_context else "random" if random else "batch"
-        depends[var] = frozenset({role})
-    for eqn in jaxpr.eqns:
-        role = frozenset().union(*(depends[v] for v in eqn.invars if isinstance(v, Var)))
-        depends.update(dict.fromkeys(eqn.outvars, role))
-
+        roles.append(frozenset({role}))
+    depends = dependence(jaxpr, roles)
     kept: dict[Var, int] = {}
     again: dict[Var, int] = {}
     sources: list[tuple[str, Any]] = []
@@ -92,6 +93,44 @@ def cut_residuals(closed: ClosedJaxpr, counts: list[int], num_outputs: int, tree
         tree=tree,
         num_outputs=num_outputs,
     )
+
+
+def dependence(jaxpr: Jaxpr, roles: Sequence[Roles]) -> dict[Var, Roles]:
+    """The roles of the inputs that each variable of a program depends on.
+
+    Args:
+        jaxpr: The program.
+        roles: Of each of its inputs.
+    """
+    found: dict[Var, Roles] = dict.fromkeys(jaxpr.constvars, frozenset()) | dict(zip(jaxpr.invars, roles, strict=True))
+    for eqn in jaxpr.eqns:
+        known = [found[v] if isinstance(v, Var) else frozenset() for v in eqn.invars]
+        inner = eqn.params.get("jaxpr")
+        body = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
+        if eqn.primitive.name == "scan":
+            outs = _scan_dependence(body, known, eqn.params["num_consts"], eqn.params["num_carry"])
+        elif eqn.primitive.name in CALLS and isinstance(body, Jaxpr):
+            outs = _out_dependence(body, known)
+        else:
+            outs = [frozenset().union(*known)] * len(eqn.outvars)
+        found.update(zip(eqn.outvars, outs, strict=True))
+    return found
+
+
+def _out_dependence(jaxpr: Jaxpr, roles: Sequence[Roles]) -> list[Roles]:
+    found = dependence(jaxpr, roles)
+    return [found[v] if isinstance(v, Var) else frozenset() for v in jaxpr.outvars]
+
+
+def _scan_dependence(body: Jaxpr, known: list[Roles], num_consts: int, num_carry: int) -> list[Roles]:
+    """What a loop carries may depend, after some turns, on all that any turn brings in."""
+    consts, carry, xs = known[:num_consts], known[num_consts:][:num_carry], known[num_consts + num_carry :]
+    while True:
+        outs = _out_dependence(body, [*consts, *carry, *xs])
+        grown = [a | b for a, b in zip(carry, outs[:num_carry], strict=True)]
+        if grown == carry:
+            return outs
+        carry = grown
 
 
 def _is_key(var: Var) -> bool:

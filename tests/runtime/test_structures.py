@@ -1,4 +1,4 @@
-"""Models that are not a row of equal blocks: uneven stages, several kinds, aux losses, integer carries, shared leaves."""
+"""Models that are no row of equal blocks: uneven stages, several kinds, aux losses, integer carries, shared leaves."""
 
 from functools import cache
 
@@ -11,6 +11,10 @@ from helpers import ROWS, VOCAB, WIDTH, toy_batch, toy_model, toy_oracle, tree_a
 
 import jaxpipe as jp
 from jaxpipe.schedule import build
+
+
+QUICK = {"xla_backend_optimization_level": 0}
+"""Compiler options: these models are compiled once and run once."""
 
 
 def drop(x, key):
@@ -82,7 +86,7 @@ def varied_oracle(kinds: str, row_groups: int):
     oracle = jp.sequential(varied_model(kinds), row_groups=row_groups)
     batch = toy_batch(ROWS * row_groups)
     canonical = oracle.init(jax.random.key(0), batch)
-    step = jax.jit(oracle.value_and_grad, static_argnames="has_aux")
+    step = jax.jit(oracle.value_and_grad, static_argnames="has_aux", compiler_options=QUICK)
     (loss, metrics), grads = step(canonical, batch, jax.random.key(1), has_aux=True)
     return canonical, loss, metrics, grads
 
@@ -94,7 +98,7 @@ def check(kinds, name, devices, repeats, microbatches, data=1, **options):
     canonical, loss, metrics, grads = varied_oracle(kinds, microbatches * data)
     params = pipe.from_canonical(canonical)
     batch = toy_batch(ROWS * microbatches * data)
-    step = jax.jit(pipe.value_and_grad, static_argnames="has_aux")
+    step = jax.jit(pipe.value_and_grad, static_argnames="has_aux", compiler_options=QUICK)
     (got, got_metrics), got_grads = step(params, batch, jax.random.key(1), has_aux=True)
     assert float(got) == pytest.approx(float(loss), rel=1e-5)
     tree_allclose(got_metrics, metrics)
@@ -183,7 +187,7 @@ def test_room_of_short_stages_is_zero_and_stays_zero():
 
     @jax.jit
     def step(params, state):
-        loss, grads = pipe.value_and_grad(params, batch)
+        _, grads = pipe.value_and_grad(params, batch)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, optax.tree.norm(grads)
 
