@@ -78,7 +78,10 @@ def choose(
     """
     # [1] In its own order a schedule keeps what the order keeps: an action joins a tick only behind those before it.
     candidates = packings(schedule, packing, advance=memory == "ideal")
-    return min(candidates, key=lambda p: (round(lockstep_makespan(p, costs), 9), max(p.peak_stages()), p.ticks))
+    priced = [(round(lockstep_makespan(p, costs), 9), p) for p in candidates]
+    least = min(makespan for makespan, _ in priced)
+    cheapest = [p for makespan, p in priced if makespan == least]
+    return min(cheapest, key=lambda p: (max(p.peak_stages()), p.ticks)) if len(cheapest) > 1 else cheapest[0]
 
 
 def _notes(schedule: Schedule, packed: Packed) -> tuple[str, ...]:
@@ -132,8 +135,8 @@ def _put_actions(
 ) -> None:
     """What the lanes of a device run, read and write."""
     schedule, last = packed.schedule, packed.schedule.stages - 1
-    for action in schedule.order[device]:
-        stage, value, tick = action.stage, (action.stage, action.microbatch), packed.tick[action]
+    for action, tick in zip(schedule.order[device], packed.rows[device], strict=True):
+        stage, value = action.stage, (action.stage, action.microbatch)
         lane = "fbw"[LANE[action.phase]]
         row = {
             f"{lane}_repeat": schedule.repeat_of(stage),
@@ -158,11 +161,12 @@ def _put_actions(
 
 def _put_ends(packed: Packed, columns: dict[str, list[list[int]]]) -> None:
     """The microbatches that all devices embed, run the head of, or end the backward of together."""
-    last = packed.schedule.stages - 1
-    for action, tick in packed.tick.items():
-        for name, stage, phases in (("h", last, "F"), ("e", 0, "F"), ("g", 0, "BI")):
+    schedule = packed.schedule
+    for name, stage, phases in (("h", schedule.stages - 1, "F"), ("e", 0, "F"), ("g", 0, "BI")):
+        owner = schedule.device_of(stage)
+        for action, tick in zip(schedule.order[owner], packed.rows[owner], strict=True):
             if action.stage == stage and action.phase in phases:
-                columns[f"{name}_microbatch"][tick] = [action.microbatch] * packed.schedule.devices
+                columns[f"{name}_microbatch"][tick] = [action.microbatch] * schedule.devices
 
 
 def _put_arrivals(

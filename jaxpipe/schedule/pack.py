@@ -10,7 +10,9 @@ long as its slowest device's. `packings` yields the choices, `lockstep_makespan`
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from operator import add
 from typing import Literal
 
 from jaxpipe.schedule.costs import Costs
@@ -38,42 +40,60 @@ Rows = list[list[int]]
 class Packed:
     """A schedule with a tick for every action.
 
+    Example:
+        >>> from jaxpipe.schedule import build
+        >>> packed = pack(build("gpipe", devices=2, microbatches=1), "single")
+        >>> packed.rows, packed.tick[Action(1, "B", 0)]
+        (([0, 3], [1, 2]), 2)
+
     Attributes:
         schedule: The order that runs: the given one, unless `advanced` or sharing ``weights_held`` moved actions.
         packing: ``single`` (one action per tick and device) or ``paired`` (one per lane).
-        tick: The tick of each action.
+        rows: Per device, the ticks of its actions in the schedule's order.
         advanced: Whether forwards were moved ahead of the schedule's own order to hide hops.
         sharing: Which actions share ticks.
     """
 
     schedule: Schedule
     packing: Packing
-    tick: dict[Action, int]
+    rows: tuple[list[int], ...] = field(repr=False)
     advanced: bool = False
     sharing: Sharing = "none"
 
+    @cached_property
+    def tick(self) -> dict[Action, int]:
+        """The tick of each action."""
+        return {a: tick for actions, ticks in self.timed for a, tick in zip(actions, ticks, strict=True)}
+
     @property
+    def timed(self) -> Iterator[tuple[tuple[Action, ...], list[int]]]:
+        """Per device its actions and their ticks."""
+        return zip(self.schedule.order, self.rows, strict=True)
+
+    @cached_property
     def ticks(self) -> int:
         """How many ticks the loop has."""
-        return max(self.tick.values()) + 1
+        return max(map(max, self.rows)) + 1
 
     def peak_stages(self) -> list[int]:
         """Per device, the most stage inputs alive in one tick, from a forward to the action that frees them."""
-        return [_peak([(self.tick[a], a) for a in actions]) for actions in self.schedule.order]
+        return [_peak(actions, ticks) for actions, ticks in self.timed]
 
 
 def order_peak(schedule: Schedule) -> list[int]:
     """Per device, the most stage inputs that the order itself keeps, from a forward to the action that frees them."""
-    return [_peak(list(enumerate(actions))) for actions in schedule.order]
+    return [_peak(actions, range(len(actions))) for actions in schedule.order]
 
 
-def _peak(timed: Sequence[tuple[int, Action]]) -> int:
+def _peak(actions: Sequence[Action], times: Sequence[int]) -> int:
     """The most stage inputs alive at one time; an action holds its input during its own."""
-    change = [0] * (max((time for time, _ in timed), default=0) + 2)
-    trains = any(a.phase != "F" for _, a in timed)
-    for time, a in timed:
-        change[time] += a.phase == "F"
-        change[time + 1] -= a.phase in "BW" if trains else 1
+    change = [0] * (max(times, default=0) + 2)
+    frees = "BW" if any(a.phase != "F" for a in actions) else "F"
+    for a, time in zip(actions, times, strict=True):
+        if a.phase == "F":
+            change[time] += 1
+        if a.phase in frees:
+            change[time + 1] -= 1
     alive = peak = 0
     for delta in change:
         alive += delta
@@ -88,18 +108,36 @@ class _Numbered:
     Attributes:
         schedule: The schedule.
         actions: All actions.
-        device: Who runs each.
         lane: The lane of each.
         inputs: The actions whose values each reads.
+        waits: Those of them that must have run in an earlier tick.
         rows: Numbers in the schedule's order.
     """
 
     schedule: Schedule
     actions: list[Action]
-    device: list[int]
     lane: list[int]
     inputs: list[list[int]]
+    waits: list[list[int]]
     rows: Rows
+
+    @cached_property
+    def advanced(self) -> Rows:
+        """The order with each forward of device i ahead of up to P-1-i backwards.
+
+        In a loop of ticks a hop takes a tick of its own lane. The way to the last device and back is then one tick each
+        way longer per device than 1F1B's order foresees, and this many forwards more in flight keep both lanes full.
+        1F1B becomes eager 1F1B. The order of the forwards among themselves, and of the backwards, stays.
+        """
+        rows = []
+        for device, row in enumerate(self.rows):
+            places, backwards = {}, 0
+            for n in row:
+                ahead = len(self.rows) - 1 - device if self.lane[n] == 0 else 0
+                places[n] = (max(0, backwards - ahead), self.lane[n] > 0)
+                backwards += self.lane[n] == 1
+            rows.append(sorted(row, key=places.__getitem__))
+        return rows
 
 
 def _number(schedule: Schedule) -> _Numbered:
@@ -109,14 +147,15 @@ def _number(schedule: Schedule) -> _Numbered:
     for row in schedule.order:
         rows.append(list(range(first, first + len(row))))
         first += len(row)
-    return _Numbered(
-        schedule,
-        actions,
-        [device for device, row in enumerate(rows) for _ in row],
-        [LANE[a.phase] for a in actions],
-        [[writer[value] for value in reads(a, schedule.stages)] for a in actions],
-        rows,
-    )
+    device = [device for device, row in enumerate(rows) for _ in row]
+    lane = [LANE[a.phase] for a in actions]
+    inputs = [[writer[value] for value in reads(a, schedule.stages)] for a in actions]
+    # [1] What an earlier lane of the same device makes may be read in the same tick, which the order alone ensures.
+    waits = [
+        [source for source in sources if device[source] != device[n] or lane[source] >= lane[n] or source > n]
+        for n, sources in enumerate(inputs)
+    ]
+    return _Numbered(schedule, actions, lane, inputs, waits, rows)
 
 
 def pack(schedule: Schedule, packing: Packing, advance: bool = False, sharing: Sharing | None = None) -> Packed:
@@ -162,7 +201,7 @@ def packings(schedule: Schedule, packing: Literal["auto"] | Packing, advance: bo
 
 
 def _pack(numbered: _Numbered, packing: Packing, advance: bool, sharing: Sharing) -> Packed:
-    rows = _advance(numbered) if advance else numbered.rows
+    rows = numbered.advanced if advance else numbered.rows
     if sharing == "weights_held":
         tick = _held(numbered, rows)
         rows = [sorted(row, key=lambda n: (tick[n], numbered.lane[n])) for row in rows]
@@ -171,41 +210,45 @@ def _pack(numbered: _Numbered, packing: Packing, advance: bool, sharing: Sharing
     schedule, actions = numbered.schedule, numbered.actions
     if rows != numbered.rows:
         schedule = replace(schedule, order=tuple(tuple(actions[n] for n in row) for row in rows))
-    ticks = {actions[n]: tick[n] for row in rows for n in row}
+    ticks = tuple([tick[n] for n in row] for row in rows)
     return Packed(schedule, packing, ticks, advanced=advance and rows != numbered.rows, sharing=sharing)
 
 
 def _earliest(numbered: _Numbered, rows: Rows, sharing: Sharing) -> list[int]:
     """The tick of each action, by number; -1 for actions that `rows` leaves out."""
-    device, lane, inputs = numbered.device, numbered.lane, numbered.inputs
+    lane, waits = numbered.lane, numbered.waits
     # [1] shares[a][b]: whether lane b may join the tick whose last action ran in lane a.
     shares = [
         [sharing != "none" and a < b and (sharing != "weights_alone" or b < 2) for b in range(3)] for a in range(3)
     ]
     tick = [-1] * len(lane)
-    done, last = [0] * len(rows), [-1] * len(rows)
+    # [2] Per device how many actions have run, and tick and lane of the last: at first one before all, shared by none.
+    done, at = [0] * len(rows), [(-1, 2)] * len(rows)
     left = sum(map(len, rows))
     while left:
         before = left
         for d, row in enumerate(rows):
-            start = done[d]
-            for n in row[start:]:
-                previous, mine, earliest = last[d], lane[n], 0
-                if previous >= 0:
-                    earliest = tick[previous] + (not shares[lane[previous]][mine])
-                for source in inputs[n]:
+            start = stop = done[d]
+            now, previous = at[d]
+            for stop in range(start, len(row)):
+                n = row[stop]
+                mine = lane[n]
+                earliest = now if shares[previous][mine] else now + 1
+                for source in waits[n]:
                     when = tick[source]
                     if when < 0:
                         break
-                    if device[source] != d or lane[source] >= mine:
-                        when += 1
-                    earliest = max(earliest, when)
+                    if when >= earliest:
+                        earliest = when + 1
                 else:
-                    tick[n], last[d] = earliest, n
-                    done[d] += 1
+                    tick[n] = now = earliest
+                    previous = mine
                     continue
                 break
-            left -= done[d] - start
+            else:
+                stop = len(row)
+            done[d], at[d] = stop, (now, previous)
+            left -= stop - start
         if left == before:
             raise Deadlock(done)
     return tick
@@ -225,24 +268,6 @@ def _held(numbered: _Numbered, rows: Rows) -> list[int]:
     return tick
 
 
-def _advance(numbered: _Numbered) -> Rows:
-    """Moves each forward of device i ahead of up to P-1-i backwards.
-
-    In a loop of ticks a hop takes a tick of its own lane. The way to the last device and back is then one tick each way
-    longer per device than 1F1B's order foresees, and this many forwards more in flight keep both lanes full. 1F1B
-    becomes eager 1F1B. The order of the forwards among themselves, and of the backwards, stays.
-    """
-    rows = []
-    for device, row in enumerate(numbered.rows):
-        places, backwards = {}, 0
-        for n in row:
-            ahead = len(numbered.rows) - 1 - device if numbered.lane[n] == 0 else 0
-            places[n] = (max(0, backwards - ahead), numbered.lane[n] > 0)
-            backwards += numbered.lane[n] == 1
-        rows.append(sorted(row, key=places.__getitem__))
-    return rows
-
-
 def lockstep_makespan(packed: Packed, costs: Costs) -> float:
     """Time when every tick waits for its slowest device.
 
@@ -256,6 +281,9 @@ def lockstep_makespan(packed: Packed, costs: Costs) -> float:
     for t, (forwards, backwards) in enumerate(work):
         # [1] F's hop flies during this tick's backward lane, the backward's during the next tick's F lane.
         floor_f, floor_b = hop * (t > 0 and sends[t - 1][1]), hop * sends[t][0]
+        if not floor_f and not floor_b and t not in heads:
+            total += max(map(add, forwards, backwards))
+            continue
         if t in heads:
             total += max(*forwards, floor_f) + costs.head + max(*backwards, floor_b)
         else:
@@ -308,23 +336,21 @@ def _work(packed: Packed, costs: Costs) -> list[tuple[list[float], list[float]]]
     schedule = packed.schedule
     zeros = [0.0] * schedule.devices
     work = [(list(zeros), list(zeros)) for _ in range(packed.ticks)]
-    cost: dict[tuple[int, str], float] = {}
-    for device, actions in enumerate(schedule.order):
-        for a in actions:
-            key = a.stage, a.phase
-            if key not in cost:
-                cost[key] = costs.of(a, schedule)
-            work[packed.tick[a]][a.phase != "F"][device] += cost[key]
+    for device, (actions, ticks) in enumerate(packed.timed):
+        mine = [schedule.stage_at(device, repeat) for repeat in range(schedule.repeats)]
+        cost = {phase: {s: costs.of(Action(s, phase, 0), schedule) for s in mine} for phase in schedule.phases}
+        for a, tick in zip(actions, ticks, strict=True):
+            work[tick][a.phase != "F"][device] += cost[a.phase][a.stage]
     return work
 
 
 def head_ticks(packed: Packed, costs: Costs) -> frozenset[int]:
     """The ticks in which all devices run a head together, if it has a price: those of the last stage's forwards."""
     last = packed.schedule.stages - 1
-    return frozenset(t for a, t in packed.tick.items() if a.phase == "F" and a.stage == last) if costs.head else _NEVER
-
-
-_NEVER: frozenset[int] = frozenset()
+    if not costs.head:
+        return frozenset()
+    places = (zip(actions, ticks, strict=True) for actions, ticks in packed.timed)
+    return frozenset(tick for row in places for a, tick in row if a.phase == "F" and a.stage == last)
 
 
 def lanes_that_send(packed: Packed) -> list[list[bool]]:
@@ -332,10 +358,13 @@ def lanes_that_send(packed: Packed) -> list[list[bool]]:
     schedule = packed.schedule
     ends = range(schedule.stages - 1)
     leaves = [schedule.device_of(s) != schedule.device_of(s + 1) for s in ends] + [False]
+    # [1] By phase, the lane and the stages whose result goes to another device.
+    senders = {"F": (0, leaves), "B": (1, [False, *leaves]), "I": (1, [False, *leaves])}
     sends = [[False, False] for _ in range(packed.ticks)]
-    for a, tick in packed.tick.items():
-        if a.phase == "F":
-            sends[tick][0] |= leaves[a.stage]
-        elif a.phase != "W":
-            sends[tick][1] |= a.stage > 0 and leaves[a.stage - 1]
+    for actions, ticks in packed.timed:
+        for a, tick in zip(actions, ticks, strict=True):
+            if a.phase != "W":
+                lane, leaving = senders[a.phase]
+                if leaving[a.stage]:
+                    sends[tick][lane] = True
     return sends

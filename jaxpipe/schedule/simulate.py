@@ -232,17 +232,17 @@ def _lanes(packed: Packed, costs: Costs, local: bool) -> tuple[list[list[Interva
     with_head, heads = head_ticks(packed, costs), []
     for tick, row in enumerate(_lane_actions(packed)):
         for lane in (0, 1):
-            start = [max(moment, arrived[lane], key=_time) for moment in free]
-            for device, actions in enumerate(row[lane]):
-                free[device] = start[device]
-                for action in actions:
-                    begin, cause = free[device]
-                    if cause is not None:
-                        waited_for[action] = cause
-                    end = begin + price[action.stage, action.phase]
-                    busy[device].append(Interval(begin, end, action))
-                    free[device] = _Moment(end, action)
-            if not local and (sends[tick][0] if lane == 1 else tick > 0 and sends[tick - 1][1]):
+            came = arrived[lane]
+            start = [came if came.time > moment.time else moment for moment in free]
+            free = start.copy()
+            for device, action in row[lane]:
+                begin, cause = free[device]
+                if cause is not None:
+                    waited_for[action] = cause
+                end = begin + price[action.stage, action.phase]
+                busy[device].append(Interval(begin, end, action))
+                free[device] = _Moment(end, action)
+            if costs.hop and not local and (sends[tick][0] if lane == 1 else tick > 0 and sends[tick - 1][1]):
                 # [1] What the other lane sent last arrives before this one ends.
                 free = [
                     max(end, begin._replace(time=begin.time + costs.hop), key=_time)
@@ -264,12 +264,12 @@ def _time(moment: _Moment) -> float:
     return moment.time
 
 
-def _lane_actions(packed: Packed) -> list[list[list[list[Action]]]]:
-    """``[tick][lane][device]``: what runs there; W belongs to the backward lane."""
-    lanes = [[[[] for _ in packed.schedule.order] for _ in range(2)] for _ in range(packed.ticks)]
-    for device, actions in enumerate(packed.schedule.order):
-        for action in actions:
-            lanes[packed.tick[action]][action.phase != "F"][device].append(action)
+def _lane_actions(packed: Packed) -> list[list[list[tuple[int, Action]]]]:
+    """``[tick][lane]``: devices and what they run there; W belongs to the backward lane."""
+    lanes: list[list[list[tuple[int, Action]]]] = [[[], []] for _ in range(packed.ticks)]
+    for device, (actions, ticks) in enumerate(packed.timed):
+        for action, tick in zip(actions, ticks, strict=True):
+            lanes[tick][action.phase != "F"].append((device, action))
     return lanes
 
 

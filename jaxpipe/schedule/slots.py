@@ -31,8 +31,9 @@ def action_ticks(packed: Packed) -> Ticks:
     schedule = packed.schedule
     phases: tuple[Phase, ...] = ("F", "B", "I", "W")
     ticks: Ticks = {phase: [[-1] * schedule.microbatches for _ in range(schedule.stages)] for phase in phases}
-    for action, tick in packed.tick.items():
-        ticks[action.phase][action.stage][action.microbatch] = tick
+    for row, times in packed.timed:
+        for action, tick in zip(row, times, strict=True):
+            ticks[action.phase][action.stage][action.microbatch] = tick
     return ticks
 
 
