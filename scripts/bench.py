@@ -150,7 +150,8 @@ def _measure(name, devices, repeats, microbatches, remat, rounds, cores, single)
     from jaxpipe.runtime.arithmetic import arithmetic_ratio
     from jaxpipe.runtime.sizes import memory_of
     from jaxpipe.schedule import Costs, build
-    from jaxpipe.schedule.pack import lockstep_makespan, pack
+    from jaxpipe.schedule.lockstep import lockstep_makespan
+    from jaxpipe.schedule.pack import pack
 
     schedule = build(name, devices=devices, microbatches=microbatches, repeats=repeats)
     pipe = jp.Pipeline(_model(), schedule=schedule, mesh=jp.make_mesh(pipe=devices), remat=remat)

@@ -61,6 +61,10 @@ class Costs:
                 names = ("backward_weight",)
         return sum(self._stage_cost(name, action.stage, schedule) for name in names)
 
+    def prices(self, schedule: Schedule) -> dict[tuple[int, str], float]:
+        """The times of all actions, by stage and phase, as `of` gives them."""
+        return {(s, p): self.of(Action(s, p, 0), schedule) for s in range(schedule.stages) for p in schedule.phases}
+
     def _stage_cost(self, name: str, stage: int, schedule: Schedule) -> float:
         value = getattr(self, name)
         if not isinstance(value, Sequence):

@@ -13,7 +13,8 @@ from typing import Literal
 from jaxpipe.errors import ScheduleError
 from jaxpipe.schedule.costs import Costs
 from jaxpipe.schedule.ir import Schedule
-from jaxpipe.schedule.pack import LANE, Packed, lockstep_makespan, order_peak, packings
+from jaxpipe.schedule.lockstep import lockstep_makespan
+from jaxpipe.schedule.pack import LANE, Packed, order_peak, packings
 from jaxpipe.schedule.slots import KINDS, Interval, action_ticks, colour, lifetimes
 from jaxpipe.schedule.table import ARRIVAL, COLUMNS, SEND, ModelBytes, Phase, Slots, TickTable
 from jaxpipe.schedule.verify import verify

@@ -6,12 +6,11 @@ import pytest
 
 from jaxpipe.schedule import CATALOG, Costs, build, verify
 from jaxpipe.schedule.ir import Action, Schedule
+from jaxpipe.schedule.lockstep import lockstep_local_makespan, lockstep_makespan
 from jaxpipe.schedule.lower import choose
 from jaxpipe.schedule.pack import (
     LANE,
     Packed,
-    lockstep_local_makespan,
-    lockstep_makespan,
     order_peak,
     pack,
     packings,

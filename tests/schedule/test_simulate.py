@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from jaxpipe.errors import ScheduleError
 from jaxpipe.schedule import Action, Costs, Schedule, build, simulate
+from jaxpipe.schedule.lockstep import lockstep_local_makespan, lockstep_makespan
 from jaxpipe.schedule.lower import choose
-from jaxpipe.schedule.pack import lockstep_local_makespan, lockstep_makespan
 from jaxpipe.schedule.simulate import Runtime
 
 
