@@ -31,7 +31,7 @@ class Timing:
             full device.
         critical_path: Actions that each waited for the one before them, from the start to the end of the makespan.
         busy: ``busy[d]``: device d's actions with their times, in the order in which they run.
-        heads: (start, end) of each head that all devices run together; none under ``async``.
+        heads: (start, end) of each head that all devices run together, busy all of them; none under ``async``.
     """
 
     makespan: float
