@@ -178,7 +178,7 @@ def test_a_grid_that_is_none_is_refused(printed, says):
 
 def test_json_keeps_costs_and_says_what_it_is():
     schedule = build("zb_h1", devices=2, microbatches=3)
-    costs = Costs(forward=(1.0, 2.0), backward_input=1.1, hop=0.25)
+    costs = Costs(forward=(1.0, 2.0), backward_input=1.1, hop=0.25, head=0.5)
     written = to_json(schedule, costs)
     assert json.loads(written)["format"] == "jaxpipe.schedule"
     assert from_json(written) == (schedule, costs)
@@ -197,6 +197,7 @@ def test_json_keeps_costs_and_says_what_it_is():
         ({"costs": {"forward": "1"}}, "must be a number"),
         ({"costs": {"hop": [1]}}, "must be a number"),
         ({"costs": {"hop": -1}}, "hop=-1 must not be negative"),
+        ({"costs": {"head": [1, 2]}}, "costs head=[1, 2] must be a number"),
         ({"microbatches": 3}, "is missing"),
     ],
 )
