@@ -113,7 +113,7 @@ def test_blocks_of_one_kind_with_different_functions():
         ([4, 4], "must hold one number of blocks for each of devices=4 * repeats=1 = 4 stages; try [2, 2, 2, 2]"),
         ([9, -1, 0, 0], "must hold one number of blocks for each of devices=4"),
         ("Ettt|ttt|tt|L|", "must hold L once, last in the last stage"),
-        ("Ettt|tttt|tL", "has 3 stages but the schedule has 4; try 'E(tt|)*3ttL' for 8 blocks in 4 stages"),
+        ("Ettt|tttt|tL", "has 3 stages but the schedule has 4; try 'Ett|tt|tt|ttL' for 8 blocks in 4 stages"),
     ],
 )
 def test_stages_that_do_not_fit(stages, message):
