@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from jaxpipe.runtime.mesh import make_mesh, simulate_devices
-    from jaxpipe.runtime.model import Block, Embed, HeadLoss, Model
+    from jaxpipe.runtime.model import Block, Embed, HeadLoss, Model, VocabEmbed, VocabHead
     from jaxpipe.runtime.pipeline import Pipeline
     from jaxpipe.runtime.sequential import sequential
 
@@ -21,6 +21,8 @@ _LAZY = {
     "Embed": "jaxpipe.runtime.model",
     "HeadLoss": "jaxpipe.runtime.model",
     "Model": "jaxpipe.runtime.model",
+    "VocabEmbed": "jaxpipe.runtime.model",
+    "VocabHead": "jaxpipe.runtime.model",
     "Pipeline": "jaxpipe.runtime.pipeline",
     "sequential": "jaxpipe.runtime.sequential",
 }
@@ -32,6 +34,8 @@ __all__ = [
     "HeadLoss",
     "Model",
     "Pipeline",
+    "VocabEmbed",
+    "VocabHead",
     "errors",
     "make_mesh",
     "schedule",

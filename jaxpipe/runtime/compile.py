@@ -125,7 +125,7 @@ class Program:
         """What one device does. Local shapes: place [1], shard [1], columns [ticks, 1], batch [B / data, ...]."""
         columns = {name: column[:, 0] for name, column in columns.items()}
         batch = jax.tree.map(lambda x: x.reshape(self.table.schedule.microbatches, -1, *x.shape[1:]), batch)
-        blocks, ends = self._weights(params)
+        blocks, ends = self._weights(params, place[0])
         device = Device(
             model=self.model,
             table=self.table,
@@ -170,7 +170,7 @@ class Program:
         rows = kept[: self.table.schedule.microbatches]
         return lax.psum(rows.reshape(-1, *rows.shape[2:]), PIPE)
 
-    def _weights(self, params: Tree) -> tuple[list, Tree]:
+    def _weights(self, params: Tree, place) -> tuple[list, Tree]:
         """The stages' weights of this device and the gathered ends, in the dtypes that the lanes compute with."""
         blocks = [
             [
@@ -179,7 +179,7 @@ class Program:
             ]
             for trees, weights in zip(params["blocks"], self.stages.weights, strict=True)
         ]
-        return blocks, self.ends.gather({"embed": params["embed"], "head": params["head"]})
+        return blocks, self.ends.gather(params, place)
 
     def _reduce(self, state: dict) -> Tree:
         """Local accumulators to gradients: the one reduction per step."""

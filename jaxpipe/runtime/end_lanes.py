@@ -55,7 +55,7 @@ def head_lane(device: Device, state: dict, row: dict, y: Tree) -> tuple[dict, li
         total, weight, metrics, dhead = kept
         out = {"loss": state["loss"] + total, "weight": state["weight"] + weight}
         if device.metrics:
-            out["metrics"] = _keep_metrics(state["metrics"], row, metrics)
+            out["metrics"] = keep_metrics(state["metrics"], row, metrics)
         return out | ({"ends": device.parts.add_head(state["ends"], dhead)} if device.trains else {})
 
     scalar = jax.ShapeDtypeStruct((), dtype)
@@ -89,7 +89,7 @@ def embed_gradient_lane(device: Device, state: dict, row: dict, dx: list) -> dic
     return commit_now(state)
 
 
-def _keep_metrics(kept: Tree, row: dict, metrics: Tree) -> Tree:
+def keep_metrics(kept: Tree, row: dict, metrics: Tree) -> Tree:
     """Numbers are added up, arrays kept by microbatch."""
 
     def keep(sums, new):

@@ -1,11 +1,12 @@
 """Embedding and head: gathered once per step, their gradients reduced once.
 
 At rest their leaves are sharded over `pipe` like everything else; only the first and the last stage compute with them,
-but every device runs the same program and so holds the gathered copy during a step.
+but every device runs the same program and so holds the gathered copy during a step. Leaves that are cut by vocabulary
+(``head="vocab_parallel"``) stay cut, and all devices compute with their rows.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ from jaxpipe.errors import ConfigError
 from jaxpipe.runtime.mesh import DATA, PIPE
 from jaxpipe.runtime.model import Model, Tree, loss_and_metrics
 from jaxpipe.runtime.relayout import sharded_dim
-from jaxpipe.runtime.tree import get_path, set_path, tie, untie
+from jaxpipe.runtime.tree import drop_path, get_path, set_path, tie, untie
+from jaxpipe.runtime.vocab import give_rows, rows_per_device, take_rows
 
 
 @dataclass(frozen=True)
@@ -27,33 +29,81 @@ class Ends:
         model: The model.
         devices: P.
         shapes: ``{"embed", "head"}`` with the global shapes, dtypes as the lanes compute with them.
+        cut: Leaves ``[V, D]`` that stay cut by vocabulary: ``{"embed": path, "head": path}``, or some of these.
     """
 
     model: Model
     devices: int
     shapes: Mapping[str, Tree]
+    cut: Mapping[str, str] = field(default_factory=dict)
 
-    def gather(self, ends: Tree) -> Tree:
-        """The whole embedding and head from this device's shards, in the dtypes that the lanes compute with."""
+    @property
+    def local(self) -> Tree:
+        """Shapes of what one device holds during a step."""
 
-        def gather(leaf, shape):
+        def rows(shape):
+            return jax.ShapeDtypeStruct((rows_per_device(shape.shape[0], self.devices), *shape.shape[1:]), shape.dtype)
+
+        return self._map(lambda shape: shape, rows, self.shapes)
+
+    @property
+    def moved(self) -> list:
+        """Shapes of those of `local` that are not already there, as they rest."""
+        cut = self._map(lambda _: False, lambda _: True, self.shapes)
+        leaves = zip(*map(jax.tree.leaves, (cut, self.shapes, self.local)), strict=True)
+        return [held for is_cut, whole, held in leaves if not is_cut or sharded_dim(whole.shape, self.devices) != 0]
+
+    @property
+    def vocab_size(self) -> int:
+        """V of the leaves that are cut."""
+        part, path = next(iter(self.cut.items()))
+        return get_path(self.shapes[part], path).shape[0]
+
+    def gather(self, ends: Tree, place) -> Tree:
+        """What a step needs of embedding and head from this device's shards, in the dtypes that the lanes compute with.
+
+        Args:
+            ends: Shards.
+            place: This device's place on the pipe.
+        """
+
+        def gather(shape, leaf):
             dim = sharded_dim(shape.shape, self.devices)
             leaf = leaf.astype(shape.dtype)
             return leaf if dim is None else lax.all_gather(leaf, PIPE, axis=dim, tiled=True)
 
-        return jax.tree.map(gather, ends, dict(self.shapes))
+        def rows(shape, leaf):
+            return take_rows(leaf.astype(shape.dtype), shape.shape, self.devices, place)
+
+        return self._map(gather, rows, self.shapes, ends)
 
     def reduce(self, gradients: Tree) -> Tree:
         """This device's shards of the summed gradients."""
 
-        def reduce(leaf, shape):
+        def reduce(shape, leaf):
             leaf = lax.psum(leaf, DATA)
             dim = sharded_dim(shape.shape, self.devices)
             if dim is None:
                 return lax.psum(leaf, PIPE)
             return lax.psum_scatter(leaf, PIPE, scatter_dimension=dim, tiled=True)
 
-        return jax.tree.map(reduce, gradients, dict(self.shapes))
+        def rows(shape, leaf):
+            return give_rows(lax.psum(leaf, DATA), shape.shape, self.devices)
+
+        return self._map(reduce, rows, self.shapes, gradients)
+
+    def _map(self, whole: Callable, cut: Callable, *trees: Tree) -> Tree:
+        """A function of whole leaves, another of those cut by vocabulary."""
+        out = {}
+        for part in ("embed", "head"):
+            each = [tree[part] for tree in trees]
+            path = self.cut.get(part)
+            if path is None:
+                out[part] = jax.tree.map(whole, *each)
+            else:
+                rest = jax.tree.map(whole, *(drop_path(tree, path) for tree in each))
+                out[part] = set_path(rest, path, cut(*(get_path(tree, path) for tree in each)))
+        return out
 
     def head(self, ends: Tree) -> Tree:
         """The head's parameters, tied leaves put in."""

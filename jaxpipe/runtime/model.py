@@ -15,9 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpipe.errors import PartitionError
-
-Tree = Any
-"""A pytree of arrays."""
+from jaxpipe.runtime.tree import Tree, drop_path, get_path
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,79 @@ class HeadLoss:
 
     init: Callable[[Any, Tree, Tree], Tree]
     apply: Callable[[Tree, Tree, Tree, Any], tuple]
+
+
+@dataclass(frozen=True)
+class VocabEmbed:
+    """A way in that looks up rows of a table; ``head="vocab_parallel"`` keeps the table cut by vocabulary.
+
+    Attributes:
+        init: ``(key, mb) -> params``.
+        table: Path of the table in `params`, a leaf ``[V, D]``.
+        tokens: ``mb -> ids``, an array of integers in [0, V) or a tree of them.
+        finish: ``(params without the table, rows, mb, key) -> carry``, with `rows` like `ids` but ``[..., D]``.
+    """
+
+    init: Callable[[Any, Tree], Tree]
+    table: str
+    tokens: Callable[[Tree], Tree]
+    finish: Callable[[Tree, Tree, Tree, Any], Tree]
+
+    def apply(self, params: Tree, mb: Tree, key: Any) -> Tree:
+        """Embeds with the whole table; NaN where a token is out of range."""
+        table = get_path(params, self.table)
+        rows = jax.tree.map(lambda ids: look_up(table, ids), self.tokens(mb))
+        return self.finish(drop_path(params, self.table), rows, mb, key)
+
+
+@dataclass(frozen=True)
+class VocabHead:
+    """A way out that ends in a matrix over the vocabulary and a cross entropy, which can be cut by vocabulary.
+
+    The loss of a token is its weight times the cross entropy of its target, in nats. Logits are float32 or wider.
+    Metrics are ``{"loss": [rows, ...]}``, the cross entropies.
+
+    Attributes:
+        init: ``(key, carry, mb) -> params``.
+        kernel: Path of the matrix in `params`, a leaf ``[V, D]``.
+        features: ``(params without the kernel, carry, mb, key) -> [rows, ..., D]``, in the dtype of the product.
+        targets: ``mb -> (ids, weights)``: integers ``[rows, ...]`` in [0, V), and a float each. Where the weight is 0
+            the target may be anything; elsewhere one out of range gives NaN.
+    """
+
+    init: Callable[[Any, Tree, Tree], Tree]
+    kernel: str
+    features: Callable[[Tree, Tree, Tree, Any], Any]
+    targets: Callable[[Tree], tuple[Any, Any]]
+
+    def apply(self, params: Tree, carry: Tree, mb: Tree, key: Any) -> tuple:
+        """``(loss_sum, weight, metrics)`` with the whole matrix."""
+        features = self.features(drop_path(params, self.kernel), carry, mb, key)
+        logits = vocab_logits(get_path(params, self.kernel), features)
+        ids, weights = self.targets(mb)
+        # A comparison instead of a gather: its gradient is elementwise, not a scatter.
+        is_target = jnp.expand_dims(ids, -1) == jnp.arange(logits.shape[-1]).reshape(*[1] * ids.ndim, -1)
+        loss = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(logits, axis=-1, where=is_target)
+        return weighted_loss(loss, ids, weights, logits.shape[-1])
+
+
+def look_up(table, ids):
+    """Rows of a table, NaN where an id is out of range."""
+    return jnp.take(table, jnp.where(ids < 0, len(table), ids), axis=0, mode="fill")
+
+
+def vocab_logits(kernel, features):
+    """``[..., D] x [V, D] -> [..., V]``, float32 or wider."""
+    wide = jnp.promote_types(features.dtype, jnp.float32)
+    return jnp.einsum("...d,vd->...v", features, kernel.astype(features.dtype), preferred_element_type=wide)
+
+
+def weighted_loss(loss, ids, weights, vocab_size: int) -> tuple:
+    """``(loss_sum, weight, metrics)`` from the cross entropy of every token."""
+    weights = weights.astype(loss.dtype)
+    loss = jnp.where((ids >= 0) & (ids < vocab_size), loss, jnp.nan)
+    counted = jnp.sum(weights * jnp.where(weights != 0, loss, 0.0))
+    return counted, weights.sum(), {"loss": jnp.where(weights != 0, loss, 0.0)}
 
 
 @dataclass(frozen=True)

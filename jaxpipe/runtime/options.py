@@ -1,9 +1,10 @@
-"""What a user may write for the stages of a `Pipeline`, and what is meant by it."""
+"""What a user may write for the options of a `Pipeline`, and what is meant by it."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from jaxpipe.errors import ConfigError, PartitionError
+from jaxpipe.runtime.model import Model, VocabEmbed, VocabHead
 from jaxpipe.runtime.stage import Remat
 from jaxpipe.schedule import Costs, Schedule
 from jaxpipe.schedule.stages import even_stages, parse_stages
@@ -74,3 +75,31 @@ def relative_costs(counts: Sequence[int], remats: Sequence[Remat], schedule: Sch
     times = [count * schedule.devices / max(1, sum(counts)) for count in counts]
     again = [time * share for time, share in zip(times, recompute, strict=True)]
     return Costs(forward=times, backward_input=times, backward_weight=times, recompute=again)
+
+
+def vocab_leaves(model: Model, head: str) -> dict[str, str]:
+    """The leaves of embedding and head that stay cut by vocabulary, see `jaxpipe.runtime.ends.Ends`.
+
+    Raises:
+        ConfigError: An unknown value, or a model whose ends are not made for it.
+    """
+    if head == "last":
+        return {}
+    if head != "vocab_parallel":
+        raise ConfigError(f"head={head!r} must be 'last' or 'vocab_parallel'; try 'last'")
+    way_in, way_out = model.embed, model.head_loss
+    if not isinstance(way_out, VocabHead):
+        raise ConfigError(
+            f"head='vocab_parallel' needs a model whose head_loss is a VocabHead, not {type(way_out).__name__}; "
+            "try head='last'"
+        )
+    cut = {"embed": way_in.table} if isinstance(way_in, VocabEmbed) else {}
+    tied = model.head_tie
+    if way_out.kernel not in tied:
+        return cut | {"head": way_out.kernel}
+    if tied[way_out.kernel] != cut.get("embed"):
+        raise ConfigError(
+            f"head='vocab_parallel' with tie={{'head/{way_out.kernel}': 'embed/{tied[way_out.kernel]}'}} needs a "
+            f"VocabEmbed with table={tied[way_out.kernel]!r}, not {type(way_in).__name__}; try head='last'"
+        )
+    return cut

@@ -19,7 +19,7 @@ from jaxpipe.runtime.lane import Skip
 from jaxpipe.runtime.logical import logical_optimizer
 from jaxpipe.runtime.mesh import DATA, PIPE
 from jaxpipe.runtime.model import Model, Tree, loss_and_metrics
-from jaxpipe.runtime.options import relative_costs, stage_counts, stage_remats
+from jaxpipe.runtime.options import relative_costs, stage_counts, stage_remats, vocab_leaves
 from jaxpipe.runtime.relayout import Layout, Position
 from jaxpipe.runtime.sizes import model_bytes
 from jaxpipe.runtime.stage import Context, Remat
@@ -43,6 +43,10 @@ class Pipeline:
             residual. Or any policy of `jax.checkpoint`, applied to each block. Or a sequence of these, one per stage.
         scan_blocks: Compile one block of each kind and loop over it, instead of unrolling a stage's blocks: for deep
             stages, where compile time matters more. Not with schedules that split backwards.
+        head: ``last``: the last stage computes the loss alone, with the gathered head. ``vocab_parallel``: embedding
+            and head stay cut by vocabulary, and every device computes its slice of the logits of each microbatch that
+            leaves the last stage, so that neither time nor memory piles up there; the model's ends must be a
+            `VocabEmbed` and a `VocabHead` (the embedding may be another if nothing is tied to it).
         idle: ``skip``: idle lanes compute nothing. ``mask``: they compute and discard; see `jaxpipe.runtime.lane`.
         packing: See `jaxpipe.schedule.lower`.
         memory: See `jaxpipe.schedule.lower`.
@@ -66,6 +70,7 @@ class Pipeline:
         stages: Sequence[int] | str | None = None,
         remat: Remat | Sequence[Remat] = "full",
         scan_blocks: bool = False,
+        head: Literal["last", "vocab_parallel"] = "last",
         idle: Literal["skip", "mask"] = "skip",
         packing: Literal["auto", "paired", "single"] = "auto",
         memory: Literal["ideal", "strict"] = "ideal",
@@ -87,6 +92,7 @@ class Pipeline:
                 "try scan_blocks=False, or '1f1b' or 'interleaved_1f1b'"
             )
         check_kinds(model)
+        self._cut = vocab_leaves(model, head)
         counts = stage_counts(stages, len(model.blocks), schedule)
         self.model, self.schedule, self.mesh, self.idle = model, schedule, mesh, idle
         self.remats = stage_remats(remat, schedule.stages)
@@ -306,7 +312,7 @@ class Pipeline:
         context = Context(mb, key if random else None, jax.ShapeDtypeStruct((), jnp.int32))
         stages = build_stages(model, self.layout, self.remats, params, carry, context)
         ends = {"embed": params["embed"], "head": params["head"]}
-        ends = Ends(model, self.schedule.devices, _with_dtypes(ends, self._end_dtypes(ends, carry, mb, key)))
+        ends = Ends(model, self.schedule.devices, _with_dtypes(ends, self._end_dtypes(ends, carry, mb, key)), self._cut)
         head = jax.eval_shape(ends.head, dict(ends.shapes))
         if stages.stage.aux:
             check_weight(model, head, carry, mb)

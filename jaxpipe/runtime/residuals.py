@@ -24,6 +24,7 @@ Roles = frozenset[str]
 
 CALLS = ("pjit", "jit", "closed_call", "remat2", "checkpoint")
 
+
 @dataclass(frozen=True)
 class Cut:
     """A traced vjp, cut into what is kept and what is computed again.
@@ -106,7 +107,7 @@ def dependence(jaxpr: Jaxpr, roles: Sequence[Roles]) -> dict[Var, Roles]:
     for eqn in jaxpr.eqns:
         known = [found[v] if isinstance(v, Var) else frozenset() for v in eqn.invars]
         inner = eqn.params.get("jaxpr")
-        body = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
+        body: Any = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
         if eqn.primitive.name == "scan":
             outs = _scan_dependence(body, known, eqn.params["num_consts"], eqn.params["num_carry"])
         elif eqn.primitive.name in CALLS and isinstance(body, Jaxpr):

@@ -1,11 +1,13 @@
 """What a model's pieces weigh in the compiled loop: the numbers that `TickTable.bytes` multiplies."""
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxpipe.runtime.carry import join, part
 from jaxpipe.runtime.compile import Program
 from jaxpipe.runtime.ends import accumulator_dtype
 from jaxpipe.runtime.model import Tree
@@ -32,29 +34,42 @@ def memory_of(compiled: Any) -> Any:
     return analysis
 
 
+def _head(program: Program, head: Tree, carry: Tree) -> Any:
+    """Loss of one microbatch and its gradients."""
+    mb = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), program.stages.stage.context.mb)
+    floating, others = part(carry)
+
+    def loss(head, floating):
+        return program.model.head_loss.apply(head, join(carry, floating, others), mb, None)[0]
+
+    return jax.value_and_grad(loss, (0, 1))(head, floating)
+
+
 def model_bytes(program: Program, params: Tree) -> ModelBytes:
     """Bytes per device of the pieces of a program.
 
-    Working memory of a backward is what the compiler reports for one stage's backward alone, compiled for one device.
+    Working memory is what the compiler reports for the largest of one stage's backward and the head, each compiled
+    alone for one device.
 
     Args:
         program: The program.
         params: Shapes of the pipeline parameters.
     """
-    stages, ends = program.stages, dict(program.ends.shapes)
+    stages, ends = program.stages, program.ends.local
     split = "I" in program.table.schedule.phases
     made = {id(branch.stage): branch.stage for branch in stages.branches}.values()
     lanes: list[tuple] = [(stage.backward, stage.backward_shapes) for stage in made]
     if split:
         lanes = [(stage.backward_input, stage.backward_shapes) for stage in made]
         lanes += [(stage.backward_weight, stage.backward_weight_shapes) for stage in made]
+    lanes.append((partial(_head, program), (jax.eval_shape(program.ends.head, ends), stages.stage.carry)))
     working = [memory_of(jax.jit(lane).lower(*given).compile()) for lane, given in lanes]
     leaves = zip(jax.tree.leaves(stages.weights), jax.tree.leaves(params["blocks"]), strict=True)
     return ModelBytes(
         carry=tree_bytes(stages.stage.carry),
         residual=tree_bytes(stages.residuals.shapes),
         backward=max(lane.temp_size_in_bytes + lane.output_size_in_bytes for lane in working),
-        ends=tree_bytes(ends),
+        ends=tree_bytes(program.ends.moved),
         ends_gradient=tree_bytes(ends, accumulator_dtype),
         stage_gradient=sum(a.num_rows * tree_bytes(a.params, accumulator_dtype) for a in stages.accumulators),
         casts=tree_bytes([cast for cast, rest in leaves if cast.dtype != rest.dtype]),

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpipe.runtime import end_lanes, slots
+from jaxpipe.runtime import end_lanes, slots, vocab_lanes
 from jaxpipe.runtime.device import Device
 from jaxpipe.runtime.lane import Commit, Lane
 from jaxpipe.runtime.model import Tree
@@ -26,7 +26,10 @@ def forward_lane(device: Device, state: dict, row: dict) -> tuple[dict, Tree, Co
         kept = take_in("f", row, kept, arrived)
         arrived = slots.get(kept, row["f_activation"])
     context = device.context(row["f_microbatch"], repeat)
-    x = end_lanes.embed_lane(device, arrived, context, row)
+    if "embed" in device.parts.cut:
+        x = vocab_lanes.embed_lane(device, arrived, row)
+    else:
+        x = end_lanes.embed_lane(device, arrived, context, row)
     kept = slots.put(kept, jnp.where(repeat >= 0, row["f_activation"], -1), x)
 
     def run(branch: Branch, given):

@@ -13,9 +13,9 @@ The state is a dict, one entry per kind of thing that lives from tick to tick:
 import jax
 import jax.numpy as jnp
 
-from jaxpipe.runtime import slots
+from jaxpipe.runtime import end_lanes, slots, vocab_lanes
 from jaxpipe.runtime.device import Device
-from jaxpipe.runtime.end_lanes import embed_gradient_lane, head_lane, start_metrics
+from jaxpipe.runtime.end_lanes import start_metrics
 from jaxpipe.runtime.ends import accumulator_dtype
 from jaxpipe.runtime.model import Tree
 from jaxpipe.runtime.stage_lanes import backward_kinds, backward_lane, forward_lane, weight_lane
@@ -73,13 +73,15 @@ def tick(device: Device, state: dict, row: dict, phase: Phase) -> dict:
         sent = _hops(device, y, _sides(device, "f", phase.start + 1, phase.stop + 1))
         state = commit(state) | {"rf": state["rf"] | sent}
     if phase.head:
-        state, dy, commit = head_lane(device, state, row, y)
+        run_head = vocab_lanes.head_lane if device.parts.cut else end_lanes.head_lane
+        state, dy, commit = run_head(device, state, row, y)
         state = commit(state)
     if phase.backward:
         state, dx, commit = backward_lane(device, state, row, rb, dy)
         if phase.forward:
             state["rf"], (dx, commit) = fence(state["rf"], (dx, commit))
-        state = embed_gradient_lane(device, commit(state), row, dx) | {"dx": dx}
+        add_embed = vocab_lanes.embed_gradient_lane if "embed" in device.parts.cut else end_lanes.embed_gradient_lane
+        state = add_embed(device, commit(state), row, dx) | {"dx": dx}
     if phase.weight:
         state = weight_lane(device, state, row)
     return state

@@ -1,9 +1,12 @@
 """Paths in nested dicts, and ties between them: a leaf of the head that lives in the embedding."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from jaxpipe.errors import PartitionError
-from jaxpipe.runtime.model import Tree
+
+Tree = Any
+"""A pytree of arrays."""
 
 
 def get_path(tree: Tree, path: str):

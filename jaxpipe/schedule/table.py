@@ -105,7 +105,7 @@ class ModelBytes:
     Attributes:
         carry: One microbatch's activations between two blocks.
         residual: What a forward lane stores for its backward, beside the stage's input.
-        backward: Working memory of one stage's backward (largest lane).
+        backward: Working memory of the largest lane: a stage's backward or the head.
         ends: Gathered embedding and head parameters.
         ends_gradient: Their gradient accumulators.
         stage_gradient: Gradient accumulators of all V stages.
@@ -212,7 +212,7 @@ class TickTable:
             "residual slots": (self.slots.residual + 1) * model.residual,
             "gradient slots": 0 if self.gradient_direct else (self.slots.gradient + 1) * gradient,
             **splits,
-            "one stage's backward": model.backward,
+            "one lane's working memory": model.backward,
             "gathered embedding and head": model.ends,
             "their gradients": model.ends_gradient,
             "weight gradients": model.stage_gradient,

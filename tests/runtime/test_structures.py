@@ -12,7 +12,6 @@ from helpers import ROWS, VOCAB, WIDTH, toy_batch, toy_model, toy_oracle, tree_a
 import jaxpipe as jp
 from jaxpipe.schedule import build
 
-
 QUICK = {"xla_backend_optimization_level": 0}
 """Compiler options: these models are compiled once and run once."""
 

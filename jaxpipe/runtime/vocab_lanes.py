@@ -1,0 +1,146 @@
+"""The lanes of the two ends for a vocabulary that is cut over the pipe: all devices run them together.
+
+    E  before F   the rows of the microbatch that stage 0 takes in, looked up by all, finished on stage 0
+    H  after F    the features that leave the last stage, broadcast; every device its slice of the logits; maximum, sum
+                  and target logit joined; every device its slice of the kernel's gradient; the features' joined
+    G  after B    the gradient of the rows that stage 0 took in, broadcast; every device adds what is in its slice
+
+They run in the ticks in which the table says so for all devices alike, so a collective may stand inside.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxpipe.runtime import keys, slots
+from jaxpipe.runtime.carry import join, part
+from jaxpipe.runtime.device import Device
+from jaxpipe.runtime.end_lanes import keep_metrics
+from jaxpipe.runtime.ends import add_below
+from jaxpipe.runtime.lane import Commit, Lane
+from jaxpipe.runtime.mesh import PIPE
+from jaxpipe.runtime.model import Tree, weighted_loss
+from jaxpipe.runtime.tree import drop_path, get_path, set_path
+from jaxpipe.runtime.vocab import add_rows, cross_entropy, look_up_rows
+
+
+def embed_lane(device: Device, arrived: Tree, row: dict) -> Tree:
+    """The stage's input: what arrived, or on the first stage the embedded microbatch."""
+    embed, context = device.model.embed, device.context(row["e_microbatch"], 0)
+    first = (device.place == 0) & (row["f_repeat"] == 0)
+
+    def run(given):
+        params, context, arrived = given
+        rows = _look_up(device, params, context.mb)
+
+        def finish():
+            rest = drop_path(params, embed.table)
+            return embed.finish(rest, rows, context.mb, keys.embed_key(context.group))
+
+        return lax.cond(first, finish, lambda: arrived), ()
+
+    lane = Lane([run], lambda state, kept: {}, (), [])
+    index = jnp.minimum(row["e_microbatch"], 0)
+    _, x, _ = device.run(lane, {}, index, arrived, (device.ends["embed"], context, arrived))
+    return x
+
+
+def head_lane(device: Device, state: dict, row: dict, y: Tree) -> tuple[dict, list, Commit]:
+    """Loss of the microbatch that leaves the last stage and, when training, its gradient."""
+    head, dtype = device.model.head_loss, state["loss"].dtype
+    context = device.context(row["h_microbatch"], 0)
+    floating, others = part(y)
+    params = device.parts.head(device.ends)
+    rest, kernel = drop_path(params, head.kernel), get_path(params, head.kernel)
+    size = device.parts.vocab_size
+    last = row["h_gradient"] >= 0
+
+    def run(given):
+        rest, kernel, floating, others, context, seed = given
+
+        def features(rest, floating):
+            key = keys.head_key(context.group, len(device.model.blocks))
+            return head.features(rest, join(y, floating, others), context.mb, key)
+
+        shape = jax.eval_shape(features, rest, floating)
+        zeros = jnp.zeros(shape.shape, shape.dtype)
+        seen = lax.psum(lax.cond(last, lambda: features(rest, floating), lambda: zeros), PIPE)
+        ids, weights = head.targets(context.mb)
+        losses, gradients = cross_entropy(kernel, seen, ids, device.place * len(kernel), size)
+        total, weight, metrics = weighted_loss(losses, ids, weights, size)
+        counts = last.astype(dtype)
+        metrics = jax.tree.map(lambda m: m * counts.astype(m.dtype), metrics) if device.metrics else {}
+        sums = total.astype(dtype) * counts, weight.astype(dtype) * counts, metrics
+        if not device.trains:
+            return floating, (*sums, None)
+        dkernel, dseen = gradients(weights.astype(losses.dtype) * seed.astype(losses.dtype))
+        dseen = lax.psum(dseen, PIPE)
+
+        def back():
+            return jax.vjp(features, rest, floating)[1](dseen)
+
+        drest, dy = lax.cond(last, back, lambda: jax.tree.map(jnp.zeros_like, (rest, floating)))
+        return dy, (*sums, set_path(drest, head.kernel, dkernel))
+
+    def commit(state, kept):
+        total, weight, metrics, dhead = kept
+        out = {"loss": state["loss"] + total, "weight": state["weight"] + weight}
+        if device.metrics:
+            out["metrics"] = keep_metrics(state["metrics"], row, metrics)
+        return out | ({"ends": device.parts.add_head(state["ends"], dhead)} if device.trains else {})
+
+    scalar = jax.ShapeDtypeStruct((), dtype)
+    shapes = scalar, scalar, device.metrics, params if device.trains else None
+    updates = ["loss", "weight", *(["metrics"] if device.metrics else []), *(["ends"] if device.trains else [])]
+    given = rest, kernel, floating, others, context, device.seeds[0]
+    index = jnp.minimum(row["h_microbatch"], 0)
+    state, dy, commit_now = device.run(Lane([run], commit, shapes, updates), state, index, floating, given)
+    if "gradient" in state:
+        state = state | {"gradient": slots.put(state["gradient"], row["h_gradient"], dy)}
+    return state, dy, commit_now
+
+
+def embed_gradient_lane(device: Device, state: dict, row: dict, dx: list) -> dict:
+    """Adds up the embedding's gradient: the first stage's, and every device its rows of the table."""
+    embed, context = device.model.embed, device.context(row["g_microbatch"], 0)
+    first = (device.place == 0) & (row["b_repeat"] == 0)
+
+    def run(given):
+        params, context, dx = given
+        rest, rows = drop_path(params, embed.table), _look_up(device, params, context.mb)
+
+        def finish(rest, rows):
+            return part(embed.finish(rest, rows, context.mb, keys.embed_key(context.group)))[0]
+
+        def back():
+            return jax.vjp(finish, rest, rows)[1](dx)
+
+        drest, drows = lax.cond(first, back, lambda: jax.tree.map(jnp.zeros_like, (rest, rows)))
+        return (), (drest, lax.psum(drows, PIPE))
+
+    def commit(state, kept):
+        drest, drows = kept
+        sums = state["ends"]["embed"]
+        rows, at = get_path(sums, embed.table), device.place * len(get_path(sums, embed.table))
+        for ids, gradient in zip(jax.tree.leaves(embed.tokens(context.mb)), jax.tree.leaves(drows), strict=True):
+            rows = add_rows(rows, ids, at, gradient)
+        sums = set_path(add_below(sums, drest), embed.table, rows)
+        return {"ends": state["ends"] | {"embed": sums}}
+
+    def kept(params, mb):
+        table = get_path(params, embed.table)
+        rows = jax.tree.map(lambda ids: jnp.zeros((*ids.shape, table.shape[1]), table.dtype), embed.tokens(mb))
+        return drop_path(params, embed.table), rows
+
+    params = device.ends["embed"]
+    lane = Lane([run], commit, jax.eval_shape(kept, params, context.mb), ["ends"])
+    index = jnp.minimum(row["g_microbatch"], 0)
+    state, _, commit_now = device.run(lane, state, index, (), (params, context, dx))
+    return commit_now(state)
+
+
+def _look_up(device: Device, params: Tree, mb: Tree) -> Tree:
+    """The rows of all tokens of a microbatch, on all devices."""
+    embed, size = device.model.embed, device.parts.vocab_size
+    rows = get_path(params, embed.table)
+    return jax.tree.map(lambda ids: look_up_rows(rows, ids, device.place * len(rows), size), embed.tokens(mb))
