@@ -6,13 +6,20 @@ The loss is here because it belongs to training, not to the model: a batch is ``
 Shape legend: B rows, T positions, V vocabulary, L layers.
 """
 
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from itertools import groupby
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from jaxpipe.models import gpt
 from jaxpipe.models.gpt import GPTConfig
 from jaxpipe.nn import nnx_model
-from jaxpipe.runtime.model import Model, Tree
+from jaxpipe.runtime.model import Model, Tree, carry_and_aux
 from jaxpipe.runtime.tree import tie
 
 
@@ -20,7 +27,8 @@ def gpt_model(cfg: GPTConfig) -> Model:
     """A GPT for `Pipeline` and `sequential`, with the next-token loss.
 
     Args:
-        cfg: The model. With ``tied=True`` the head's kernel lives in the embedding.
+        cfg: The model. With ``tied=True`` the head's kernel lives in the embedding. With experts the blocks are of
+            the kinds ``dense`` and ``moe``, and the loss has the auxiliary losses in it.
 
     Example:
         >>> from jaxpipe.models.gpt import PRESETS
@@ -36,7 +44,7 @@ def gpt_logits(cfg: GPTConfig, canonical: Tree, tokens_BT) -> jax.Array:
 
     Args:
         cfg: The model.
-        canonical: ``{"embed", "blocks": {"block": leaves [L, ...]}, "head"}``; a tied head has no kernel.
+        canonical: ``{"embed", "blocks": {kind: leaves [L_kind, ...]}, "head"}``; a tied head has no kernel.
         tokens_BT: Integers in [0, V).
 
     Returns:
@@ -45,10 +53,13 @@ def gpt_logits(cfg: GPTConfig, canonical: Tree, tokens_BT) -> jax.Array:
     model = _model(cfg, lambda logits_BTV, mb: (logits_BTV, None))
     x_BTD = model.embed.apply(canonical["embed"], {"tokens": tokens_BT}, None)
 
-    def one_layer(x_BTD, params):
-        return model.blocks[0].apply(params, x_BTD, {}, None), None
+    for block, first, last in _runs(model):
+        layers = jax.tree.map(lambda leaf, at=slice(first, last): leaf[at], canonical["blocks"][block.kind])
 
-    x_BTD, _ = jax.lax.scan(one_layer, x_BTD, canonical["blocks"]["block"])
+        def one_layer(x_BTD, params, block=block):
+            return carry_and_aux(x_BTD, block.apply(params, x_BTD, {}, None))[0], None
+
+        x_BTD, _ = jax.lax.scan(one_layer, x_BTD, layers)
     head = tie(canonical["head"], canonical["embed"], model.head_tie)
     return model.head_loss.apply(head, x_BTD, {}, None)[0]
 
@@ -80,10 +91,24 @@ def cross_entropy(logits_BTV, mb: Tree):
 def _model(cfg: GPTConfig, loss) -> Model:
     return nnx_model(
         embed=lambda rngs: gpt.Embed(cfg, rngs=rngs),
-        block=lambda rngs: gpt.Block(cfg, rngs=rngs),
-        num_layers=cfg.num_layers,
+        block={kind: partial(_gpt_block, kind, cfg) for kind in dict.fromkeys(cfg.kinds)},
+        layers=cfg.kinds,
         head=lambda rngs: gpt.Head(cfg, rngs=rngs),
         loss=loss,
         tie={"head/kernel": "embed/table"} if cfg.tied else {},
         embed_call=lambda module, mb: module(mb["tokens"]),
     )
+
+
+def _gpt_block(kind: str, cfg: GPTConfig, rngs: nnx.Rngs) -> nnx.Module:
+    return gpt.BLOCKS[kind](cfg, rngs=rngs)
+
+
+def _runs(model: Model) -> Iterator[tuple[Any, int, int]]:
+    """The blocks as runs of one kind: a block, and the first and one past the last of the run among its kind."""
+    seen: Counter[str] = Counter()
+    for kind, run in groupby(model.blocks, key=lambda block: block.kind):
+        block, *others = run
+        first = seen[kind]
+        seen[kind] += 1 + len(others)
+        yield block, first, seen[kind]
