@@ -102,8 +102,10 @@ def nnx_model(
 def _blocks(block, num_layers: int | None, layers: Sequence[str] | None, call) -> list[Block]:
     """One `Block` per layer; those of a kind are the same object."""
     if not isinstance(block, Mapping):
-        if num_layers is None or layers is not None:
-            raise ConfigError("block=… is one factory: it goes with num_layers=…; try block={kind: factory, …}")
+        if num_layers is None or layers is not None or isinstance(call, Mapping):
+            raise ConfigError(
+                "block=… is one factory: it goes with num_layers=… and one block_call; try block={kind: …, …}"
+            )
         return [_block("block", _Part("block", block, call or _call_plainly))] * num_layers
     if layers is None or num_layers is not None:
         raise ConfigError(f"block={{…}} has several kinds: it goes with layers=…; try layers={list(block)}")

@@ -1,6 +1,6 @@
 """Where the reference models meet the pipeline: a configuration becomes a model that a pipeline can run.
 
-The loss is here because it belongs to training, not to the model: a batch is ``{"tokens", "targets"}``, integers
+The loss is here because it belongs to training, not to the model: a GPT's batch is ``{"tokens", "targets"}``, integers
 [B, T], and an optional ``"mask"`` [B, T] of bools or weights.
 
 Shape legend: B rows, T positions, V vocabulary, L layers.
@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxpipe.models import gpt
+from jaxpipe.models import encdec, gpt
+from jaxpipe.models.encdec_config import EncDecConfig
 from jaxpipe.models.gpt import GPTConfig
 from jaxpipe.nn import nnx_model
 from jaxpipe.runtime.model import Model, Tree, carry_and_aux
@@ -37,6 +38,35 @@ def gpt_model(cfg: GPTConfig) -> Model:
         (4, {'head/kernel': 'embed/table'})
     """
     return _model(cfg, cross_entropy)
+
+
+def encdec_model(cfg: EncDecConfig) -> Model:
+    """An encoder-decoder for `Pipeline` and `sequential`, with the next-token loss on the decoder's side.
+
+    A batch is ``{"encoder_tokens" [B, S], "tokens" [B, T], "targets" [B, T]}``, where `tokens` are the decoder's
+    inputs; optionally ``"encoder_mask"`` [B, S], False at padding, and ``"mask"`` [B, T] as for a GPT.
+
+    Args:
+        cfg: The model. What its blocks share lives in the embedding, see `Model.tie`.
+
+    Example:
+        >>> from jaxpipe.models.encdec import PRESETS
+        >>> [block.kind for block in encdec_model(PRESETS["tiny"]).blocks]
+        ['encoder', 'encoder', 'decoder', 'decoder']
+    """
+    return nnx_model(
+        embed=lambda rngs: encdec.Embed(cfg, rngs=rngs),
+        block={
+            "encoder": lambda rngs: encdec.EncoderBlock(cfg, rngs=rngs),
+            "decoder": lambda rngs: encdec.DecoderBlock(cfg, rngs=rngs),
+        },
+        layers=cfg.kinds,
+        head=lambda rngs: encdec.Head(cfg, rngs=rngs),
+        loss=cross_entropy,
+        tie=encdec.shared(cfg),
+        embed_call=lambda module, mb: module(mb["encoder_tokens"], mb["tokens"]),
+        block_call=lambda module, carry, mb: module(carry, mb.get("encoder_mask")),
+    )
 
 
 def gpt_logits(cfg: GPTConfig, canonical: Tree, tokens_BT) -> jax.Array:
