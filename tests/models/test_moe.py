@@ -15,10 +15,10 @@ from jaxpipe.models.moe import MoE, balance_loss, choose, places, z_loss
 from jaxpipe.runtime.sequential import sequential
 from jaxpipe.train.model import cross_entropy, gpt_logits, gpt_model
 
-SWITCH = GPTConfig(vocab_size=17, max_seq_len=8, num_layers=4, num_heads=2, d_model=12, num_experts=4)
+SWITCH = GPTConfig(vocab_size=17, max_seq_len=8, num_layers=3, num_heads=2, d_model=12, num_experts=4)
 MIXTRAL_LIKE = replace(
     SWITCH,
-    num_layers=3,
+    num_layers=2,
     experts_per_token=2,
     moe_every=1,
     mlp="swiglu",
@@ -29,6 +29,7 @@ MIXTRAL_LIKE = replace(
     d_ff=20,
     router_z_weight=0.1,
 )
+QUICK = {"xla_backend_optimization_level": 0}
 CONFIGS = pytest.mark.parametrize("cfg", [SWITCH, MIXTRAL_LIKE], ids=["switch", "mixtral-like"])
 TOKENS = jax.random.randint(jax.random.key(1), (4, 9), 0, 17)
 BATCH = {"tokens": TOKENS[:, :-1], "targets": TOKENS[:, 1:]}
@@ -175,11 +176,14 @@ def test_loss_and_gradients_of_the_oracle_equal_the_modules(cfg, random_gpt):
     loss, state = nnx.jit(nnx.value_and_grad(mean_loss))(gpt)
     graphdef, _, streams = nnx.split(gpt, nnx.Param, ...)
     expected = canonical_of(nnx.merge(graphdef, state, streams), cfg)
-    value, grads = jax.jit(sequential(gpt_model(cfg)).value_and_grad)(canonical_of(gpt, cfg), BATCH)
+    value, grads = jax.jit(sequential(gpt_model(cfg)).value_and_grad, compiler_options=QUICK)(
+        canonical_of(gpt, cfg), BATCH
+    )
     np.testing.assert_allclose(value, loss, rtol=1e-6)
     assert jax.tree.structure(grads) == jax.tree.structure(expected)
     errors = jax.tree.map(lambda a, b: jnp.abs(a - b).max() / jnp.abs(b).max(), grads, expected)
     assert max(jax.tree.leaves(errors)) < 2e-5
+    assert all(jnp.isfinite(leaf).all() and (leaf != 0).any() for leaf in jax.tree.leaves(grads))
 
 
 @CONFIGS
@@ -191,28 +195,28 @@ def test_logits_equal_the_modules(cfg, random_gpt):
 
 def test_row_groups_change_the_loss_by_the_auxiliary_part_only(random_gpt):
     for weight in (0.0, 0.5):
-        cfg = replace(MIXTRAL_LIKE, aux_loss_weight=weight, router_z_weight=0.0, capacity_factor=0.5)
+        cfg = replace(MIXTRAL_LIKE, num_layers=1, aux_loss_weight=weight, router_z_weight=0.0, capacity_factor=0.5)
         canonical = canonical_of(random_gpt(cfg), cfg)
         one, two = (jax.jit(sequential(gpt_model(cfg), row_groups=n).loss)(canonical, BATCH) for n in (1, 2))
         assert (abs(one - two) > 1e-4) == bool(weight)
         np.testing.assert_allclose(one, two, rtol=1e-6 if not weight else 0.1)
 
 
-def test_gradients_of_initial_weights_are_finite_and_reach_every_leaf():
-    for cfg in (SWITCH, MIXTRAL_LIKE):
-        oracle = sequential(gpt_model(replace(cfg, dropout=0.1)), row_groups=2)
-        canonical = jax.jit(oracle.init)(jax.random.key(0), BATCH)
-        loss, grads = jax.jit(oracle.value_and_grad)(canonical, BATCH, jax.random.key(1))
-        assert math.isfinite(loss)
-        assert all(jnp.isfinite(leaf).all() and (leaf != 0).any() for leaf in jax.tree.leaves(grads))
+def test_weights_start_like_a_dense_gpts():
+    cfg = replace(SWITCH, d_model=64, num_layers=8)
+    moe = MoE(cfg, rngs=nnx.Rngs(0))
+    for weights, std in ((moe.router, 0.02), (moe.fc, 0.02), (moe.proj, 0.02 / 4)):
+        assert weights[...].std() == pytest.approx(std, rel=0.1)
+    assert not moe.fc_bias[...].any() and not moe.proj_bias[...].any()
 
 
 def test_blocks_of_a_kind_are_one_function():
     blocks = gpt_model(SWITCH).blocks
-    assert [block.kind for block in blocks] == ["dense", "moe", "dense", "moe"] == list(SWITCH.kinds)
-    assert blocks[0].apply is blocks[2].apply and blocks[1].apply is blocks[3].apply
+    assert [block.kind for block in blocks] == ["dense", "moe", "dense"] == list(SWITCH.kinds)
+    assert blocks[0].apply is blocks[2].apply is not blocks[1].apply
     assert {block.kind for block in gpt_model(replace(SWITCH, num_experts=0)).blocks} == {"block"}
-    assert replace(SWITCH, moe_every=3).kinds == ("dense", "dense", "moe", "dense")
+    assert replace(SWITCH, moe_every=3).kinds == ("dense", "dense", "moe")
+    assert replace(SWITCH, moe_every=1).kinds == ("moe", "moe", "moe")
 
 
 def test_bfloat16_experts_keep_their_carry_and_a_float32_router():
@@ -266,7 +270,7 @@ def test_capacity_is_the_mean_times_the_factor_and_never_above_the_sequence():
         ({"experts_per_token": 0}, "experts_per_token=0 must be at least 1; try 1"),
         ({"experts_per_token": 5}, "experts_per_token=5 must not exceed num_experts=4; try 4"),
         ({"moe_every": 0}, "moe_every=0 must be at least 1; try 1"),
-        ({"moe_every": 5}, "moe_every=5 must not exceed num_layers=4, or no block has the num_experts=4; try 4"),
+        ({"moe_every": 5}, "moe_every=5 must not exceed num_layers=3, or no block has the num_experts=4; try 3"),
         ({"capacity_factor": 0.0}, "capacity_factor=0.0 must be above 0; try 1.25"),
         ({"aux_loss_weight": -0.1}, "aux_loss_weight=-0.1 must be at least 0; try 0.0"),
         ({"router_z_weight": math.nan}, "router_z_weight=nan must be at least 0; try 0.0"),
