@@ -11,132 +11,33 @@ Numbers: parameters are `param_dtype`, matrix products run in `dtype`, each kern
 softmax, rotation and logits are float32 or wider.
 """
 
-import difflib
-import math
-from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxpipe.errors import ConfigError
+from jaxpipe.models.gpt_config import BYTES, GPT2_TOKENS, PRESETS, GPTConfig, flops_per_token, num_params
+from jaxpipe.models.layers import attend, linear, normal, rms_norm, rotate
+from jaxpipe.models.moe import MoE
 
-DType = Literal["float32", "bfloat16", "float64"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class GPTConfig:
-    """What a GPT is made of.
-
-    Attributes:
-        vocab_size: V.
-        max_seq_len: The longest sequence, in tokens. Learned positions cannot go beyond it; rotary ones can.
-        num_layers: Number of blocks.
-        num_heads: H.
-        d_model: D, width of the residual stream.
-        d_ff: F. None: 4*D for ``gelu``; 8/3*D, up to the next multiple of 64, for ``swiglu``.
-        positions: ``learned``: a vector per position added to the embedding. ``rotary``: queries and keys rotated
-            (Su et al., 2021; half-split pairs as in GPT-NeoX and Llama).
-        rotary_base: Base of the rotary wavelengths.
-        norm: ``layernorm`` or ``rmsnorm``.
-        norm_eps: Added to the variance.
-        mlp: ``gelu`` (tanh approximation) or ``swiglu``.
-        bias: Whether linear layers and layer norms have a bias.
-        tied: Whether the head uses the embedding's table.
-        dropout: Probability that an element is dropped after the embedding, attention and MLP.
-        attention: ``xla``, or ``cudnn`` for the fused kernel of NVIDIA GPUs (``dtype="bfloat16"`` only).
-        dtype: Dtype of the computation.
-        param_dtype: Dtype of the parameters.
-
-    Raises:
-        ConfigError: A value out of range, or values that do not fit together.
-    """
-
-    vocab_size: int
-    max_seq_len: int
-    num_layers: int
-    num_heads: int
-    d_model: int
-    d_ff: int | None = None
-    positions: Literal["learned", "rotary"] = "learned"
-    rotary_base: float = 10000.0
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    norm_eps: float = 1e-5
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    bias: bool = True
-    tied: bool = True
-    dropout: float = 0.0
-    attention: Literal["xla", "cudnn"] = "xla"
-    dtype: DType = "float32"
-    param_dtype: DType = "float32"
-
-    def __post_init__(self):
-        for name in ("dtype", "param_dtype"):  # jnp.bfloat16 is as good as "bfloat16"
-            if not isinstance(value := getattr(self, name), str):
-                object.__setattr__(self, name, jnp.dtype(value).name)
-        for name, hint in get_type_hints(GPTConfig).items():
-            value, choices = getattr(self, name), get_args(hint)
-            if str in map(type, choices) and value not in choices:
-                near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)[0]
-                raise ConfigError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}; try {near!r}")
-            if hint is int and value < 1:
-                raise ConfigError(f"{name}={value} must be at least 1; try 1")
-        if self.d_model % self.num_heads:
-            below = self.d_model // self.num_heads * self.num_heads
-            near = f"{below} or {below + self.num_heads}" if below else f"{self.num_heads}"
-            raise ConfigError(f"d_model={self.d_model} must be divisible by num_heads={self.num_heads}; try {near}")
-        if self.positions == "rotary" and self.head_dim % 2:
-            raise ConfigError(
-                f"positions='rotary' rotates pairs: d_model/num_heads={self.d_model}/{self.num_heads}={self.head_dim} "
-                f"must be even; try d_model={(self.head_dim + 1) * self.num_heads}"
-            )
-        if self.d_ff is not None and self.d_ff < 1:
-            raise ConfigError(f"d_ff={self.d_ff} must be at least 1; try {4 * self.d_model}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout={self.dropout} must be at least 0 and below 1; try 0.1")
-        for name, near in (("norm_eps", 1e-5), ("rotary_base", 1e4)):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must be above 0; try {near}")
-        if self.attention == "cudnn" and self.dtype != "bfloat16":
-            raise ConfigError(f"dtype={self.dtype!r} must be 'bfloat16' for attention='cudnn'; try attention='xla'")
-
-    @property
-    def head_dim(self) -> int:
-        """d, dims of a head."""
-        return self.d_model // self.num_heads
-
-    @property
-    def hidden_dim(self) -> int:
-        """F, with the default worked out."""
-        if self.d_ff is not None:
-            return self.d_ff
-        return 4 * self.d_model if self.mlp == "gelu" else math.ceil(8 * self.d_model / 3 / 64) * 64
-
-    @property
-    def wide_dtype(self) -> Any:
-        """Float32, or float64 for a float64 model: what norms, softmax, rotation and logits are computed in."""
-        return jnp.promote_types(self.dtype, jnp.float32)
-
-
-BYTES = 256
-GPT2_TOKENS = 50257
-
-PRESETS: dict[str, GPTConfig] = {
-    name: GPTConfig(
-        vocab_size=vocab_size, max_seq_len=max_seq_len, num_layers=num_layers, num_heads=num_heads, d_model=d_model
-    )
-    for name, vocab_size, max_seq_len, num_layers, num_heads, d_model in (
-        ("tiny", BYTES, 128, 4, 4, 64),
-        ("small", BYTES, 256, 8, 4, 256),
-        ("base", BYTES, 512, 12, 8, 512),
-        ("gpt2-124m", GPT2_TOKENS, 1024, 12, 12, 768),
-        ("gpt2-350m", GPT2_TOKENS, 1024, 24, 16, 1024),
-        ("gpt2-774m", GPT2_TOKENS, 1024, 36, 20, 1280),
-        ("gpt2-1.5b", GPT2_TOKENS, 1024, 48, 25, 1600),
-    )
-}
-"""Named sizes: three over bytes, and GPT-2's four. Vary one with `dataclasses.replace`."""
+__all__ = [
+    "BLOCKS",
+    "BYTES",
+    "GPT",
+    "GPT2_TOKENS",
+    "MLP",
+    "PRESETS",
+    "Attention",
+    "Block",
+    "Embed",
+    "GPTConfig",
+    "Head",
+    "MoEBlock",
+    "flops_per_token",
+    "num_params",
+]
 
 
 class Embed(nnx.Module):
@@ -144,10 +45,11 @@ class Embed(nnx.Module):
 
     def __init__(self, cfg: GPTConfig, *, rngs: nnx.Rngs):
         self.dtype, self.param_dtype = cfg.dtype, cfg.param_dtype
-        self.table = nnx.Param(_normal(rngs, (cfg.vocab_size, cfg.d_model), cfg.param_dtype))
+        self.table = nnx.Param(normal(rngs, (cfg.vocab_size, cfg.d_model), std=cfg.init_std, dtype=cfg.param_dtype))
         self.positions = nnx.data(None)
         if cfg.positions == "learned":
-            self.positions = nnx.Param(_normal(rngs, (cfg.max_seq_len, cfg.d_model), cfg.param_dtype))
+            shape = (cfg.max_seq_len, cfg.d_model)
+            self.positions = nnx.Param(normal(rngs, shape, std=cfg.init_std, dtype=cfg.param_dtype))
         self.dropout = nnx.Dropout(cfg.dropout, rngs=rngs)
 
     def __call__(self, tokens_BT):
@@ -194,7 +96,7 @@ class Attention(nnx.Module):
         q_BTHd, k_BTHd, v_BTHd = (qkv_BTHd[..., i, :] for i in range(3))
         if self.rotary_base is not None:
             q_BTHd, k_BTHd = (rotate(x, jnp.arange(T), self.rotary_base) for x in (q_BTHd, k_BTHd))
-        y_BTHd = _attend(q_BTHd, k_BTHd, v_BTHd, self.implementation)
+        y_BTHd = attend(q_BTHd, k_BTHd, v_BTHd, causal=True, implementation=self.implementation)
         return self.proj(y_BTHd.reshape(B, T, D))
 
 
@@ -216,19 +118,40 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """One pre-norm layer: x + attn(norm(x)), then x + mlp(norm(x))."""
 
+    make_mlp: type[MLP | MoE] = MLP
+
     def __init__(self, cfg: GPTConfig, *, rngs: nnx.Rngs):
         self.norm1 = _norm(cfg, rngs=rngs)
         self.attn = Attention(cfg, rngs=rngs)
         self.dropout1 = nnx.Dropout(cfg.dropout, rngs=rngs)
         self.norm2 = _norm(cfg, rngs=rngs)
-        self.mlp = MLP(cfg, rngs=rngs)
+        self.mlp = self.make_mlp(cfg, rngs=rngs)
         self.dropout2 = nnx.Dropout(cfg.dropout, rngs=rngs)
 
     def __call__(self, x_BTD):
         """[B, T, D] -> [B, T, D], both of the compute dtype."""
-        x_BTD += self.dropout1(self.attn(self.norm1(x_BTD).astype(x_BTD.dtype)))
-        x_BTD += self.dropout2(self.mlp(self.norm2(x_BTD).astype(x_BTD.dtype)))
-        return x_BTD
+        x_BTD = self.attend(x_BTD)
+        return x_BTD + self.dropout2(self.mlp(self.norm2(x_BTD).astype(x_BTD.dtype)))
+
+    def attend(self, x_BTD):
+        """The first half, [B, T, D] -> [B, T, D]."""
+        return x_BTD + self.dropout1(self.attn(self.norm1(x_BTD).astype(x_BTD.dtype)))
+
+
+class MoEBlock(Block):
+    """A layer whose MLP is a mixture of experts."""
+
+    make_mlp = MoE
+
+    def __call__(self, x_BTD):
+        """[B, T, D] -> [B, T, D], both of the compute dtype, and the mixture's auxiliary loss, a scalar."""
+        x_BTD = self.attend(x_BTD)
+        y_BTD, aux = self.mlp(self.norm2(x_BTD).astype(x_BTD.dtype))
+        return x_BTD + self.dropout2(y_BTD), aux
+
+
+BLOCKS: dict[str, type[Block]] = {"block": Block, "dense": Block, "moe": MoEBlock}
+"""The layer of every kind in `GPTConfig.kinds`."""
 
 
 class Head(nnx.Module):
@@ -237,7 +160,7 @@ class Head(nnx.Module):
     def __init__(self, cfg: GPTConfig, *, rngs: nnx.Rngs):
         self.dtype, self.wide_dtype = cfg.dtype, cfg.wide_dtype
         self.norm = _norm(cfg, rngs=rngs)
-        self.kernel = nnx.Param(_normal(rngs, (cfg.vocab_size, cfg.d_model), cfg.param_dtype))
+        self.kernel = nnx.Param(normal(rngs, (cfg.vocab_size, cfg.d_model), std=cfg.init_std, dtype=cfg.param_dtype))
 
     def __call__(self, x_BTD):
         """[B, T, D] -> logits [B, T, V], float32 or wider."""
@@ -256,111 +179,40 @@ class GPT(nnx.Module):
 
     def __init__(self, cfg: GPTConfig, *, rngs: nnx.Rngs):
         self.embed = Embed(cfg, rngs=rngs)
-        self.blocks = nnx.List([Block(cfg, rngs=rngs) for _ in range(cfg.num_layers)])
+        self.blocks = nnx.List([BLOCKS[kind](cfg, rngs=rngs) for kind in cfg.kinds])
         self.head = Head(cfg, rngs=rngs)
         if cfg.tied:
             self.head.kernel = self.embed.table
 
     def __call__(self, tokens_BT):
         """Integers [B, T] -> logits [B, T, V], float32 or wider."""
-        x_BTD = self.embed(tokens_BT)
+        return self.logits_and_aux(tokens_BT)[0]
+
+    def logits_and_aux(self, tokens_BT):
+        """Integers [B, T] -> the logits, and the sum of the blocks' auxiliary losses (0 with no experts)."""
+        x_BTD, total = self.embed(tokens_BT), 0.0
         for block in self.blocks:
-            x_BTD = block(x_BTD)
-        return self.head(x_BTD)
-
-
-def rotate(x_BTHd, positions_T, base: float = 10000.0):
-    """Rotates queries or keys by their positions.
-
-    Args:
-        x_BTHd: Any float dtype, d even. Dims i and i + d/2 are a pair, turned by ``position * base**(-2i/d)``.
-        positions_T: Integers.
-        base: Base of the wavelengths.
-
-    Returns:
-        Like `x_BTHd`. The scalar product of two rotated vectors depends on the difference of their positions only.
-
-    Source: Su et al., 2021, "RoFormer". There neighbouring dims are a pair; here the halves, as in GPT-NeoX and Llama.
-    """
-    half = x_BTHd.shape[-1] // 2
-    dtype = jnp.promote_types(x_BTHd.dtype, jnp.float32)
-    angle_Td = positions_T[:, None].astype(dtype) * (base ** (-jnp.arange(half, dtype=dtype) / half))[None]
-    cos, sin = jnp.cos(angle_Td)[None, :, None], jnp.sin(angle_Td)[None, :, None]
-    a, b = x_BTHd[..., :half].astype(dtype), x_BTHd[..., half:].astype(dtype)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHd.dtype)
-
-
-def num_params(cfg: GPTConfig) -> int:
-    """Parameters of the model; a tied table counts once.
-
-    Example:
-        >>> num_params(PRESETS["gpt2-124m"])
-        124439808
-    """
-    D, F, bias = cfg.d_model, cfg.hidden_dim, int(cfg.bias)
-    norm = D * (1 + bias) if cfg.norm == "layernorm" else D
-    attention = (D + bias) * 3 * D + (D + bias) * D
-    mlp = (D + bias) * F * (2 if cfg.mlp == "swiglu" else 1) + (F + bias) * D
-    embed = cfg.vocab_size * D + (cfg.max_seq_len * D if cfg.positions == "learned" else 0)
-    return embed + cfg.num_layers * (attention + mlp + 2 * norm) + norm + (0 if cfg.tied else cfg.vocab_size * D)
-
-
-def flops_per_token(cfg: GPTConfig, seq_len: int) -> int:
-    """Floating-point operations of the forward pass's matrix products, per token; a training step takes 3 times that.
-
-    Attention counts the whole T x T square, as XLA computes it, not its causal half.
-
-    Args:
-        cfg: The model.
-        seq_len: T.
-    """
-    D, F = cfg.d_model, cfg.hidden_dim
-    weights = 4 * D * D + D * F * (3 if cfg.mlp == "swiglu" else 2)
-    return cfg.num_layers * (2 * weights + 4 * seq_len * D) + 2 * D * cfg.vocab_size
-
-
-def _attend(q_BTHd, k_BTHd, v_BTHd, implementation: Literal["xla", "cudnn"]):
-    """Causal attention with scale 1/sqrt(d)."""
-    if q_BTHd.dtype != jnp.float64:
-        return jax.nn.dot_product_attention(q_BTHd, k_BTHd, v_BTHd, is_causal=True, implementation=implementation)
-    # jax.nn rounds the softmax to float32 even then.
-    T = q_BTHd.shape[1]
-    scores_BHTT = jnp.einsum("bqhd,bkhd->bhqk", q_BTHd, k_BTHd) / math.sqrt(q_BTHd.shape[-1])
-    causal_TT = jnp.tril(jnp.ones((T, T), bool))
-    probs_BHTT = jax.nn.softmax(jnp.where(causal_TT[None, None], scores_BHTT, -jnp.inf), axis=-1)
-    return jnp.einsum("bhqk,bkhd->bqhd", probs_BHTT, v_BTHd)
-
-
-_STD = 0.02  # of every weight matrix at the start, as in GPT-2
-
-
-def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype):
-    return _STD * jax.random.normal(rngs.params(), shape, dtype)
+            out = block(x_BTD)
+            x_BTD, aux = out if isinstance(block, MoEBlock) else (out, 0.0)
+            total += aux
+        return self.head(x_BTD), total
 
 
 def _linear(cfg: GPTConfig, num_in: int, num_out: int, *, residual: bool = False, rngs: nnx.Rngs) -> nnx.Linear:
-    """A linear layer; `residual` shrinks it so that the sum of all 2*num_layers residuals starts at the same size."""
-    return nnx.Linear(
-        num_in,
-        num_out,
-        use_bias=cfg.bias,
-        dtype=jnp.dtype(cfg.dtype),
-        param_dtype=jnp.dtype(cfg.param_dtype),
-        kernel_init=nnx.initializers.normal(_STD / math.sqrt(2 * cfg.num_layers) if residual else _STD),
-        rngs=rngs,
-    )
+    std = cfg.residual_init_std if residual else cfg.init_std
+    dtypes = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+    return linear(num_in, num_out, std=std, bias=cfg.bias, **dtypes, rngs=rngs)
 
 
 def _norm(cfg: GPTConfig, *, rngs: nnx.Rngs) -> nnx.LayerNorm | nnx.RMSNorm:
     """A norm that computes, and answers, in float32 or wider."""
-    wide, param_dtype = cfg.wide_dtype, jnp.dtype(cfg.param_dtype)
     if cfg.norm == "rmsnorm":
-        return nnx.RMSNorm(cfg.d_model, epsilon=cfg.norm_eps, dtype=wide, param_dtype=param_dtype, rngs=rngs)
+        return rms_norm(cfg.d_model, eps=cfg.norm_eps, dtype=cfg.dtype, param_dtype=cfg.param_dtype, rngs=rngs)
     return nnx.LayerNorm(
         cfg.d_model,
         epsilon=cfg.norm_eps,
-        dtype=wide,
-        param_dtype=param_dtype,
+        dtype=cfg.wide_dtype,
+        param_dtype=jnp.dtype(cfg.param_dtype),
         use_bias=cfg.bias,
         use_fast_variance=False,  # E[x²] - E[x]² cancels where the residual stream has a large mean
         rngs=rngs,

@@ -9,7 +9,7 @@ Parameters are nested dicts with string keys, named like the module's attributes
 members of an `nnx.List` are named "0", "1", ….
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,17 +22,22 @@ from jaxpipe.runtime.model import Block, Embed, HeadLoss, Model, Tree
 Factory = Callable[[nnx.Rngs], nnx.Module]
 """Makes a module from random streams."""
 
+BlockCall = Callable[[Any, Tree, Tree], Any]
+"""``(module, carry, mb) -> carry``, or ``-> (carry, aux)`` with a scalar that joins the loss."""
+
 
 def nnx_model(
     *,
     embed: Factory,
-    block: Factory,
-    num_layers: int,
+    block: Factory | Mapping[str, Factory],
+    num_layers: int | None = None,
+    layers: Sequence[str] | None = None,
     head: Factory,
-    loss: Callable[[Any, Tree], tuple[Any, Any]],
+    loss: Callable[[Any, Tree], tuple],
     tie: Mapping[str, str] | None = None,
+    aux_weight: float = 1.0,
     embed_call: Callable[[Any, Tree], Tree] = lambda module, mb: module(mb),
-    block_call: Callable[[Any, Tree, Tree], Tree] = lambda module, carry, mb: module(carry),
+    block_call: BlockCall | Mapping[str, BlockCall] | None = None,
     head_call: Callable[[Any, Tree, Tree], Any] = lambda module, carry, mb: module(carry),
 ) -> Model:
     """Makes a model from NNX modules.
@@ -42,20 +47,27 @@ def nnx_model(
 
     Args:
         embed: Factory of the embedding.
-        block: Factory of one transformer layer, whose output is like its input in structure, shapes and dtypes.
-        num_layers: Number of blocks, at least 1.
+        block: Factory of one transformer layer, whose output is like its input in structure, shapes and dtypes. Or a
+            factory per kind of layer, ``{"encoder": …, "decoder": …}``.
+        num_layers: Number of blocks, at least 1, where there is one factory.
+        layers: The kind of every block, in order, where there is one factory per kind.
         head: Factory of the head.
-        loss: ``(logits, mb) -> (loss_sum, weight)``, where `logits` is what the head returns: two scalars.
-        tie: Leaves of the head that live in the embedding: ``{"head/kernel": "embed/table"}``.
+        loss: ``(logits, mb) -> (loss_sum, weight)``, where `logits` is what the head returns: two scalars. Or
+            ``-> (loss_sum, weight, metrics)``, see `HeadLoss`.
+        tie: Leaves that live in the embedding though the head, or all blocks of a kind, use them, see `Model`:
+            ``{"head/kernel": "embed/table", "blocks/encoder/bias": "embed/bias"}``.
+        aux_weight: What the blocks' `aux` count, see `Model`.
         embed_call: How the embedding is called: ``(module, mb) -> carry``.
-        block_call: How a block is called: ``(module, carry, mb) -> carry``; `mb` for masks and positions.
+        block_call: How a block is called: ``(module, carry, mb) -> carry``, or ``-> (carry, aux)``; `mb` for masks and
+            positions. Or a function per kind. None, and for kinds left out: with the carry alone.
         head_call: How the head is called: ``(module, carry, mb) -> logits``.
 
     Returns:
         The model, ready for `Pipeline` and `sequential`.
 
     Raises:
-        ConfigError: A module with state that is neither `nnx.Param` nor a random stream.
+        ConfigError: A module with state that is neither `nnx.Param` nor a random stream, or kinds that do not fit
+            together.
 
     Example:
         >>> model = nnx_model(
@@ -71,26 +83,54 @@ def nnx_model(
         {'bias': (4,), 'kernel': (4, 4)}
     """
     way_in = _Part("embed", embed, embed_call)
-    layer = _Part("block", block, block_call)
     way_out = _Part("head", head, head_call)
     return Model(
         embed=Embed(
             init=lambda key, mb: way_in.init(key),
             apply=lambda params, mb, key: way_in.apply(params, key, mb),
         ),
-        blocks=[
-            Block(
-                init=lambda key, carry: layer.init(key),
-                apply=lambda params, carry, mb, key: layer.apply(params, key, carry, mb),
-            )
-        ]
-        * num_layers,
+        blocks=_blocks(block, num_layers, layers, block_call),
         head_loss=HeadLoss(
             init=lambda key, carry, mb: way_out.init(key),
             apply=lambda params, carry, mb, key: loss(way_out.apply(params, key, carry, mb), mb),
         ),
         tie=dict(tie or {}),
+        aux_weight=aux_weight,
     )
+
+
+def _blocks(block, num_layers: int | None, layers: Sequence[str] | None, call) -> list[Block]:
+    """One `Block` per layer; those of a kind are the same object."""
+    if not isinstance(block, Mapping):
+        if num_layers is None or layers is not None or isinstance(call, Mapping):
+            raise ConfigError(
+                "block=… is one factory: it goes with num_layers=… and one block_call; try block={kind: …, …}"
+            )
+        return [_block("block", _Part("block", block, call or _call_plainly))] * num_layers
+    if layers is None or num_layers is not None:
+        raise ConfigError(f"block={{…}} has several kinds: it goes with layers=…; try layers={list(block)}")
+    if wrong := [kind for kind in layers if kind not in block]:
+        raise ConfigError(f"layers names the kind {wrong[0]!r} but block={{…}} has {', '.join(map(repr, block))}")
+    if unused := [kind for kind in block if kind not in layers]:
+        raise ConfigError(f"block={{…}} has the kind {unused[0]!r} but layers={list(layers)} does not name it")
+    calls = dict(call) if isinstance(call, Mapping) else dict.fromkeys(block, call or _call_plainly)
+    if wrong := [kind for kind in calls if kind not in block]:
+        raise ConfigError(f"block_call names the kind {wrong[0]!r} but block={{…}} has {', '.join(map(repr, block))}")
+    parts = {kind: _Part(kind, make, calls.get(kind, _call_plainly)) for kind, make in block.items()}
+    made = {kind: _block(kind, part) for kind, part in parts.items()}
+    return [made[kind] for kind in layers]
+
+
+def _block(kind: str, part: "_Part") -> Block:
+    return Block(
+        init=lambda key, carry: part.init(key),
+        apply=lambda params, carry, mb, key: part.apply(params, key, carry, mb),
+        kind=kind,
+    )
+
+
+def _call_plainly(module, carry: Tree, mb: Tree):
+    return module(carry)
 
 
 class _Part:

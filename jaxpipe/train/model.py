@@ -1,18 +1,26 @@
 """Where the reference models meet the pipeline: a configuration becomes a model that a pipeline can run.
 
-The loss is here because it belongs to training, not to the model: a batch is ``{"tokens", "targets"}``, integers
+The loss is here because it belongs to training, not to the model: a GPT's batch is ``{"tokens", "targets"}``, integers
 [B, T], and an optional ``"mask"`` [B, T] of bools or weights.
 
 Shape legend: B rows, T positions, V vocabulary, L layers.
 """
 
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from itertools import groupby
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
-from jaxpipe.models import gpt
+from jaxpipe.models import encdec, gpt
+from jaxpipe.models.encdec_config import EncDecConfig
 from jaxpipe.models.gpt import GPTConfig
 from jaxpipe.nn import nnx_model
-from jaxpipe.runtime.model import Model, Tree
+from jaxpipe.runtime.model import Model, Tree, carry_and_aux
 from jaxpipe.runtime.tree import tie
 
 
@@ -20,7 +28,8 @@ def gpt_model(cfg: GPTConfig) -> Model:
     """A GPT for `Pipeline` and `sequential`, with the next-token loss.
 
     Args:
-        cfg: The model. With ``tied=True`` the head's kernel lives in the embedding.
+        cfg: The model. With ``tied=True`` the head's kernel lives in the embedding. With experts the blocks are of
+            the kinds ``dense`` and ``moe``, and the loss has the auxiliary losses in it.
 
     Example:
         >>> from jaxpipe.models.gpt import PRESETS
@@ -31,12 +40,41 @@ def gpt_model(cfg: GPTConfig) -> Model:
     return _model(cfg, cross_entropy)
 
 
+def encdec_model(cfg: EncDecConfig) -> Model:
+    """An encoder-decoder for `Pipeline` and `sequential`, with the next-token loss on the decoder's side.
+
+    A batch is ``{"encoder_tokens" [B, S], "tokens" [B, T], "targets" [B, T]}``, where `tokens` are the decoder's
+    inputs; optionally ``"encoder_mask"`` [B, S], False at padding, and ``"mask"`` [B, T] as for a GPT.
+
+    Args:
+        cfg: The model. What its blocks share lives in the embedding, see `Model.tie`.
+
+    Example:
+        >>> from jaxpipe.models.encdec import PRESETS
+        >>> [block.kind for block in encdec_model(PRESETS["tiny"]).blocks]
+        ['encoder', 'encoder', 'decoder', 'decoder']
+    """
+    return nnx_model(
+        embed=lambda rngs: encdec.Embed(cfg, rngs=rngs),
+        block={
+            "encoder": lambda rngs: encdec.EncoderBlock(cfg, rngs=rngs),
+            "decoder": lambda rngs: encdec.DecoderBlock(cfg, rngs=rngs),
+        },
+        layers=cfg.kinds,
+        head=lambda rngs: encdec.Head(cfg, rngs=rngs),
+        loss=cross_entropy,
+        tie=encdec.shared(cfg),
+        embed_call=lambda module, mb: module(mb["encoder_tokens"], mb["tokens"]),
+        block_call=lambda module, carry, mb: module(carry, mb.get("encoder_mask")),
+    )
+
+
 def gpt_logits(cfg: GPTConfig, canonical: Tree, tokens_BT) -> jax.Array:
     """The logits of a GPT with no pipeline and no dropout, for sampling and for looking inside.
 
     Args:
         cfg: The model.
-        canonical: ``{"embed", "blocks": {"block": leaves [L, ...]}, "head"}``; a tied head has no kernel.
+        canonical: ``{"embed", "blocks": {kind: leaves [L_kind, ...]}, "head"}``; a tied head has no kernel.
         tokens_BT: Integers in [0, V).
 
     Returns:
@@ -45,10 +83,13 @@ def gpt_logits(cfg: GPTConfig, canonical: Tree, tokens_BT) -> jax.Array:
     model = _model(cfg, lambda logits_BTV, mb: (logits_BTV, None))
     x_BTD = model.embed.apply(canonical["embed"], {"tokens": tokens_BT}, None)
 
-    def one_layer(x_BTD, params):
-        return model.blocks[0].apply(params, x_BTD, {}, None), None
+    for block, first, last in _runs(model):
+        layers = jax.tree.map(lambda leaf, at=slice(first, last): leaf[at], canonical["blocks"][block.kind])
 
-    x_BTD, _ = jax.lax.scan(one_layer, x_BTD, canonical["blocks"]["block"])
+        def one_layer(x_BTD, params, block=block):
+            return carry_and_aux(x_BTD, block.apply(params, x_BTD, {}, None))[0], None
+
+        x_BTD, _ = jax.lax.scan(one_layer, x_BTD, layers)
     head = tie(canonical["head"], canonical["embed"], model.head_tie)
     return model.head_loss.apply(head, x_BTD, {}, None)[0]
 
@@ -80,10 +121,24 @@ def cross_entropy(logits_BTV, mb: Tree):
 def _model(cfg: GPTConfig, loss) -> Model:
     return nnx_model(
         embed=lambda rngs: gpt.Embed(cfg, rngs=rngs),
-        block=lambda rngs: gpt.Block(cfg, rngs=rngs),
-        num_layers=cfg.num_layers,
+        block={kind: partial(_gpt_block, kind, cfg) for kind in dict.fromkeys(cfg.kinds)},
+        layers=cfg.kinds,
         head=lambda rngs: gpt.Head(cfg, rngs=rngs),
         loss=loss,
         tie={"head/kernel": "embed/table"} if cfg.tied else {},
         embed_call=lambda module, mb: module(mb["tokens"]),
     )
+
+
+def _gpt_block(kind: str, cfg: GPTConfig, rngs: nnx.Rngs) -> nnx.Module:
+    return gpt.BLOCKS[kind](cfg, rngs=rngs)
+
+
+def _runs(model: Model) -> Iterator[tuple[Any, int, int]]:
+    """The blocks as runs of one kind: a block, and the first and one past the last of the run among its kind."""
+    seen: Counter[str] = Counter()
+    for kind, run in groupby(model.blocks, key=lambda block: block.kind):
+        block, *others = run
+        first = seen[kind]
+        seen[kind] += 1 + len(others)
+        yield block, first, seen[kind]

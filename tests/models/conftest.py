@@ -1,4 +1,4 @@
-"""A GPT with random weights, made without compiling its initialisation."""
+"""Models with random weights, made without compiling their initialisation."""
 
 import functools
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxpipe.models.encdec import EncDec, EncDecConfig
 from jaxpipe.models.gpt import GPT, GPTConfig
 
 
@@ -25,15 +26,29 @@ def fill(shapes):
 
 
 @functools.cache
-def make_gpt(cfg: GPTConfig) -> GPT:
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: GPT(cfg, rngs=nnx.Rngs(0))))
+def make(cls, cfg):
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: cls(cfg, rngs=nnx.Rngs(0))))
     return nnx.merge(graphdef, fill(state))
+
+
+def make_gpt(cfg: GPTConfig) -> GPT:
+    return make(GPT, cfg)
+
+
+def make_encdec(cfg: EncDecConfig) -> EncDec:
+    return make(EncDec, cfg)
 
 
 @pytest.fixture
 def random_gpt():
     """``cfg -> GPT``."""
     return make_gpt
+
+
+@pytest.fixture
+def random_encdec():
+    """``cfg -> EncDec``."""
+    return make_encdec
 
 
 @pytest.fixture

@@ -157,3 +157,82 @@ def test_state_other_than_parameters_is_refused(block, named):
 def test_no_layers_are_refused():
     with pytest.raises(PartitionError, match="at least one block"):
         nnx_model(embed=Deep, block=Deep, num_layers=0, head=Deep, loss=lambda y, mb: (y, y))
+
+
+class Shift(nnx.Module):
+    """A block whose one parameter is shared, and which has an auxiliary loss."""
+
+    def __init__(self, rngs):
+        self.amount = nnx.Param(jnp.ones(()))
+
+    def __call__(self, x):
+        return x + self.amount[...], self.amount[...] ** 2
+
+
+class WithShift(nnx.Linear):
+    def __init__(self, rngs):
+        super().__init__(3, 3, rngs=rngs)
+        self.amount = nnx.Param(jnp.full((), 2.0))
+
+
+def kinds_model(**options):
+    return nnx_model(
+        **{
+            "embed": WithShift,
+            "block": {"deep": Deep, "shift": Shift},
+            "layers": ["deep", "shift", "deep", "shift"],
+            "head": lambda rngs: nnx.Linear(3, 3, rngs=rngs),
+            "loss": lambda y, mb: (((y - mb["y"]) ** 2).sum(), jnp.float32(mb["y"].size)),
+            "embed_call": lambda module, mb: module(mb["x"]),
+            "tie": {"blocks/shift/amount": "embed/amount"},
+            "aux_weight": 0.5,
+            **options,
+        }
+    )
+
+
+def test_blocks_of_several_kinds_share_leaves_and_add_to_the_loss():
+    model = kinds_model(block_call={"deep": lambda module, carry, mb: module(carry, scale=mb["y"] * 0)})
+    oracle = sequential(model, row_groups=2)
+    canonical = jax.jit(oracle.init)(jax.random.key(0), BATCH)
+    assert set(canonical["blocks"]) == {"deep", "shift"} and canonical["blocks"]["shift"] == {}
+    assert canonical["blocks"]["deep"]["layers"]["1"]["bias"].shape == (2, 3)
+
+    def by_hand(canonical):
+        embed, head = canonical["embed"], canonical["head"]
+        x = BATCH["x"] @ embed["kernel"] + embed["bias"][None] + 2 * embed["amount"]
+        y = x @ head["kernel"] + head["bias"][None]
+        return ((y - BATCH["y"]) ** 2).mean() + 0.5 * 2 * embed["amount"] ** 2
+
+    loss, grads = jax.jit(oracle.value_and_grad)(canonical, BATCH)
+    expected, expected_grads = jax.value_and_grad(by_hand)(canonical)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), grads, expected_grads)
+
+
+def test_blocks_of_a_kind_are_one_object():
+    deep, shift, *again = kinds_model().blocks
+    assert (deep.kind, shift.kind) == ("deep", "shift") and again == [deep, shift]
+    assert deep.apply is again[0].apply is not shift.apply
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"layers": None}, r"it goes with layers=…; try layers=\['deep', 'shift'\]"),
+        ({"num_layers": 2}, r"it goes with layers=…"),
+        ({"layers": ["deep", "drift"]}, r"layers names the kind 'drift' but block=\{…\} has 'deep', 'shift'"),
+        ({"layers": ["shift"]}, r"has the kind 'deep' but layers=\['shift'\] does not name it"),
+        ({"block_call": {"drift": None}}, r"block_call names the kind 'drift' but block=\{…\} has 'deep', 'shift'"),
+        ({"block": Deep}, r"block=… is one factory: it goes with num_layers=…"),
+        ({"block": Deep, "layers": None}, r"block=… is one factory: it goes with num_layers=…"),
+        ({"block": Deep, "layers": None, "num_layers": 2, "block_call": {}}, r"and one block_call"),
+        (
+            {"block": {"deep": Deep, "shift": lambda rngs: nnx.BatchNorm(3, rngs=rngs)}},
+            r"shift\.mean is of type BatchStat",
+        ),
+    ],
+)
+def test_kinds_that_do_not_fit_together_are_refused(wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        kinds_model(**wrong)

@@ -64,6 +64,13 @@ def test_a_preset_can_be_varied(tmp_path):
     assert run.model == dataclasses.replace(PRESETS["tiny"], dropout=0.1)
 
 
+def test_a_model_may_have_experts(tmp_path):
+    run = config(tmp_path, "model.experts_per_token=2", text=MODEL + "num_experts = 8\ncapacity_factor = 2\n")
+    assert run.model.kinds == ("dense", "moe", "dense", "moe")
+    assert (run.model.num_experts, run.model.experts_per_token, run.model.capacity_factor) == (8, 2, 2.0)
+    assert config(tmp_path, text=run.to_toml()) == run
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -92,6 +99,8 @@ def test_a_preset_can_be_varied(tmp_path):
         (["model.preset=gpt2"], r"model\.preset='gpt2' must be one of 'tiny', .*; try 'gpt2-"),
         (["model.d_model=15"], r"^model\.d_model=15 must be divisible by num_heads=2"),
         (["model.dropout=1.0"], r"^model\.dropout=1\.0 must be at least 0 and below 1"),
+        (["model.num_experts=2", "model.experts_per_token=3"], r"^model\.experts_per_token=3 must not exceed"),
+        (["model.num_experts=2", "model.moe_every=5"], r"^model\.moe_every=5 must not exceed num_layers=4"),
         (["model.layers=3"], r"unknown key model\.layers; did you mean model\.num_layers\?"),
     ],
 )

@@ -1,0 +1,250 @@
+"""An encoder-decoder transformer in the form of T5, in Flax NNX.
+
+The parts `Embed`, `EncoderBlock`, `DecoderBlock` and `Head` are what a pipeline wants; `EncDec` puts them together with
+no pipeline. With the defaults the model is T5 exactly (Raffel et al., 2020), with ``mlp="gated-gelu", tied=False`` its
+version 1.1, but for one thing: dropout is on the embeddings and on the outputs of attention and MLP only.
+
+What flows through the blocks is a pair of streams, encoder [B, S, D] and decoder [B, T, D], both embedded at once.
+Encoder blocks change the first. Decoder blocks change the second and read the first, which is the encoder's output
+before its last norm: every decoder block norms it anew, all with one scale. Those numbers are T5's, which norms it
+once; the price is elementwise work, the gain that no block differs from the others of its kind.
+
+What several blocks share lives in the embedding, once (see `shared`): the tables of relative positions and the scale of
+the encoder's last norm.
+
+Shape legend: B rows, S positions of the encoder, T of the decoder, D d_model, H heads, d dims of a head, F hidden dims
+of the MLP, V vocabulary. In attention T are queries and S keys.
+
+Numbers: parameters are `param_dtype`, matrix products run in `dtype`, each kernel used through one cast. Norms,
+softmax, rotation and logits are float32 or wider.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxpipe.models.encdec_config import BYTES, PRESETS, T5_TOKENS, EncDecConfig, num_params
+from jaxpipe.models.layers import attend, linear, normal, rms_norm, rotate
+from jaxpipe.models.relative import RelativeBias
+
+__all__ = [
+    "BYTES",
+    "MLP",
+    "PRESETS",
+    "T5_TOKENS",
+    "Attention",
+    "DecoderBlock",
+    "Embed",
+    "EncDec",
+    "EncDecConfig",
+    "EncoderBlock",
+    "Head",
+    "num_params",
+    "shared",
+]
+
+
+def shared(cfg: EncDecConfig) -> dict[str, str]:
+    """The leaves that live in the embedding, once, by the paths of their users."""
+    leaves = {"blocks/decoder/memory_norm/scale": "embed/memory_norm/scale"}
+    if cfg.positions == "relative":
+        leaves["blocks/encoder/bias/table"] = "embed/encoder_bias/table"
+        leaves["blocks/decoder/bias/table"] = "embed/decoder_bias/table"
+    if cfg.tied:
+        leaves["head/kernel"] = "embed/table"
+    return leaves
+
+
+class Embed(nnx.Module):
+    """Tokens of both sides to vectors, by one `table` [V, D]; and the home of what blocks share."""
+
+    def __init__(self, cfg: EncDecConfig, *, rngs: nnx.Rngs):
+        self.dtype = cfg.dtype
+        self.table = nnx.Param(normal(rngs, (cfg.vocab_size, cfg.d_model), std=1.0, dtype=cfg.param_dtype))
+        self.memory_norm = _norm(cfg, rngs=rngs)
+        self.encoder_bias = _bias(cfg, bidirectional=True, rngs=rngs)
+        self.decoder_bias = _bias(cfg, bidirectional=False, rngs=rngs)
+        self.dropout = nnx.Dropout(cfg.dropout, rngs=rngs)
+
+    def __call__(self, encoder_tokens_BS, tokens_BT):
+        """Embeds.
+
+        Args:
+            encoder_tokens_BS: Integers in [0, V).
+            tokens_BT: The decoder's, likewise.
+
+        Returns:
+            The pair of streams [B, S, D], [B, T, D], of the compute dtype; NaN where a token is V or more.
+        """
+        streams = (jnp.take(self.table[...], tokens, axis=0) for tokens in (encoder_tokens_BS, tokens_BT))
+        x_BSD, y_BTD = (self.dropout(stream.astype(self.dtype)) for stream in streams)
+        return x_BSD, y_BTD
+
+
+class Attention(nnx.Module):
+    """Attention of one stream to itself or to another, linear maps without bias.
+
+    `q` is [D, H*d]; `kv` is [D, H*2*d] with columns ordered (head, k|v, dim), so that tensor parallelism can cut it in
+    runs of whole heads; `proj` is [H*d, D].
+    """
+
+    def __init__(self, cfg: EncDecConfig, *, causal: bool, rotates: bool, rngs: nnx.Rngs):
+        D, inner = cfg.d_model, cfg.num_heads * cfg.head_dim
+        self.num_heads, self.head_dim, self.causal = cfg.num_heads, cfg.head_dim, causal
+        self.rotary_base = cfg.rotary_base if rotates else None
+        self.scale = 1.0 if cfg.positions == "relative" else cfg.head_dim**-0.5
+        query_std = (D * cfg.head_dim) ** -0.5 if cfg.positions == "relative" else D**-0.5
+        self.q = _linear(cfg, D, inner, std=query_std, rngs=rngs)
+        self.kv = _linear(cfg, D, 2 * inner, std=D**-0.5, rngs=rngs)
+        self.proj = _linear(cfg, inner, D, std=inner**-0.5, rngs=rngs)
+
+    def __call__(self, x_BTD, memory_BSD, *, bias_1HTS=None, mask_BS=None):
+        """[B, T, D] queries and [B, S, D] keys -> [B, T, D]."""
+        (B, T, _), S = x_BTD.shape, memory_BSD.shape[1]
+        q_BTHd = self.q(x_BTD).reshape(B, T, self.num_heads, self.head_dim)
+        kv_BSHd = self.kv(memory_BSD).reshape(B, S, self.num_heads, 2, self.head_dim)
+        k_BSHd, v_BSHd = kv_BSHd[..., 0, :], kv_BSHd[..., 1, :]
+        if self.rotary_base is not None:
+            q_BTHd, k_BSHd = (rotate(x, jnp.arange(x.shape[1]), self.rotary_base) for x in (q_BTHd, k_BSHd))
+        mask_BHTS = None if mask_BS is None else mask_BS.astype(bool)[:, None, None]
+        y_BTHd = attend(
+            q_BTHd, k_BSHd, v_BSHd, causal=self.causal, bias_BHTS=bias_1HTS, mask_BHTS=mask_BHTS, scale=self.scale
+        )
+        return self.proj(y_BTHd.reshape(B, T, -1))
+
+
+class MLP(nnx.Module):
+    """`fc`, ReLU, `proj`; or `fc` gated by the GELU (tanh approximation) of `gate`, then `proj`. No biases."""
+
+    def __init__(self, cfg: EncDecConfig, *, rngs: nnx.Rngs):
+        D, F = cfg.d_model, cfg.d_ff
+        self.fc = _linear(cfg, D, F, std=D**-0.5, rngs=rngs)
+        self.gate = _linear(cfg, D, F, std=D**-0.5, rngs=rngs) if cfg.mlp == "gated-gelu" else nnx.data(None)
+        self.proj = _linear(cfg, F, D, std=F**-0.5, rngs=rngs)
+
+    def __call__(self, x_BTD):
+        """[B, T, D] -> [B, T, D]."""
+        h_BTF = self.fc(x_BTD)
+        h_BTF = jax.nn.relu(h_BTF) if self.gate is None else jax.nn.gelu(self.gate(x_BTD), approximate=True) * h_BTF
+        return self.proj(h_BTF)
+
+
+class EncoderBlock(nnx.Module):
+    """One pre-norm layer of the encoder: self-attention that sees the whole sequence, then the MLP."""
+
+    def __init__(self, cfg: EncDecConfig, *, rngs: nnx.Rngs):
+        self.bias = _bias(cfg, bidirectional=True, rngs=rngs)
+        self.norm1 = _norm(cfg, rngs=rngs)
+        self.attn = Attention(cfg, causal=False, rotates=cfg.positions == "rotary", rngs=rngs)
+        self.norm2 = _norm(cfg, rngs=rngs)
+        self.mlp = MLP(cfg, rngs=rngs)
+        self.dropout1, self.dropout2 = (nnx.Dropout(cfg.dropout, rngs=rngs) for _ in range(2))
+
+    def __call__(self, carry, mask_BS=None):
+        """The pair of streams -> the pair with the first changed; a False in the mask is a key that nobody sees."""
+        x_BSD, y_BTD = carry
+        bias = None if self.bias is None else self.bias(x_BSD.shape[1])
+        h_BSD = self.norm1(x_BSD).astype(x_BSD.dtype)
+        x_BSD += self.dropout1(self.attn(h_BSD, h_BSD, bias_1HTS=bias, mask_BS=mask_BS))
+        x_BSD += self.dropout2(self.mlp(self.norm2(x_BSD).astype(x_BSD.dtype)))
+        return x_BSD, y_BTD
+
+
+class DecoderBlock(nnx.Module):
+    """One pre-norm layer of the decoder: causal self-attention, attention to the encoder, then the MLP.
+
+    Attention to the encoder knows no positions: no bias, no rotation, as in T5.
+    """
+
+    def __init__(self, cfg: EncDecConfig, *, rngs: nnx.Rngs):
+        self.bias = _bias(cfg, bidirectional=False, rngs=rngs)
+        self.norm1 = _norm(cfg, rngs=rngs)
+        self.attn = Attention(cfg, causal=True, rotates=cfg.positions == "rotary", rngs=rngs)
+        self.norm2 = _norm(cfg, rngs=rngs)
+        self.memory_norm = _norm(cfg, rngs=rngs)
+        self.cross = Attention(cfg, causal=False, rotates=False, rngs=rngs)
+        self.norm3 = _norm(cfg, rngs=rngs)
+        self.mlp = MLP(cfg, rngs=rngs)
+        self.dropout1, self.dropout2, self.dropout3 = (nnx.Dropout(cfg.dropout, rngs=rngs) for _ in range(3))
+
+    def __call__(self, carry, mask_BS=None):
+        """The pair of streams -> the pair with the second changed; the mask is the encoder's."""
+        x_BSD, y_BTD = carry
+        bias = None if self.bias is None else self.bias(y_BTD.shape[1])
+        memory_BSD = self.memory_norm(x_BSD).astype(x_BSD.dtype)
+        h_BTD = self.norm1(y_BTD).astype(y_BTD.dtype)
+        y_BTD += self.dropout1(self.attn(h_BTD, h_BTD, bias_1HTS=bias))
+        h_BTD = self.norm2(y_BTD).astype(y_BTD.dtype)
+        y_BTD += self.dropout2(self.cross(h_BTD, memory_BSD, mask_BS=mask_BS))
+        y_BTD += self.dropout3(self.mlp(self.norm3(y_BTD).astype(y_BTD.dtype)))
+        return x_BSD, y_BTD
+
+
+class Head(nnx.Module):
+    """The decoder's last norm and the logits. `kernel` is [V, D], tied or not, so that a tie is the same array."""
+
+    def __init__(self, cfg: EncDecConfig, *, rngs: nnx.Rngs):
+        self.dtype, self.wide_dtype = cfg.dtype, cfg.wide_dtype
+        self.scale = cfg.d_model**-0.5 if cfg.tied else 1.0
+        self.norm = _norm(cfg, rngs=rngs)
+        std = 1.0 if cfg.tied else cfg.d_model**-0.5
+        self.kernel = nnx.Param(normal(rngs, (cfg.vocab_size, cfg.d_model), std=std, dtype=cfg.param_dtype))
+
+    def __call__(self, carry):
+        """The pair of streams -> logits [B, T, V], float32 or wider."""
+        y_BTD = (self.norm(carry[1]) * self.scale).astype(self.dtype)
+        kernel_VD = self.kernel[...].astype(self.dtype)
+        return jnp.einsum("btd,vd->btv", y_BTD, kernel_VD, preferred_element_type=self.wide_dtype)
+
+
+class EncDec(nnx.Module):
+    """The whole model with no pipeline.
+
+    Example:
+        >>> model = EncDec(PRESETS["tiny"], rngs=nnx.Rngs(0))
+        >>> model(jnp.zeros((2, 16), int), jnp.zeros((2, 8), int)).shape
+        (2, 8, 256)
+    """
+
+    def __init__(self, cfg: EncDecConfig, *, rngs: nnx.Rngs):
+        self.embed = Embed(cfg, rngs=rngs)
+        self.encoder = nnx.List([EncoderBlock(cfg, rngs=rngs) for _ in range(cfg.num_encoder_layers)])
+        self.decoder = nnx.List([DecoderBlock(cfg, rngs=rngs) for _ in range(cfg.num_decoder_layers)])
+        self.head = Head(cfg, rngs=rngs)
+        for block in self.decoder:
+            block.memory_norm = self.embed.memory_norm
+        for blocks, bias in ((self.encoder, self.embed.encoder_bias), (self.decoder, self.embed.decoder_bias)):
+            for block in blocks:
+                block.bias = bias
+        if cfg.tied:
+            self.head.kernel = self.embed.table
+
+    def __call__(self, encoder_tokens_BS, tokens_BT, encoder_mask_BS=None):
+        """Integers [B, S] and [B, T], a mask [B, S] that is False at padding -> logits [B, T, V], float32 or wider."""
+        carry = self.embed(encoder_tokens_BS, tokens_BT)
+        for block in (*self.encoder, *self.decoder):
+            carry = block(carry, encoder_mask_BS)
+        return self.head(carry)
+
+
+def _bias(cfg: EncDecConfig, *, bidirectional: bool, rngs: nnx.Rngs):
+    """The table of one stack's self-attention, if positions are relative."""
+    if cfg.positions != "relative":
+        return nnx.data(None)
+    return RelativeBias(
+        cfg.num_heads,
+        bidirectional=bidirectional,
+        num_buckets=cfg.num_buckets,
+        max_distance=cfg.max_distance,
+        std=cfg.d_model**-0.5,
+        param_dtype=cfg.param_dtype,
+        rngs=rngs,
+    )
+
+
+def _linear(cfg: EncDecConfig, num_in: int, num_out: int, *, std: float, rngs: nnx.Rngs) -> nnx.Linear:
+    return linear(num_in, num_out, std=std, bias=False, dtype=cfg.dtype, param_dtype=cfg.param_dtype, rngs=rngs)
+
+
+def _norm(cfg: EncDecConfig, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return rms_norm(cfg.d_model, eps=cfg.norm_eps, dtype=cfg.dtype, param_dtype=cfg.param_dtype, rngs=rngs)
