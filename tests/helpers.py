@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxpipe as jp
+from jaxpipe.runtime.model import cross_entropy
 from jaxpipe.schedule import build
+from jaxpipe.train.model import targets
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12, "bfloat16": 2e-2, "int32": 0}
 """Largest error of a leaf over its largest entry, by dtype."""
@@ -123,6 +125,11 @@ def toy_oracle(layers: int, row_groups: int, dropout: float, tied: bool, dtype: 
     step = jax.jit(oracle.value_and_grad, compiler_options={"xla_backend_optimization_level": 0})
     loss, grads = step(canonical, toy_batch(ROWS * row_groups), key)
     return canonical, loss, grads
+
+
+def token_loss(logits: Any, mb: Any) -> tuple[Any, Any]:
+    """Sum and weight of the next-token loss of whole logits."""
+    return cross_entropy(logits, *targets(mb))[:2]
 
 
 def pairwise(factors: Mapping[str, Sequence], legal: Any, seed: int = 0, pool: int = 400) -> Iterator[dict]:

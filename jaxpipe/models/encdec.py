@@ -76,8 +76,11 @@ class Embed(nnx.Module):
         Returns:
             The pair of streams [B, S, D], [B, T, D], of the compute dtype; NaN where a token is V or more.
         """
-        streams = (jnp.take(self.table[...], tokens, axis=0) for tokens in (encoder_tokens_BS, tokens_BT))
-        x_BSD, y_BTD = (self.dropout(stream.astype(self.dtype)) for stream in streams)
+        return self.finish(jnp.take(self.table[...], tokens, axis=0) for tokens in (encoder_tokens_BS, tokens_BT))
+
+    def finish(self, rows):
+        """What follows the look-up: rows of the table for both streams -> the pair of the compute dtype."""
+        x_BSD, y_BTD = (self.dropout(stream.astype(self.dtype)) for stream in rows)
         return x_BSD, y_BTD
 
 
@@ -192,9 +195,12 @@ class Head(nnx.Module):
 
     def __call__(self, carry):
         """The pair of streams -> logits [B, T, V], float32 or wider."""
-        y_BTD = (self.norm(carry[1]) * self.scale).astype(self.dtype)
         kernel_VD = self.kernel[...].astype(self.dtype)
-        return jnp.einsum("btd,vd->btv", y_BTD, kernel_VD, preferred_element_type=self.wide_dtype)
+        return jnp.einsum("btd,vd->btv", self.features(carry), kernel_VD, preferred_element_type=self.wide_dtype)
+
+    def features(self, carry):
+        """The pair of streams -> what the kernel is multiplied with [B, T, D], of the compute dtype."""
+        return (self.norm(carry[1]) * self.scale).astype(self.dtype)
 
 
 class EncDec(nnx.Module):

@@ -65,9 +65,13 @@ class Embed(nnx.Module):
             ConfigError: T exceeds the learned positions.
         """
         # Gather, then cast: repeated tokens add up their gradients in the parameters' dtype.
-        x_BTD = jnp.take(self.table[...], tokens_BT, axis=0).astype(jnp.promote_types(self.param_dtype, self.dtype))
+        return self.finish(jnp.take(self.table[...], tokens_BT, axis=0))
+
+    def finish(self, rows_BTD):
+        """What follows the look-up: rows of the table -> [B, T, D] of the compute dtype."""
+        x_BTD = rows_BTD.astype(jnp.promote_types(self.param_dtype, self.dtype))
         if self.positions is not None:
-            positions, num_tokens = self.positions[...], tokens_BT.shape[1]
+            positions, num_tokens = self.positions[...], rows_BTD.shape[1]
             if num_tokens > len(positions):
                 longest = len(positions)
                 raise ConfigError(f"sequence length {num_tokens} must not exceed max_seq_len={longest}; try {longest}")
@@ -164,8 +168,12 @@ class Head(nnx.Module):
 
     def __call__(self, x_BTD):
         """[B, T, D] -> logits [B, T, V], float32 or wider."""
-        y_BTD, kernel_VD = self.norm(x_BTD).astype(self.dtype), self.kernel[...].astype(self.dtype)
-        return jnp.einsum("btd,vd->btv", y_BTD, kernel_VD, preferred_element_type=self.wide_dtype)
+        kernel_VD = self.kernel[...].astype(self.dtype)
+        return jnp.einsum("btd,vd->btv", self.features(x_BTD), kernel_VD, preferred_element_type=self.wide_dtype)
+
+    def features(self, x_BTD):
+        """[B, T, D] -> what the kernel is multiplied with, of the compute dtype."""
+        return self.norm(x_BTD).astype(self.dtype)
 
 
 class GPT(nnx.Module):

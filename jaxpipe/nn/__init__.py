@@ -1,5 +1,5 @@
 """Adapters: modules of a neural network library as a pipeline's model."""
 
-from jaxpipe.nn.nnx import nnx_model
+from jaxpipe.nn.nnx import nnx_model, vocab_embed, vocab_head
 
-__all__ = ["nnx_model"]
+__all__ = ["nnx_model", "vocab_embed", "vocab_head"]

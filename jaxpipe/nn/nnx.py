@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxpipe.errors import ConfigError
-from jaxpipe.runtime.model import Block, Embed, HeadLoss, Model, Tree
+from jaxpipe.runtime.model import Block, Embed, HeadLoss, Model, VocabEmbed, VocabHead
+from jaxpipe.runtime.tree import Tree
 
 Factory = Callable[[nnx.Rngs], nnx.Module]
 """Makes a module from random streams."""
@@ -28,12 +29,12 @@ BlockCall = Callable[[Any, Tree, Tree], Any]
 
 def nnx_model(
     *,
-    embed: Factory,
+    embed: Factory | VocabEmbed,
     block: Factory | Mapping[str, Factory],
     num_layers: int | None = None,
     layers: Sequence[str] | None = None,
-    head: Factory,
-    loss: Callable[[Any, Tree], tuple],
+    head: Factory | VocabHead,
+    loss: Callable[[Any, Tree], tuple] | None = None,
     tie: Mapping[str, str] | None = None,
     aux_weight: float = 1.0,
     embed_call: Callable[[Any, Tree], Tree] = lambda module, mb: module(mb),
@@ -46,12 +47,12 @@ def nnx_model(
     random stream in it (one per `nnx.Dropout`) starts anew at each call, from the key and its place in the module.
 
     Args:
-        embed: Factory of the embedding.
+        embed: Factory of the embedding, or what `vocab_embed` makes.
         block: Factory of one transformer layer, whose output is like its input in structure, shapes and dtypes. Or a
             factory per kind of layer, ``{"encoder": …, "decoder": …}``.
         num_layers: Number of blocks, at least 1, where there is one factory.
         layers: The kind of every block, in order, where there is one factory per kind.
-        head: Factory of the head.
+        head: Factory of the head, or what `vocab_head` makes, which knows its loss.
         loss: ``(logits, mb) -> (loss_sum, weight)``, where `logits` is what the head returns: two scalars. Or
             ``-> (loss_sum, weight, metrics)``, see `HeadLoss`.
         tie: Leaves that live in the embedding though the head, or all blocks of a kind, use them, see `Model`:
@@ -82,20 +83,76 @@ def nnx_model(
         >>> jax.tree.map(jnp.shape, params)
         {'bias': (4,), 'kernel': (4, 4)}
     """
-    way_in = _Part("embed", embed, embed_call)
-    way_out = _Part("head", head, head_call)
+    if (loss is None) != isinstance(head, VocabHead):
+        raise ConfigError("loss=… goes with a head that is a factory, and only with one; try head=vocab_head(…)")
     return Model(
-        embed=Embed(
-            init=lambda key, mb: way_in.init(key),
-            apply=lambda params, mb, key: way_in.apply(params, key, mb),
-        ),
+        embed=embed if isinstance(embed, VocabEmbed) else _embed(embed, embed_call),
         blocks=_blocks(block, num_layers, layers, block_call),
-        head_loss=HeadLoss(
-            init=lambda key, carry, mb: way_out.init(key),
-            apply=lambda params, carry, mb, key: loss(way_out.apply(params, key, carry, mb), mb),
-        ),
+        head_loss=head if isinstance(head, VocabHead) else _head(head, head_call, loss),
         tie=dict(tie or {}),
         aux_weight=aux_weight,
+    )
+
+
+def vocab_embed(
+    factory: Factory,
+    *,
+    table: str,
+    tokens: Callable[[Tree], Tree],
+    finish: Callable[[Any, Tree, Tree], Tree] = lambda module, rows, mb: rows,
+) -> VocabEmbed:
+    """An embedding whose table can stay cut by vocabulary, see `VocabEmbed`.
+
+    Args:
+        factory: Factory of the module.
+        table: Path of its table, a leaf ``[V, D]``.
+        tokens: ``mb -> ids``.
+        finish: How the rest of the module is called: ``(module, rows, mb) -> carry``. It must not use the table.
+    """
+    part = _Part("embed", factory, finish)
+    return VocabEmbed(
+        init=lambda key, mb: part.init(key),
+        table=table,
+        tokens=tokens,
+        finish=lambda params, rows, mb, key: part.apply(params, key, rows, mb),
+    )
+
+
+def vocab_head(
+    factory: Factory,
+    *,
+    kernel: str,
+    targets: Callable[[Tree], tuple[Any, Any]],
+    features: Callable[[Any, Tree, Tree], Any] = lambda module, carry, mb: module(carry),
+) -> VocabHead:
+    """A head with cross entropy whose kernel can stay cut by vocabulary, see `VocabHead`.
+
+    Args:
+        factory: Factory of the module.
+        kernel: Path of its kernel, a leaf ``[V, D]``.
+        targets: ``mb -> (ids, weights)``.
+        features: How the rest of the module is called: ``(module, carry, mb) -> [rows, ..., D]``. It must not use the
+            kernel.
+    """
+    part = _Part("head", factory, features)
+    return VocabHead(
+        init=lambda key, carry, mb: part.init(key),
+        kernel=kernel,
+        features=lambda params, carry, mb, key: part.apply(params, key, carry, mb),
+        targets=targets,
+    )
+
+
+def _embed(factory: Factory, call: Callable) -> Embed:
+    part = _Part("embed", factory, call)
+    return Embed(init=lambda key, mb: part.init(key), apply=lambda params, mb, key: part.apply(params, key, mb))
+
+
+def _head(factory: Factory, call: Callable, loss: Any) -> HeadLoss:
+    part = _Part("head", factory, call)
+    return HeadLoss(
+        init=lambda key, carry, mb: part.init(key),
+        apply=lambda params, carry, mb, key: loss(part.apply(params, key, carry, mb), mb),
     )
 
 
@@ -162,7 +219,8 @@ class _Part:
 
     def apply(self, params, key, *inputs):
         """Calls the module with these parameters, and with random streams from `key`."""
-        state = [(path, variable.replace(_at(params, path))) for path, variable in self.params]
+        # A leaf that stays cut by vocabulary is not here; whoever reads it in spite of that finds no row.
+        state = [(path, variable.replace(_at(params, path, variable))) for path, variable in self.params]
         module = nnx.merge(self.graphdef, nnx.from_flat_state(state + self._seeded(key)))
         if key is None:
             module.eval()
@@ -190,8 +248,10 @@ class _Part:
         return state
 
 
-def _at(params, path):
+def _at(params, path, like):
     for name in path:
+        if str(name) not in params:
+            return jnp.zeros((0, *like.get_value().shape[1:]), like.get_value().dtype)
         params = params[str(name)]
     return params
 

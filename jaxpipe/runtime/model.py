@@ -111,12 +111,7 @@ class VocabHead:
     def apply(self, params: Tree, carry: Tree, mb: Tree, key: Any) -> tuple:
         """``(loss_sum, weight, metrics)`` with the whole matrix."""
         features = self.features(drop_path(params, self.kernel), carry, mb, key)
-        logits = vocab_logits(get_path(params, self.kernel), features)
-        ids, weights = self.targets(mb)
-        # A comparison instead of a gather: its gradient is elementwise, not a scatter.
-        is_target = jnp.expand_dims(ids, -1) == jnp.arange(logits.shape[-1]).reshape(*[1] * ids.ndim, -1)
-        loss = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(logits, axis=-1, where=is_target)
-        return weighted_loss(loss, ids, weights, logits.shape[-1])
+        return cross_entropy(vocab_logits(get_path(params, self.kernel), features), *self.targets(mb))
 
 
 def look_up(table, ids):
@@ -128,6 +123,21 @@ def vocab_logits(kernel, features):
     """``[..., D] x [V, D] -> [..., V]``, float32 or wider."""
     wide = jnp.promote_types(features.dtype, jnp.float32)
     return jnp.einsum("...d,vd->...v", features, kernel.astype(features.dtype), preferred_element_type=wide)
+
+
+def cross_entropy(logits, ids, weights) -> tuple:
+    """``(loss_sum, weight, metrics)`` of tokens with whole logits, see `VocabHead`.
+
+    Args:
+        logits: ``[..., V]``, any float dtype; computed with in float32 or wider.
+        ids: Targets ``[...]``.
+        weights: ``[...]``.
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    # A comparison instead of a gather: its gradient is elementwise, not a scatter.
+    is_target = jnp.expand_dims(ids, -1) == jnp.arange(logits.shape[-1]).reshape(*[1] * ids.ndim, -1)
+    loss = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(logits, axis=-1, where=is_target)
+    return weighted_loss(loss, ids, weights, logits.shape[-1])
 
 
 def weighted_loss(loss, ids, weights, vocab_size: int) -> tuple:

@@ -207,7 +207,7 @@ class Pipeline:
         grads = jax.tree.map(lambda g: g / divisor.astype(g.dtype), out.gradient)
         return ((loss, out.metrics) if has_aux else loss), grads
 
-    def loss(self, params: Tree, batch: Tree, key=None, *, has_aux: bool = False):
+    def loss(self, params: Tree, batch: Tree, key=None, *, has_aux: bool = False) -> Any:
         """The mean loss of the batch: forward only, with no buffer that grows with the microbatches.
 
         Args:

@@ -60,7 +60,7 @@ class Sequential:
         head = untie(model.head_loss.init(head_key, carry, mb), model.head_tie)
         return {"embed": embed, "blocks": stacked, "head": head}
 
-    def loss(self, canonical: Tree, batch: Tree, key=None, *, has_aux: bool = False):
+    def loss(self, canonical: Tree, batch: Tree, key=None, *, has_aux: bool = False) -> Any:
         """The mean loss of the batch: the sum over row groups divided once by the sum of the weights, plus aux.
 
         With `has_aux`, ``(loss, metrics)``.
@@ -78,7 +78,7 @@ class Sequential:
         mean = loss / weight + self.model.aux_weight * aux / self.row_groups
         return (mean, jax.tree.map(_whole_batch, metrics)) if has_aux else mean
 
-    def value_and_grad(self, canonical: Tree, batch: Tree, key=None, *, has_aux: bool = False):
+    def value_and_grad(self, canonical: Tree, batch: Tree, key=None, *, has_aux: bool = False) -> Any:
         """The mean loss and its gradient, a canonical tree; with `has_aux`, ``((loss, metrics), gradient)``."""
         loss = partial(self.loss, has_aux=has_aux)
         return jax.value_and_grad(loss, has_aux=has_aux)(canonical, batch, key)

@@ -19,9 +19,9 @@ from flax import nnx
 from jaxpipe.models import encdec, gpt
 from jaxpipe.models.encdec_config import EncDecConfig
 from jaxpipe.models.gpt import GPTConfig
-from jaxpipe.nn import nnx_model
-from jaxpipe.runtime.model import Model, Tree, carry_and_aux
-from jaxpipe.runtime.tree import tie
+from jaxpipe.nn import nnx_model, vocab_embed, vocab_head
+from jaxpipe.runtime.model import Model, carry_and_aux, vocab_logits
+from jaxpipe.runtime.tree import Tree, tie
 
 
 def gpt_model(cfg: GPTConfig) -> Model:
@@ -37,7 +37,23 @@ def gpt_model(cfg: GPTConfig) -> Model:
         >>> len(model.blocks), model.tie
         (4, {'head/kernel': 'embed/table'})
     """
-    return _model(cfg, cross_entropy)
+    return nnx_model(
+        embed=vocab_embed(
+            lambda rngs: gpt.Embed(cfg, rngs=rngs),
+            table="table",
+            tokens=lambda mb: mb["tokens"],
+            finish=lambda module, rows, mb: module.finish(rows),
+        ),
+        block={kind: partial(_gpt_block, kind, cfg) for kind in dict.fromkeys(cfg.kinds)},
+        layers=cfg.kinds,
+        head=vocab_head(
+            lambda rngs: gpt.Head(cfg, rngs=rngs),
+            kernel="kernel",
+            features=lambda module, carry, mb: module.features(carry),
+            targets=targets,
+        ),
+        tie={"head/kernel": "embed/table"} if cfg.tied else {},
+    )
 
 
 def encdec_model(cfg: EncDecConfig) -> Model:
@@ -55,16 +71,24 @@ def encdec_model(cfg: EncDecConfig) -> Model:
         ['encoder', 'encoder', 'decoder', 'decoder']
     """
     return nnx_model(
-        embed=lambda rngs: encdec.Embed(cfg, rngs=rngs),
+        embed=vocab_embed(
+            lambda rngs: encdec.Embed(cfg, rngs=rngs),
+            table="table",
+            tokens=lambda mb: (mb["encoder_tokens"], mb["tokens"]),
+            finish=lambda module, rows, mb: module.finish(rows),
+        ),
         block={
             "encoder": lambda rngs: encdec.EncoderBlock(cfg, rngs=rngs),
             "decoder": lambda rngs: encdec.DecoderBlock(cfg, rngs=rngs),
         },
         layers=cfg.kinds,
-        head=lambda rngs: encdec.Head(cfg, rngs=rngs),
-        loss=cross_entropy,
+        head=vocab_head(
+            lambda rngs: encdec.Head(cfg, rngs=rngs),
+            kernel="kernel",
+            features=lambda module, carry, mb: module.features(carry),
+            targets=targets,
+        ),
         tie=encdec.shared(cfg),
-        embed_call=lambda module, mb: module(mb["encoder_tokens"], mb["tokens"]),
         block_call=lambda module, carry, mb: module(carry, mb.get("encoder_mask")),
     )
 
@@ -80,7 +104,7 @@ def gpt_logits(cfg: GPTConfig, canonical: Tree, tokens_BT) -> jax.Array:
     Returns:
         [B, T, V], float32 (float64 for a float64 model).
     """
-    model = _model(cfg, lambda logits_BTV, mb: (logits_BTV, None))
+    model = gpt_model(cfg)
     x_BTD = model.embed.apply(canonical["embed"], {"tokens": tokens_BT}, None)
 
     for block, first, last in _runs(model):
@@ -91,43 +115,15 @@ def gpt_logits(cfg: GPTConfig, canonical: Tree, tokens_BT) -> jax.Array:
 
         x_BTD, _ = jax.lax.scan(one_layer, x_BTD, layers)
     head = tie(canonical["head"], canonical["embed"], model.head_tie)
-    return model.head_loss.apply(head, x_BTD, {}, None)[0]
+    features_BTD = model.head_loss.features(head, x_BTD, {}, None)
+    return vocab_logits(head["kernel"], features_BTD)
 
 
-def cross_entropy(logits_BTV, mb: Tree):
-    """The next-token loss of one row group.
-
-    Args:
-        logits_BTV: Any float dtype; the loss is computed in float32 or wider.
-        mb: ``targets`` [B, T], integers in [0, V); optionally ``mask`` [B, T], a weight per token. Where the mask is 0
-            the target may be anything; elsewhere a target out of range gives NaN.
-
-    Returns:
-        ``(loss_sum, weight)``: the sum of mask times cross entropy in nats, and the sum of the mask.
-    """
-    logits_BTV = logits_BTV.astype(jnp.promote_types(logits_BTV.dtype, jnp.float32))
-    targets_BT, num_classes = mb["targets"], logits_BTV.shape[-1]
-    # A comparison instead of a gather: its gradient is elementwise, not a scatter.
-    is_target_BTV = jnp.arange(num_classes)[None, None] == targets_BT[..., None]
-    target_BT = jnp.sum(logits_BTV, axis=-1, where=is_target_BTV)
-    ce_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT
-    ce_BT = jnp.where((targets_BT >= 0) & (targets_BT < num_classes), ce_BT, jnp.nan)
-    if "mask" not in mb:
-        return ce_BT.sum(), jnp.asarray(ce_BT.size, ce_BT.dtype)
-    mask_BT = mb["mask"].astype(ce_BT.dtype)
-    return jnp.sum(mask_BT * jnp.where(mask_BT != 0, ce_BT, 0.0)), mask_BT.sum()
-
-
-def _model(cfg: GPTConfig, loss) -> Model:
-    return nnx_model(
-        embed=lambda rngs: gpt.Embed(cfg, rngs=rngs),
-        block={kind: partial(_gpt_block, kind, cfg) for kind in dict.fromkeys(cfg.kinds)},
-        layers=cfg.kinds,
-        head=lambda rngs: gpt.Head(cfg, rngs=rngs),
-        loss=loss,
-        tie={"head/kernel": "embed/table"} if cfg.tied else {},
-        embed_call=lambda module, mb: module(mb["tokens"]),
-    )
+def targets(mb: Tree) -> tuple[Any, Any]:
+    """The targets [B, T] of a row group and what each counts: the mask, if there is one."""
+    if "mask" in mb:
+        return mb["targets"], mb["mask"]
+    return mb["targets"], jnp.ones(mb["targets"].shape, jnp.float32)
 
 
 def _gpt_block(kind: str, cfg: GPTConfig, rngs: nnx.Rngs) -> nnx.Module:

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import token_loss
 
 from jaxpipe.errors import ConfigError
 from jaxpipe.models.encdec import PRESETS, DecoderBlock, EncDec, EncDecConfig, Head, num_params, shared
 from jaxpipe.models.relative import relative_buckets
 from jaxpipe.runtime.sequential import sequential
 from jaxpipe.runtime.tree import untie
-from jaxpipe.train.model import cross_entropy, encdec_model
+from jaxpipe.train.model import encdec_model
 
 T5 = EncDecConfig(
     vocab_size=17,
@@ -145,7 +146,7 @@ def test_loss_and_gradients_of_the_oracle_equal_the_modules(cfg, random_encdec):
     model = random_encdec(cfg)
 
     def mean_loss(model):
-        loss, weight = cross_entropy(model(SOURCE, BATCH["tokens"], MASK), BATCH)
+        loss, weight = token_loss(model(SOURCE, BATCH["tokens"], MASK), BATCH)
         return loss / weight
 
     loss, state = nnx.jit(nnx.value_and_grad(mean_loss))(model)

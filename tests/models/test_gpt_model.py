@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import token_loss
 
 from jaxpipe.models.gpt import GPT, PRESETS, GPTConfig
 from jaxpipe.runtime.sequential import sequential
-from jaxpipe.train.model import cross_entropy, gpt_logits, gpt_model
+from jaxpipe.train.model import gpt_logits, gpt_model
 
 TIED = GPTConfig(vocab_size=17, max_seq_len=8, num_layers=2, num_heads=2, d_model=12)
 UNTIED = replace(TIED, positions="rotary", norm="rmsnorm", mlp="swiglu", bias=False, tied=False)
@@ -48,7 +49,7 @@ def test_loss_and_gradients_equal_the_modules(cfg, random_gpt):
     canonical = canonical_of(gpt, cfg)
 
     def mean_loss(gpt):
-        loss, weight = cross_entropy(gpt(BATCH["tokens"]), BATCH)
+        loss, weight = token_loss(gpt(BATCH["tokens"]), BATCH)
         return loss / weight
 
     loss, state = nnx.jit(nnx.value_and_grad(mean_loss))(gpt)
@@ -89,7 +90,7 @@ def test_layers_start_different_and_the_loss_at_the_entropy_of_a_uniform_guess()
     canonical = jax.jit(sequential(model).init)(jax.random.key(0), batch)
     kernels = canonical["blocks"]["block"]["attn"]["qkv"]["kernel"]
     assert (kernels[0] != kernels[1]).all()
-    loss, weight = cross_entropy(jax.jit(gpt_logits, static_argnums=0)(cfg, canonical, batch["tokens"]), batch)
+    loss, weight = token_loss(jax.jit(gpt_logits, static_argnums=0)(cfg, canonical, batch["tokens"]), batch)
     assert loss / weight == pytest.approx(math.log(256), abs=0.1)
 
 
@@ -162,13 +163,13 @@ def test_cross_entropy_is_the_masked_sum():
     mask = jnp.array([[1.0, 0.5, 0.0], [2.0, 0.0, 1.0]])
     exact = np.asarray(logits, np.float64)
     exact = np.log(np.exp(exact).sum(-1)) - np.take_along_axis(exact, np.asarray(targets)[..., None], -1)[..., 0]
-    loss, weight = cross_entropy(logits, {"targets": targets})
+    loss, weight = token_loss(logits, {"targets": targets})
     np.testing.assert_allclose([loss, weight], [exact.sum(), 6], rtol=1e-6)
-    loss, weight = cross_entropy(logits, {"targets": targets, "mask": mask})
+    loss, weight = token_loss(logits, {"targets": targets, "mask": mask})
     np.testing.assert_allclose([loss, weight], [(exact * mask).sum(), 4.5], rtol=1e-6)
     for dtype in (bool, int):
         whole = mask.astype(dtype)
-        loss, weight = cross_entropy(logits, {"targets": targets, "mask": whole})
+        loss, weight = token_loss(logits, {"targets": targets, "mask": whole})
         np.testing.assert_allclose([loss, weight], [(exact * whole).sum(), whole.sum()], rtol=1e-6)
 
 
@@ -176,7 +177,7 @@ def test_cross_entropy_gradient_is_softmax_minus_one_hot():
     logits = jax.random.normal(jax.random.key(0), (2, 3, 5))
     targets = jnp.array([[0, 4, -1], [1, 99, 3]])
     mask = jnp.array([[1, 1, 0], [1, 0, 1]])
-    grad = jax.grad(lambda x: cross_entropy(x, {"targets": targets, "mask": mask})[0])(logits)
+    grad = jax.grad(lambda x: token_loss(x, {"targets": targets, "mask": mask})[0])(logits)
     expected = (jax.nn.softmax(logits) - jax.nn.one_hot(targets, 5)) * mask[..., None]
     np.testing.assert_allclose(grad, expected, atol=1e-6)
 
@@ -184,14 +185,14 @@ def test_cross_entropy_gradient_is_softmax_minus_one_hot():
 def test_cross_entropy_of_bfloat16_logits_is_float32():
     logits = (jax.random.normal(jax.random.key(0), (2, 3, 50)) * 5).astype(jnp.bfloat16)
     mb = {"targets": jnp.zeros((2, 3), int)}
-    loss, weight = cross_entropy(logits, mb)
+    loss, weight = token_loss(logits, mb)
     assert loss.dtype == weight.dtype == jnp.float32
-    np.testing.assert_array_equal(loss, cross_entropy(logits.astype(jnp.float32), mb)[0])
+    np.testing.assert_array_equal(loss, token_loss(logits.astype(jnp.float32), mb)[0])
 
 
 @pytest.mark.parametrize("target", [-1, 5])
 def test_a_target_out_of_range_is_loud_unless_masked(target):
     logits, targets = jnp.zeros((1, 2, 5)), jnp.array([[0, target]])
-    assert jnp.isnan(cross_entropy(logits, {"targets": targets})[0])
-    loss, weight = cross_entropy(logits, {"targets": targets, "mask": jnp.array([[1, 0]])})
+    assert jnp.isnan(token_loss(logits, {"targets": targets})[0])
+    loss, weight = token_loss(logits, {"targets": targets, "mask": jnp.array([[1, 0]])})
     np.testing.assert_allclose([loss, weight], [math.log(5), 1], rtol=1e-6)

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import token_loss
 
 from jaxpipe.errors import ConfigError
 from jaxpipe.models.gpt import GPT, GPTConfig, flops_per_token, num_params
 from jaxpipe.models.moe import MoE, balance_loss, choose, places, z_loss
 from jaxpipe.runtime.sequential import sequential
-from jaxpipe.train.model import cross_entropy, gpt_logits, gpt_model
+from jaxpipe.train.model import gpt_logits, gpt_model
 
 SWITCH = GPTConfig(vocab_size=17, max_seq_len=8, num_layers=3, num_heads=2, d_model=12, num_experts=4)
 MIXTRAL_LIKE = replace(
@@ -170,7 +171,7 @@ def test_loss_and_gradients_of_the_oracle_equal_the_modules(cfg, random_gpt):
 
     def mean_loss(gpt):
         logits, aux = gpt.logits_and_aux(BATCH["tokens"])
-        loss, weight = cross_entropy(logits, BATCH)
+        loss, weight = token_loss(logits, BATCH)
         return loss / weight + aux
 
     loss, state = nnx.jit(nnx.value_and_grad(mean_loss))(gpt)
