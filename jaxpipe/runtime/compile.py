@@ -68,6 +68,7 @@ class Program:
         ends: Embedding and head.
         skip: How lanes are idle.
         metrics: Shapes of the head's metrics of one row group; an empty dict if they are not wanted.
+        offload: Whether the stash rests in the host's memory.
     """
 
     model: Model
@@ -78,6 +79,7 @@ class Program:
     ends: Ends
     skip: Skip
     metrics: Tree = field(default_factory=dict)
+    offload: bool = False
 
     @property
     def trains(self) -> bool:
@@ -140,6 +142,7 @@ class Program:
             skip=self.skip,
             seeds=(loss_scale, self._aux_seed(batch, ends) * loss_scale),
             metrics=self.metrics,
+            offload=self.offload,
         )
         state = start(device, params)
         if loop is not None:

@@ -35,6 +35,7 @@ class Device:
         skip: How lanes are idle, see `jaxpipe.runtime.lane`.
         seeds: Gradients of the head's loss and of the blocks' `aux`, scalars.
         metrics: Shapes of the head's metrics of one row group if they are wanted, else an empty dict.
+        offload: Whether the stash (activations, residuals, weight-residuals) rests in the host's memory.
     """
 
     model: Model
@@ -50,6 +51,7 @@ class Device:
     skip: Skip
     seeds: tuple[Any, Any]
     metrics: Tree
+    offload: bool = False
 
     @cached_property
     def trains(self) -> bool:
@@ -65,6 +67,18 @@ class Device:
     def daux(self) -> list:
         """The gradient of a stage's `aux`."""
         return [self.seeds[1].astype(s.dtype) for s in self.stages.stage.aux]
+
+    def stash(self, shapes: Tree, count: int) -> Tree:
+        """Slots of the stash, see `jaxpipe.runtime.slots`."""
+        return slots.make(shapes, count, self.offload)
+
+    def keep(self, stash: Tree, at, values: Tree) -> Tree:
+        """Writes a slot of the stash."""
+        return slots.put(stash, at, values, self.offload)
+
+    def fetch(self, stash: Tree, at) -> Tree:
+        """Reads a slot of the stash."""
+        return slots.get(stash, at, self.offload)
 
     def run(self, lane: Lane, state: dict, index, carry: Tree, given: Tree) -> tuple[dict, Tree, Commit]:
         """Runs a lane where `index` is not -1; see `run_lane`."""

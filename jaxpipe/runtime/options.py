@@ -1,7 +1,10 @@
 """What a user may write for the options of a `Pipeline`, and what is meant by it."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
+
+from jax.sharding import Mesh
 
 from jaxpipe.errors import ConfigError, PartitionError
 from jaxpipe.runtime.model import Model, VocabEmbed, VocabHead
@@ -103,3 +106,22 @@ def vocab_leaves(model: Model, head: str) -> dict[str, str]:
             f"VocabEmbed with table={tied[way_out.kernel]!r}, not {type(way_in).__name__}; try head='last'"
         )
     return cut
+
+
+def check_offload(mesh: Mesh) -> bool:
+    """True; warns where it is of no use.
+
+    Raises:
+        ConfigError: The devices have no memory on the host.
+    """
+    device = mesh.devices.flat[0]
+    if device.platform == "cpu":
+        warnings.warn("offload=True has no effect on CPU devices: their memory is the host's", stacklevel=3)
+        return False
+    kinds = {memory.kind for memory in device.addressable_memories()}
+    if kinds and "pinned_host" not in kinds:  # none are known where devices are only compiled for
+        raise ConfigError(
+            f"offload=True needs devices with the memory kind 'pinned_host', but {device.platform} has "
+            f"{', '.join(sorted(kinds))}; try offload=False"
+        )
+    return True

@@ -19,7 +19,7 @@ from jaxpipe.runtime.lane import Skip
 from jaxpipe.runtime.logical import logical_optimizer
 from jaxpipe.runtime.mesh import DATA, PIPE
 from jaxpipe.runtime.model import Model, Tree, loss_and_metrics
-from jaxpipe.runtime.options import relative_costs, stage_counts, stage_remats, vocab_leaves
+from jaxpipe.runtime.options import check_offload, relative_costs, stage_counts, stage_remats, vocab_leaves
 from jaxpipe.runtime.relayout import Layout, Position
 from jaxpipe.runtime.sizes import model_bytes
 from jaxpipe.runtime.stage import Context, Remat
@@ -48,6 +48,8 @@ class Pipeline:
             leaves the last stage, so that neither time nor memory piles up there; the model's ends must be a
             `VocabEmbed` and a `VocabHead` (the embedding may be another if nothing is tied to it).
         idle: ``skip``: idle lanes compute nothing. ``mask``: they compute and discard; see `jaxpipe.runtime.lane`.
+        offload: Keep what forwards leave for backwards in the host's memory, where the backend can (GPUs and TPUs): it
+            takes room for one microbatch on the device, and the host's link carries it twice.
         packing: See `jaxpipe.schedule.lower`.
         memory: See `jaxpipe.schedule.lower`.
         costs: Relative times of the phases, for ``packing="auto"``; by default those of `remat` and `stages`.
@@ -72,6 +74,7 @@ class Pipeline:
         scan_blocks: bool = False,
         head: Literal["last", "vocab_parallel"] = "last",
         idle: Literal["skip", "mask"] = "skip",
+        offload: bool = False,
         packing: Literal["auto", "paired", "single"] = "auto",
         memory: Literal["ideal", "strict"] = "ideal",
         costs: Costs | None = None,
@@ -93,6 +96,7 @@ class Pipeline:
             )
         check_kinds(model)
         self._cut = vocab_leaves(model, head)
+        self.offload = offload and check_offload(mesh)
         counts = stage_counts(stages, len(model.blocks), schedule)
         self.model, self.schedule, self.mesh, self.idle = model, schedule, mesh, idle
         self.remats = stage_remats(remat, schedule.stages)
@@ -325,6 +329,7 @@ class Pipeline:
             ends=ends,
             skip=self._skip,
             metrics=_metrics(model, head, carry, mb) if metrics else {},
+            offload=self.offload,
         )
 
     @property

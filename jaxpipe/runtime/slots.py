@@ -11,23 +11,26 @@ from jax import lax
 from jaxpipe.runtime.model import Tree
 
 
-def make(shapes: Tree, count: int) -> Tree:
-    """Buffers of `count` slots and one scratch slot."""
-    return jax.tree.map(lambda s: jnp.zeros((count + 1, *s.shape), s.dtype), shapes)
+def make(shapes: Tree, count: int, on_host: bool = False) -> Tree:
+    """Buffers of `count` slots and one scratch slot, in the device's memory or in that of its host."""
+    buffers = jax.tree.map(lambda s: jnp.zeros((count + 1, *s.shape), s.dtype), shapes)
+    return jax.device_put(buffers, jax.memory.Space.Host) if on_host else buffers
 
 
-def put(slots: Tree, at, values: Tree) -> Tree:
+def put(slots: Tree, at, values: Tree, on_host: bool = False) -> Tree:
     """Writes a slot; slot -1 is the scratch slot."""
 
     def write(buffer, value):
+        value = jax.device_put(value, jax.memory.Space.Host) if on_host else value
         return lax.dynamic_update_index_in_dim(buffer, value, jnp.where(at < 0, buffer.shape[0] - 1, at), 0)
 
     return jax.tree.map(write, slots, values)
 
 
-def get(slots: Tree, at) -> Tree:
+def get(slots: Tree, at, on_host: bool = False) -> Tree:
     """Reads a slot; anything valid for slot -1."""
-    return jax.tree.map(lambda b: lax.dynamic_index_in_dim(b, jnp.maximum(at, 0), keepdims=False), slots)
+    values = jax.tree.map(lambda b: lax.dynamic_index_in_dim(b, jnp.maximum(at, 0), keepdims=False), slots)
+    return jax.device_put(values, jax.memory.Space.Device) if on_host else values
 
 
 def add(accumulators: Tree, at, gradients: Tree) -> Tree:

@@ -23,14 +23,14 @@ def forward_lane(device: Device, state: dict, row: dict) -> tuple[dict, Tree, Co
     if device.table.forward_direct:
         arrived = select("f", row, arrived, stages.stage.carry)
     else:
-        kept = take_in("f", row, kept, arrived)
-        arrived = slots.get(kept, row["f_activation"])
+        kept = take_in("f", row, kept, arrived, device.keep)
+        arrived = device.fetch(kept, row["f_activation"])
     context = device.context(row["f_microbatch"], repeat)
     if "embed" in device.parts.cut:
         x = vocab_lanes.embed_lane(device, arrived, row)
     else:
         x = end_lanes.embed_lane(device, arrived, context, row)
-    kept = slots.put(kept, jnp.where(repeat >= 0, row["f_activation"], -1), x)
+    kept = device.keep(kept, jnp.where(repeat >= 0, row["f_activation"], -1), x)
 
     def run(branch: Branch, given):
         blocks, shared, x, context = given
@@ -41,7 +41,7 @@ def forward_lane(device: Device, state: dict, row: dict) -> tuple[dict, Tree, Co
         aux, residuals = kept
         out = {"aux": state["aux"] + aux[0].astype(state["aux"].dtype)} if aux else {}
         if device.trains:
-            out["residual"] = slots.put(state["residual"], row["f_residual"], residuals)
+            out["residual"] = device.keep(state["residual"], row["f_residual"], residuals)
         return out
 
     shapes = list(stages.stage.aux), list(stages.residuals.shapes) if device.trains else []
@@ -60,8 +60,8 @@ def backward_lane(device: Device, state: dict, row: dict, rb: Any, dy: list | No
     def run(branch: Branch, input_only: bool, given):
         blocks, shared, activation, residual, context, gradient, daux = given
         stage = branch.stage
-        residuals = stages.residuals.take(stage.residuals, slots.get(residual, row["b_residual"]))
-        x = slots.get(activation, row["b_activation"])
+        residuals = stages.residuals.take(stage.residuals, device.fetch(residual, row["b_residual"]))
+        x = device.fetch(activation, row["b_activation"])
         arguments = stages.params(branch, blocks, shared), x, residuals, context, gradient, daux
         if input_only:
             dx, crossing = stage.backward_input(*arguments)
@@ -75,7 +75,7 @@ def backward_lane(device: Device, state: dict, row: dict, rb: Any, dy: list | No
         dw, crossing = kept
         out = {} if dw is None else device.add(state, repeat, dw)
         if crossing is not None:
-            out["weight_residual"] = slots.put(state["weight_residual"], row["b_weight_residual"], crossing)
+            out["weight_residual"] = device.keep(state["weight_residual"], row["b_weight_residual"], crossing)
         return out
 
     kinds = [only for only, runs in ((False, full), (True, split)) if runs]
@@ -97,9 +97,9 @@ def weight_lane(device: Device, state: dict, row: dict) -> dict:
     def run(branch: Branch, given):
         blocks, shared, activation, residual, crossing, context = given
         stage = branch.stage
-        x = slots.get(activation, row["w_activation"])
-        residuals = stages.residuals.take(stage.residuals, slots.get(residual, row["w_residual"]))
-        crossing = slots.get(crossing, row["w_weight_residual"])
+        x = device.fetch(activation, row["w_activation"])
+        residuals = stages.residuals.take(stage.residuals, device.fetch(residual, row["w_residual"]))
+        crossing = device.fetch(crossing, row["w_weight_residual"])
         crossing = stages.weight_residuals.take(stage.weight_residuals, crossing)
         params = stages.params(branch, blocks, shared)
         dw = stage.backward_weight(params, x, residuals, context, crossing)
@@ -114,10 +114,10 @@ def weight_lane(device: Device, state: dict, row: dict) -> dict:
     return commit(state)
 
 
-def take_in(lane: str, row: dict, kept: Tree, arrived: dict[str, Tree]) -> Tree:
+def take_in(lane: str, row: dict, kept: Tree, arrived: dict[str, Tree], put: Callable) -> Tree:
     """Puts what arrived into the slots that the row names."""
     for side, values in arrived.items():
-        kept = slots.put(kept, row[ARRIVAL[lane][side]], values)
+        kept = put(kept, row[ARRIVAL[lane][side]], values)
     return kept
 
 
@@ -135,7 +135,7 @@ def select(lane: str, row: dict, arrived: dict[str, Tree], shapes: Tree) -> Tree
 def _arriving_gradient(device: Device, state: dict, row: dict, rb: Any, dy: list | None) -> tuple[dict, list]:
     """The gradient of the stage's output, from its slot, from a neighbour or from the head."""
     if "gradient" in state:
-        kept = take_in("b", row, state["gradient"], rb)
+        kept = take_in("b", row, state["gradient"], rb, slots.put)
         return state | {"gradient": kept}, slots.get(kept, row["b_gradient"])
     arrived = select("b", row, rb, device.stages.stage.gradient)
     if dy is None:

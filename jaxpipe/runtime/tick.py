@@ -35,12 +35,12 @@ def start(device: Device, params: Tree) -> dict:
     state = {"loss": number, "weight": number, "rf": dict.fromkeys(_sides(device, "f"), carry)}
     state |= {"aux": number} if stage.aux else {}
     state |= {"metrics": start_metrics(device)} if device.metrics else {}
-    state["activation"] = slots.make(stage.carry, counts.activation)
+    state["activation"] = device.stash(stage.carry, counts.activation)
     if not device.trains:
         return state
     state |= {
         "dx": gradient,
-        "residual": slots.make(list(stages.residuals.shapes), counts.residual),
+        "residual": device.stash(list(stages.residuals.shapes), counts.residual),
         "ends": jax.tree.map(lambda x: jnp.zeros(x.shape, accumulator_dtype(x.dtype)), device.ends),
         "blocks": [
             # One row per repeat, but no lone row: XLA adds to [1, ...] in a new buffer and copies it back.
@@ -56,7 +56,7 @@ def start(device: Device, params: Tree) -> dict:
     if not table.gradient_direct:
         state["gradient"] = slots.make(stage.gradient, counts.gradient)
     if backward_kinds(table)[1]:
-        state["weight_residual"] = slots.make(list(stages.weight_residuals.shapes), counts.weight_residual)
+        state["weight_residual"] = device.stash(list(stages.weight_residuals.shapes), counts.weight_residual)
     return state
 
 

@@ -191,25 +191,31 @@ class TickTable:
                 found.append(Action(stage, phase, microbatch))  # pyright: ignore[reportArgumentType]
         return tuple(found)
 
-    def bytes(self, model: ModelBytes) -> dict[str, int]:
+    def bytes(self, model: ModelBytes, offload: bool = False) -> dict[str, int]:
         """Temporary bytes per device, term by term.
 
         Args:
             model: Sizes of the model's pieces, as `Pipeline.sizes` gives them.
+            offload: Whether activations, residuals and weight-residuals rest in the host's memory: then there is room
+                for one that leaves and one that comes back.
 
         Returns:
             Bytes by term; their sum is the plan for the program's temporaries. Every kind of buffer has one scratch
             slot, which idle lanes write.
         """
         gradient = model.carry if model.gradient is None else model.gradient
+
+        def stash(slots: int) -> int:
+            return min(slots + 1, 2) if offload else slots + 1
+
         splits = {}
         if self.slots.weight_residual:
-            splits["weight-residual slots"] = (self.slots.weight_residual + 1) * model.weight_residual
+            splits["weight-residual slots"] = stash(self.slots.weight_residual) * model.weight_residual
         # [1] In placement v what is under way comes from two sides in the F lane, and from a turn.
         hops = {"two carries": 2} if self.schedule.placement == "loop" else {"four carries": 4}
         return {
-            "activation slots": (self.slots.activation + 1) * model.carry,
-            "residual slots": (self.slots.residual + 1) * model.residual,
+            "activation slots": stash(self.slots.activation) * model.carry,
+            "residual slots": stash(self.slots.residual) * model.residual,
             "gradient slots": 0 if self.gradient_direct else (self.slots.gradient + 1) * gradient,
             **splits,
             "one lane's working memory": model.backward,

@@ -148,6 +148,14 @@ def test_options_with_unknown_values(option, message):
     assert one_line(error) == message
 
 
+def test_offloading_to_the_host_warns_where_there_is_nothing_else():
+    with pytest.warns(UserWarning, match="offload=True has no effect on CPU devices"):
+        pipe = jp.Pipeline(
+            toy_model(2), schedule=build("1f1b", devices=2, microbatches=2), mesh=jp.make_mesh(2), offload=True
+        )
+    assert not pipe.offload
+
+
 def test_a_parameter_that_is_an_integer():
     model = toy_model(2)
     counting = jp.Block(lambda key, x: {"n": jnp.zeros((), jnp.int32)}, lambda p, x, mb, key: x)
