@@ -18,6 +18,9 @@ from jaxpipe.train.model import targets
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12, "bfloat16": 2e-2, "int32": 0}
 """Largest error of a leaf over its largest entry, by dtype."""
 
+QUICK = {"xla_backend_optimization_level": 0}
+"""Compiler options for what is compiled once and run once."""
+
 WIDTH, VOCAB, LENGTH = 8, 12, 5
 ROWS = 2
 
@@ -122,7 +125,7 @@ def toy_oracle(layers: int, row_groups: int, dropout: float, tied: bool, dtype: 
     oracle = jp.sequential(toy_model(layers, dropout, tied, dtype), row_groups=row_groups)
     canonical = toy_canonical(layers, tied, dtype)
     key = jax.random.key(1) if dropout else None
-    step = jax.jit(oracle.value_and_grad, compiler_options={"xla_backend_optimization_level": 0})
+    step = jax.jit(oracle.value_and_grad, compiler_options=QUICK)
     loss, grads = step(canonical, toy_batch(ROWS * row_groups), key)
     return canonical, loss, grads
 

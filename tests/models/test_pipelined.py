@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import tree_allclose
+from helpers import QUICK, tree_allclose
 
 import jaxpipe as jp
 from jaxpipe.models.encdec_config import EncDecConfig
@@ -15,7 +15,6 @@ from jaxpipe.models.gpt import GPTConfig
 from jaxpipe.schedule import build
 from jaxpipe.train.model import encdec_model, gpt_model
 
-QUICK = {"xla_backend_optimization_level": 0}
 VOCAB, SOURCE, TARGET, ROWS = 24, 7, 6, 2
 
 ENCDEC: dict[str, Any] = {"vocab_size": VOCAB, "num_heads": 2, "head_dim": 4, "d_model": 8, "d_ff": 12, "dropout": 0.1}

@@ -2,7 +2,7 @@
 
 import jax
 import pytest
-from helpers import TOLERANCE, pairwise, toy_batch, toy_model, toy_oracle, toy_pipeline, tree_allclose
+from helpers import QUICK, TOLERANCE, pairwise, toy_batch, toy_model, toy_oracle, toy_pipeline, tree_allclose
 
 import jaxpipe as jp
 from jaxpipe.errors import ScheduleError
@@ -87,7 +87,7 @@ def check(schedule, devices, repeats, microbatches, remat, dropout, tied, dtype,
         batch = toy_batch(2 * microbatches * data)
         params = pipe.from_canonical(canonical)
         key = jax.random.key(1) if dropout else None
-        got, got_grads = jax.jit(pipe.value_and_grad)(params, batch, key)
+        got, got_grads = jax.jit(pipe.value_and_grad, compiler_options=QUICK)(params, batch, key)
         assert got.dtype == dtype
         assert abs(float(got) - float(loss)) <= TOLERANCE[dtype] * abs(float(loss))
         tree_allclose(pipe.to_canonical(got_grads), grads)
@@ -141,7 +141,8 @@ def test_hand_written_schedules(name, remat):
     pipe = jp.Pipeline(model, schedule=schedule, mesh=jp.make_mesh(schedule.devices), remat=remat)
     rows = 2 * schedule.microbatches
     canonical, loss, grads = toy_oracle(schedule.stages, schedule.microbatches, 0.25, True, "float32")
-    got, got_grads = jax.jit(pipe.value_and_grad)(pipe.from_canonical(canonical), toy_batch(rows), jax.random.key(1))
+    step = jax.jit(pipe.value_and_grad, compiler_options=QUICK)
+    got, got_grads = step(pipe.from_canonical(canonical), toy_batch(rows), jax.random.key(1))
     assert float(got) == pytest.approx(float(loss), rel=1e-5)
     tree_allclose(pipe.to_canonical(got_grads), grads)
 

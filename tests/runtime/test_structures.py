@@ -8,13 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import ROWS, VOCAB, WIDTH, toy_batch, toy_model, toy_oracle, tree_allclose
+from helpers import QUICK, ROWS, VOCAB, WIDTH, toy_batch, toy_model, toy_oracle, tree_allclose
 
 import jaxpipe as jp
 from jaxpipe.schedule import build
-
-QUICK = {"xla_backend_optimization_level": 0}
-"""Compiler options: these models are compiled once and run once."""
 
 
 def drop(x, key):

@@ -6,15 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import LENGTH, ROWS, WIDTH, toy_batch, toy_model, tree_allclose
+from helpers import LENGTH, QUICK, ROWS, WIDTH, toy_batch, toy_model, tree_allclose
 from hlo import hlo_text, loop_bodies
 
 import jaxpipe as jp
 from jaxpipe.errors import ConfigError
 from jaxpipe.runtime.sizes import memory_of
 from jaxpipe.schedule import build
-
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 def vocab_model(layers: int, size: int, tied: bool, dtype: str = "float32", width: int = WIDTH) -> jp.Model:
