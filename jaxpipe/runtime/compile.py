@@ -69,6 +69,7 @@ class Program:
         skip: How lanes are idle.
         metrics: Shapes of the head's metrics of one row group; an empty dict if they are not wanted.
         offload: Whether the stash rests in the host's memory.
+        second_stream: Whether the second of a lane's two hops has a stream of its own, see `Pipeline`.
     """
 
     model: Model
@@ -80,6 +81,7 @@ class Program:
     skip: Skip
     metrics: Tree = field(default_factory=dict)
     offload: bool = False
+    second_stream: bool = False
 
     @property
     def trains(self) -> bool:
@@ -143,6 +145,7 @@ class Program:
             seeds=(loss_scale, self._aux_seed(batch, ends) * loss_scale),
             metrics=self.metrics,
             offload=self.offload,
+            second_stream=self.second_stream,
         )
         state = start(device, params)
         if loop is not None:

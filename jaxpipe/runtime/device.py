@@ -36,6 +36,7 @@ class Device:
         seeds: Gradients of the head's loss and of the blocks' `aux`, scalars.
         metrics: Shapes of the head's metrics of one row group if they are wanted, else an empty dict.
         offload: Whether the stash (activations, residuals, weight-residuals) rests in the host's memory.
+        second_stream: Whether the second of a lane's two hops has a stream of its own, see `Pipeline`.
     """
 
     model: Model
@@ -52,6 +53,7 @@ class Device:
     seeds: tuple[Any, Any]
     metrics: Tree
     offload: bool = False
+    second_stream: bool = False
 
     @cached_property
     def trains(self) -> bool:

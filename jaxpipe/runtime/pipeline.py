@@ -1,5 +1,6 @@
 """The door: checks what the user gives, fixes the program, delegates."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Literal
@@ -53,6 +54,10 @@ class Pipeline:
         packing: See `jaxpipe.schedule.lower`.
         memory: See `jaxpipe.schedule.lower`.
         costs: Relative times of the phases, for ``packing="auto"``; by default those of `remat` and `stages`.
+        second_stream: On GPUs, give the second of the two hops that a lane starts on the placement ``v`` a stream of
+            its own, so that both fly while the other lane computes. It rests on an undocumented hint to XLA, was read
+            off compiled programs only, and is unverified with tensor parallelism, where two collectives in flight on
+            different streams may deadlock NCCL. Without effect on the placement ``loop``, which has one hop per lane.
 
     Attributes:
         table: The tick table that runs.
@@ -78,6 +83,7 @@ class Pipeline:
         packing: Literal["auto", "paired", "single"] = "auto",
         memory: Literal["ideal", "strict"] = "ideal",
         costs: Costs | None = None,
+        second_stream: bool = False,
     ):
         if idle not in ("skip", "mask"):
             raise ConfigError(f"idle={idle!r} must be 'skip' or 'mask'; try 'skip'")
@@ -94,11 +100,18 @@ class Pipeline:
                 f"scan_blocks=True cannot split the backwards of schedule {schedule.name!r} into I and W; "
                 "try scan_blocks=False, or '1f1b' or 'interleaved_1f1b'"
             )
+        if second_stream and schedule.placement != "v":
+            warnings.warn(
+                f"second_stream=True has no effect on placement={schedule.placement!r} of schedule {schedule.name!r}, "
+                "whose lanes start one hop each; try second_stream=False",
+                stacklevel=2,
+            )
         check_kinds(model)
         self._cut = vocab_leaves(model, head)
         self.offload = offload and check_offload(mesh)
         counts = stage_counts(stages, len(model.blocks), schedule)
         self.model, self.schedule, self.mesh, self.idle = model, schedule, mesh, idle
+        self.second_stream = second_stream
         self.remats = stage_remats(remat, schedule.stages)
         costs = costs or relative_costs(counts, self.remats, schedule)
         self.table = lower(schedule, packing, costs, memory, keeps=[kept != "full" for kept in self.remats])
@@ -330,6 +343,7 @@ class Pipeline:
             skip=self._skip,
             metrics=_metrics(model, head, carry, mb) if metrics else {},
             offload=self.offload,
+            second_stream=self.second_stream,
         )
 
     @property

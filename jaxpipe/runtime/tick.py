@@ -97,7 +97,11 @@ def _hops(device: Device, values: Tree, sides: list[str]) -> dict[str, Tree]:
     """What arrives from each side when every device sends `values`."""
     schedule = device.table.schedule
     ring = schedule.placement == "loop" and schedule.repeats > 1
-    return {side: values if side == "own" else hop(values, schedule.devices, ring, STEP[side]) for side in sides}
+    arrived = {}
+    for side in sides:
+        second = device.second_stream and any(other != "own" for other in arrived)
+        arrived[side] = values if side == "own" else hop(values, schedule.devices, ring, STEP[side], second)
+    return arrived
 
 
 def _zero(shape):

@@ -156,6 +156,13 @@ def test_offloading_to_the_host_warns_where_there_is_nothing_else():
     assert not pipe.offload
 
 
+def test_a_second_stream_where_lanes_start_one_hop_each():
+    with pytest.warns(UserWarning, match=r"second_stream=True has no effect on placement='loop' of schedule '1f1b'"):
+        jp.Pipeline(
+            toy_model(2), schedule=build("1f1b", devices=2, microbatches=4), mesh=jp.make_mesh(2), second_stream=True
+        )
+
+
 def test_a_parameter_that_is_an_integer():
     model = toy_model(2)
     counting = jp.Block(lambda key, x: {"n": jnp.zeros((), jnp.int32)}, lambda p, x, mb, key: x)
