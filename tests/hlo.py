@@ -37,18 +37,19 @@ def branches_of(line: str) -> list[str]:
     return listed or [found.group(1) for found in sides if found]
 
 
-def loop_bodies(text: str, inner: bool = False) -> list[list[str]]:
-    """The instructions of the bodies of the loops that hold hops.
+def loop_bodies(text: str, inner: bool = False, hopping: bool = True) -> list[list[str]]:
+    """The instructions of the bodies of the program's loops.
 
     Args:
         text: HLO text.
         inner: With the instructions of the lanes (branches and inner loops, but not fusions) that a body calls.
+        hopping: Only the loops that hold hops.
     """
     parts = computations(text)
     names = [
         m.group(1) for body in parts.values() for line in body if (m := re.search(r" while\(.*body=%?([\w.\-]+)", line))
     ]
-    bodies = [name for name in names if any(" collective-permute" in line for line in parts[name])]
+    bodies = [name for name in names if not hopping or any(" collective-permute" in line for line in parts[name])]
     return [_with_branches(parts, name) if inner else parts[name] for name in bodies]
 
 

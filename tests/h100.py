@@ -1,0 +1,102 @@
+"""Training steps compiled for H100 GPUs on a machine that has none (extra `gpu-aot`); they cannot be run."""
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hlo import computations, hlo_text
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+import jaxpipe as jp
+from jaxpipe.models.encdec_config import EncDecConfig
+from jaxpipe.models.gpt import GPTConfig
+from jaxpipe.runtime.compile import Program
+from jaxpipe.runtime.mesh import AXES
+from jaxpipe.schedule import build
+from jaxpipe.train.model import encdec_model, gpt_model
+
+MARKS = [
+    pytest.mark.gpu_aot,
+    pytest.mark.skipif(
+        importlib.util.find_spec("jax_cuda12_plugin") is None,
+        reason="the extra gpu-aot (jax-cuda12-plugin, nvidia-cuda-nvcc-cu12) is not installed",
+    ),
+]
+
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } runtime_version { major: 12 minor: 9 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+"""The public data sheet in XLA's text form."""
+
+DEVICES, MICROBATCHES, LENGTH, VOCAB, WIDTH = 4, 8, 96, 384, 256
+SIZES: dict[str, Any] = {"vocab_size": VOCAB, "num_heads": 4, "d_model": WIDTH, "dtype": "bfloat16", "tied": False}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A compiled training step.
+
+    Attributes:
+        pipe: The pipeline.
+        program: What is fixed for the shapes.
+        text: Its optimized HLO, scheduled.
+        parts: The computations of `text`.
+    """
+
+    pipe: jp.Pipeline
+    program: Program
+    text: str
+    parts: dict[str, list[str]]
+
+
+def mesh(devices: int = DEVICES) -> Mesh:
+    """A mesh of H100s."""
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="h100", topology=f"1x1x{devices}", target_config=H100
+    )
+    return Mesh(np.asarray(topology.devices).reshape(devices, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def step(name: str, repeats: int = 1, *, blocks: int = 2, kinds: int = 1, **options: Any) -> Step:
+    """The step of a small model in bfloat16 with float32 weights, no two sizes of its weights and slots equal.
+
+    Args:
+        name: Of a schedule.
+        repeats: V.
+        blocks: Per stage, where `options` has no `stages`.
+        kinds: 1: a GPT; 2: an encoder-decoder, encoder blocks in the first half of the stages.
+        options: Of `Pipeline`.
+    """
+    schedule = build(name, devices=DEVICES, microbatches=MICROBATCHES, repeats=repeats)
+    layers = sum(options.get("stages") or [blocks] * schedule.stages)
+    if kinds == 1:
+        model = gpt_model(GPTConfig(num_layers=layers, max_seq_len=LENGTH, **SIZES))
+    else:
+        half = layers // 2
+        model = encdec_model(
+            EncDecConfig(num_encoder_layers=half, num_decoder_layers=half, head_dim=64, d_ff=640, **SIZES)
+        )
+    pipe = jp.Pipeline(model, schedule=schedule, mesh=mesh(), **options)
+    tokens = jax.ShapeDtypeStruct((2 * MICROBATCHES, LENGTH), jnp.int32, sharding=pipe.batch_sharding)
+    batch = {"tokens": tokens, "targets": tokens}
+    batch |= {"encoder_tokens": tokens} if kinds == 2 else {}
+    params = jax.eval_shape(pipe.init, jax.random.key(0), batch)
+    placed = jax.tree.map(
+        lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h), params, pipe.layout.shardings(params)
+    )
+    text = hlo_text(jax.jit(pipe.value_and_grad).lower(placed, batch).compile())
+    return Step(pipe, pipe.program(placed, batch), text, computations(text))
