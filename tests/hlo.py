@@ -4,37 +4,17 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-_HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-_CALLED = re.compile(r"(?:body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+from jaxpipe.runtime.traffic import branches_of, computations
+
+__all__ = ["branches_of", "computations", "copies", "hlo_text", "holds_product", "hops", "loop_bodies"]
+
+_CALLED = re.compile(r"(?:body|condition|to_apply|calls)=%?([\w.\-]+)")
 WORK = ("fusion", "custom-call", "conditional", "while", "call", "dot", "convolution")
 
 
 def hlo_text(compiled: Any) -> str:
     """The optimized program of a compiled function, on GPUs in scheduled order."""
     return compiled.as_text()
-
-
-def computations(text: str) -> dict[str, list[str]]:
-    """The instructions of each computation, by its name."""
-    found: dict[str, list[str]] = {}
-    lines: list[str] | None = None
-    for line in text.splitlines():
-        head = _HEAD.match(line)
-        if head:
-            lines = found.setdefault(head.group(1), [])
-        elif line.startswith("}"):
-            lines = None
-        elif lines is not None and line.strip():
-            lines.append(line.strip())
-    return found
-
-
-def branches_of(line: str) -> list[str]:
-    """The computations that a conditional chooses from, the one for 0 or false first."""
-    listed = [name for group in _BRANCHES.findall(line) for name in re.findall(r"%?([\w.\-]+)", group)]
-    sides = (re.search(rf"{side}_computation=%?([\w.\-]+)", line) for side in ("false", "true"))
-    return listed or [found.group(1) for found in sides if found]
 
 
 def loop_bodies(text: str, inner: bool = False, hopping: bool = True) -> list[list[str]]:
@@ -63,8 +43,15 @@ def _with_branches(parts: dict[str, list[str]], name: str) -> list[str]:
     return lines
 
 
-def copies(lines: list[str]) -> list[tuple[int, ...]]:
-    """The shapes that are copied, one entry per copy."""
+def copies(lines: list[str], fresh: bool = True) -> list[tuple[int, ...]]:
+    """The shapes that are copied, one entry per copy.
+
+    Args:
+        lines: Instructions.
+        fresh: Also of what was filled with one number just before: of two gathers from one array, XLA makes the zeros
+            for one gradient and copies them for the other.
+    """
+    lines = [line for line in lines if fresh or "broadcast" not in line.partition(" copy(")[2].partition(")")[0]]
     found = (re.search(r"= \w+\[([\d,]*)\]\S* copy(?:-start)?\(", line) for line in lines)
     return [tuple(int(d) for d in m.group(1).split(",") if d) for m in found if m]
 
@@ -106,7 +93,5 @@ def holds_product(line: str, parts: dict[str, list[str]]) -> bool:
     """
     if re.search(r' dot\(| convolution\(|custom_call_target="__(cublas|cudnn|triton|onednn)|__triton', line):
         return True
-    called = _CALLED.findall(line) + [
-        c for group in _BRANCHES.findall(line) for c in re.findall(r"%?([\w.\-]+)", group)
-    ]
+    called = _CALLED.findall(line) + branches_of(line)
     return any(holds_product(inner, parts) for name in called for inner in parts.get(name, ()))

@@ -113,6 +113,16 @@ def test_every_other_schedule_of_the_catalogue(case):
     check(**case)
 
 
+def test_a_second_stream_changes_no_number():
+    """Away from GPUs the hint is ignored."""
+    canonical, loss, grads = toy_oracle(4, 6, 0.0, False, "float32")
+    schedule = build("zb_v", devices=2, microbatches=6, repeats=2)
+    pipe = jp.Pipeline(toy_model(4), schedule=schedule, mesh=jp.make_mesh(2), second_stream=True)
+    got, got_grads = jax.jit(pipe.value_and_grad)(pipe.from_canonical(canonical), toy_batch(12))
+    assert abs(float(got) - float(loss)) <= TOLERANCE["float32"] * abs(float(loss))
+    tree_allclose(pipe.to_canonical(got_grads), grads)
+
+
 CSV = {
     "backward order of the microbatches turned round": """
         0F0,0F1,0F2,,,0B2,0B1,0B0

@@ -1,5 +1,6 @@
 """The compiled program: its loops, hops, idle branches and memory, read off XLA's output."""
 
+import math
 import re
 from functools import cache
 
@@ -10,6 +11,7 @@ from hlo import computations, copies, hlo_text, holds_product, loop_bodies
 
 import jaxpipe as jp
 from jaxpipe.runtime.sizes import memory_of
+from jaxpipe.runtime.traffic import traffic
 
 WIDTH, LENGTH = 24, 20
 
@@ -150,3 +152,20 @@ def test_loops_copy_no_stash_accumulator_or_weight(name, repeats, remat):
     text = hlo_text(compiled(*case))
     found = [copy for body in loop_bodies(text, inner=True) for copy in copies(body)]
     assert not [shape for shape in found if shape in weights | stash | accumulators]
+
+
+@pytest.mark.parametrize("remat", ["full", "none"])
+def test_a_tick_moves_its_slots_once(remat):
+    """The steady loop writes one slot of each kind, and copies no more than a few carries beside it."""
+    case = ("interleaved_1f1b", 2, 2, 8, remat, "ideal")
+    pipe = pipeline(*case)
+    stages = pipe.program(*shapes(pipe)).stages
+
+    def size(shapes) -> int:
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+
+    carry, residual = size(stages.stage.carry), size(list(stages.residuals.shapes))
+    gradients = size([a.params for a in stages.accumulators])
+    steady = max(traffic(hlo_text(compiled(*case))), key=lambda loop: loop.total_bytes)
+    assert carry + residual <= steady.update_bytes <= carry + residual + gradients
+    assert steady.copy_bytes <= 8 * carry

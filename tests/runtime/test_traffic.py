@@ -1,0 +1,122 @@
+"""Bytes that loops move, on loops whose bytes are known."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hlo import hlo_text
+from jax import lax
+
+from jaxpipe.runtime.traffic import Traffic, traffic
+
+ROWS, ROW = 8, 1000
+BUFFER = jax.ShapeDtypeStruct((ROWS, ROW), jnp.float32)
+
+
+def first(rows):
+    """The first row, at an index that XLA knows."""
+    return lax.slice(rows, (0, 0), (1, ROW))
+
+
+def put(buffer, row, at):
+    """The buffer with a row written."""
+    return lax.dynamic_update_slice(buffer, row, (at, 0))
+
+
+def moved(body, at_least: int = 1024) -> list[Traffic]:
+    """Of a loop of ``body(buffer, rows, at)``, where `rows` is like the buffer."""
+
+    def loop(buffer, rows):
+        return lax.scan(lambda b, i: (body(b, rows, i), None), buffer, jnp.arange(ROWS))[0]
+
+    step = jax.jit(loop, donate_argnums=0)
+    return traffic(hlo_text(step.lower(BUFFER, BUFFER).compile()), at_least)
+
+
+def test_an_update_in_place_moves_the_update_only():
+    assert moved(lambda b, rows, i: put(b, jnp.cos(first(rows)), i)) == [Traffic(0, 0, 4 * ROW, ROWS)]
+
+
+def test_what_is_sliced_and_what_is_updated_are_told_apart():
+    def body(b, rows, i):
+        return put(b, jnp.cos(lax.dynamic_slice(rows, (i, 0), (1, 300))), i)
+
+    assert moved(body) == [Traffic(0, 4 * 300, 4 * 300, ROWS)]
+
+
+def test_small_arrays_are_left_out():
+    assert moved(lambda b, rows, i: put(b, jnp.cos(first(rows)), i), 4 * ROW + 1) == [Traffic(turns=ROWS)]
+
+
+def test_a_buffer_that_is_read_after_its_update_is_copied():
+    def body(b, rows, i):
+        new = put(b, first(rows), i)
+        return lax.optimization_barrier((new, b))[0] + 0 * lax.optimization_barrier(b)[::-1]
+
+    assert moved(body)[0].copy_bytes >= 4 * ROWS * ROW
+
+
+def test_a_conditional_counts_with_its_dearest_branch():
+    def body(b, rows, i):
+        def get():
+            return jnp.cos(lax.dynamic_slice(rows, (i, 0), (1, ROW)))
+
+        return put(b, lax.cond(i < 4, get, lambda: jnp.cos(first(rows))), i)
+
+    (loop,) = moved(body)
+    assert (loop.slice_bytes, loop.update_bytes) == (4 * ROW, 4 * ROW)
+
+
+@pytest.mark.parametrize("turns", [3, 5])
+def test_an_inner_loop_counts_as_often_as_it_turns(turns):
+    def body(b, rows, i):
+        return lax.scan(lambda b, j: (put(b, jnp.cos(first(rows)), j), None), b, jnp.arange(turns) + i)[0]
+
+    (loop,) = moved(body)
+    assert (loop.update_bytes, loop.turns) == (turns * 4 * ROW, ROWS)
+
+
+def test_loops_come_in_the_order_of_the_program():
+    def loops(x):
+        for turns in (3, 5):
+            x, _ = lax.scan(lambda b, i: (put(b, jnp.cos(first(b)), i), None), x, jnp.arange(turns))
+        return x
+
+    text = hlo_text(jax.jit(loops, donate_argnums=0).lower(BUFFER).compile())
+    assert [loop.turns for loop in traffic(text)] == [3, 5]
+
+
+HAND_MADE = """
+HloModule made
+%through (p.1: f32[8,1000], p.2: f32[1,1000], p.3: s32[]) -> f32[1,1000] {
+  %p.1 = f32[8,1000]{1,0} parameter(0)
+  %p.2 = f32[1,1000]{1,0} parameter(1)
+  %p.3 = s32[] parameter(2)
+  %put = f32[8,1000]{1,0} dynamic-update-slice(%p.1, %p.2, %p.3, %p.3)
+  ROOT %get = f32[1,1000]{1,0} dynamic-slice(%put, %p.3, %p.3), dynamic_slice_sizes={1,1000}
+}
+%whole (p.1: f32[8,1000], p.2: f32[1,1000], p.3: s32[]) -> f32[8,1000] {
+  %p.1 = f32[8,1000]{1,0} parameter(0)
+  %p.2 = f32[1,1000]{1,0} parameter(1)
+  %p.3 = s32[] parameter(2)
+  %put = f32[8,1000]{1,0} dynamic-update-slice(%p.1, %p.2, %p.3, %p.3)
+  ROOT %more = f32[8,1000]{1,0} add(%put, %put)
+}
+%body (state: (f32[8,1000], f32[1,1000], s32[])) -> (f32[8,1000], f32[1,1000], s32[]) {
+  %state = (f32[8,1000]{1,0}, f32[1,1000]{1,0}, s32[]) parameter(0)
+  %buffer = f32[8,1000]{1,0} get-tuple-element(%state), index=0
+  %row = f32[1,1000]{1,0} get-tuple-element(%state), index=1
+  %at = s32[] get-tuple-element(%state), index=2
+  %seen = f32[1,1000]{1,0} fusion(%buffer, %row, %at), kind=kLoop, calls=%through
+  %made = f32[8,1000]{1,0} fusion(%buffer, %row, %at), kind=kLoop, calls=%whole
+  %copied = (f32[8,1000]{1,0}, f32[8,1000]{1,0}, u32[]) copy-start(%made)
+  ROOT %next = (f32[8,1000]{1,0}, f32[1,1000]{1,0}, s32[]) tuple(%made, %seen, %at)
+}
+ENTRY %main (state: (f32[8,1000], f32[1,1000], s32[])) -> (f32[8,1000], f32[1,1000], s32[]) {
+  %state = (f32[8,1000]{1,0}, f32[1,1000]{1,0}, s32[]) parameter(0)
+  ROOT %loop = (f32[8,1000]{1,0}, f32[1,1000]{1,0}, s32[]) while(%state), condition=%more, body=%body
+}
+"""
+
+
+def test_fusions_that_read_through_an_update_or_write_the_whole_buffer():
+    assert traffic(HAND_MADE) == [Traffic(copy_bytes=2 * 32000, slice_bytes=4000, update_bytes=0)]
