@@ -26,7 +26,9 @@ import sys
 import time
 from dataclasses import dataclass
 
-CASE = {"d_model": 256, "num_heads": 4, "num_layers": 8, "seq": 128, "rows": 2, "vocab_size": 256}
+from bench_case import Case, accumulation_step, gpt, in_groups, random_batch
+
+CASE = Case()
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def main() -> int:
     rows = []
     cases = itertools.product(options.devices, options.repeats, options.microbatches, options.remat)
     for devices, repeats, microbatches, remat in cases:
-        if CASE["num_layers"] % (devices * repeats):
+        if CASE.num_layers % (devices * repeats):
             continue
         name = options.schedule or ("interleaved_1f1b" if repeats > 1 else "1f1b")
         row = _measure(name, devices, repeats, microbatches, remat, options.rounds, cores, parent)
@@ -93,30 +95,6 @@ def _arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def _model():
-    from jaxpipe.models.gpt import GPTConfig
-    from jaxpipe.train.model import gpt_model
-
-    return gpt_model(
-        GPTConfig(
-            vocab_size=CASE["vocab_size"],
-            max_seq_len=CASE["seq"],
-            num_layers=CASE["num_layers"],
-            num_heads=CASE["num_heads"],
-            d_model=CASE["d_model"],
-            tied=False,
-        )
-    )
-
-
-def _batch(microbatches: int):
-    import numpy as np
-
-    rng = np.random.default_rng(0)
-    shape = (microbatches * CASE["rows"], CASE["seq"])
-    return {name: rng.integers(0, CASE["vocab_size"], shape, dtype=np.int32) for name in ("tokens", "targets")}
-
-
 def _one_core(pipe) -> None:
     """The child process: for each number of microbatches that it is sent, times a step on one core."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -125,19 +103,9 @@ def _one_core(pipe) -> None:
     import jaxpipe as jp
 
     jp.simulate_devices(1)
-    oracle = jp.sequential(_model(), row_groups=1)
-    params = oracle.init(jax.random.key(0), _batch(1))
-
-    @jax.jit
-    def step(params, groups):
-        def one(grads, mb):
-            loss, new = oracle.value_and_grad(params, mb)
-            return jax.tree.map(jax.numpy.add, grads, new), loss
-
-        return jax.lax.scan(one, jax.tree.map(jax.numpy.zeros_like, params), groups)
-
+    params, step = accumulation_step(CASE)
     while (microbatches := pipe.recv()) != "stop":
-        groups = jax.tree.map(lambda x, m=microbatches: x.reshape(m, -1, *x.shape[1:]), _batch(microbatches))
+        groups = in_groups(random_batch(CASE, microbatches), microbatches)
         start = time.perf_counter()
         jax.block_until_ready(step(params, groups))
         pipe.send(time.perf_counter() - start)
@@ -154,8 +122,8 @@ def _measure(name, devices, repeats, microbatches, remat, rounds, cores, single)
     from jaxpipe.schedule.pack import pack
 
     schedule = build(name, devices=devices, microbatches=microbatches, repeats=repeats)
-    pipe = jp.Pipeline(_model(), schedule=schedule, mesh=jp.make_mesh(pipe=devices), remat=remat)
-    batch = jax.device_put(_batch(microbatches), pipe.batch_sharding)
+    pipe = jp.Pipeline(gpt(CASE), schedule=schedule, mesh=jp.make_mesh(pipe=devices), remat=remat)
+    batch = jax.device_put(random_batch(CASE, microbatches), pipe.batch_sharding)
     params = pipe.init(jax.random.key(0), batch)
     lowered = jax.jit(pipe.value_and_grad).lower(params, batch)
     start = time.perf_counter()
@@ -180,7 +148,7 @@ def _measure(name, devices, repeats, microbatches, remat, rounds, cores, single)
     busy = microbatches * sum(getattr(costs, n) for n in ("forward", "backward_input", "backward_weight", "recompute"))
     limit = median["dev"] * (max(1.0, ideal / busy) if devices <= cores else 1.0)
     return Row(
-        case=f"gpt d={CASE['d_model']} L={CASE['num_layers']} T={CASE['seq']} rows={CASE['rows']}",
+        case=str(CASE),
         schedule=name,
         P=devices,
         V=repeats,
