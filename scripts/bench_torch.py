@@ -240,7 +240,7 @@ def _line(r: Row) -> str:
     line += _measured(r.t1_s, r.t1_cpu_s, r.step_s, r.cpu_s, r.speedup)
     if r.torch_over_jaxpipe is not None:
         theirs = _measured(r.torch_t1_s, r.torch_t1_cpu_s, r.torch_step_s, r.torch_cpu_s, r.torch_speedup)
-        line += f" {theirs:>46} {r.torch_over_jaxpipe:13.2f}"
+        line += f" {theirs:>44} {r.torch_over_jaxpipe:13.2f}"
     return f"{line} {r.loss:9.6f}"
 
 
