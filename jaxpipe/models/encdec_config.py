@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jaxpipe.errors import ConfigError
-from jaxpipe.models.fields import DType, check_above_zero, check_fields
+from jaxpipe.models.fields import WideDType, check_above_zero, check_fields
 from jaxpipe.models.layers import wide
 
 
@@ -30,7 +30,7 @@ class EncDecConfig:
         norm_eps: Added to the mean square.
         tied: Whether the head uses the embedding's table; its logits are then scaled by d_model**-0.5.
         dropout: Probability that an element is dropped after the embeddings, attention and MLP.
-        dtype: Dtype of the computation.
+        dtype: Dtype of the computation; no ``float16``, whose range T5's activations leave.
         param_dtype: Dtype of the parameters.
 
     Raises:
@@ -52,8 +52,8 @@ class EncDecConfig:
     norm_eps: float = 1e-6
     tied: bool = True
     dropout: float = 0.0
-    dtype: DType = "float32"
-    param_dtype: DType = "float32"
+    dtype: WideDType = "float32"
+    param_dtype: WideDType = "float32"
 
     def __post_init__(self):
         check_fields(self)

@@ -7,7 +7,11 @@ import jax.numpy as jnp
 
 from jaxpipe.errors import ConfigError
 
-DType = Literal["float32", "bfloat16", "float64"]
+DType = Literal["float32", "bfloat16", "float16", "float64"]
+"""What a model may compute in."""
+
+WideDType = Literal["float32", "bfloat16", "float64"]
+"""Those with the range of float32 or more: what weights may rest in, lest an optimizer's small numbers become zero."""
 
 
 def check_fields(cfg: Any, **least: int) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jaxpipe.errors import ConfigError
-from jaxpipe.models.fields import DType, check_above_zero, check_fields
+from jaxpipe.models.fields import DType, WideDType, check_above_zero, check_fields
 from jaxpipe.models.layers import wide
 
 
@@ -37,7 +37,7 @@ class GPTConfig:
             more drops none.
         aux_loss_weight: Weight of the load-balancing loss.
         router_z_weight: Weight of the router's z-loss.
-        dtype: Dtype of the computation.
+        dtype: Dtype of the computation. ``float16`` wants a loss scale in training, see `Pipeline.value_and_grad`.
         param_dtype: Dtype of the parameters.
 
     Raises:
@@ -66,7 +66,7 @@ class GPTConfig:
     aux_loss_weight: float = 0.01
     router_z_weight: float = 0.0
     dtype: DType = "float32"
-    param_dtype: DType = "float32"
+    param_dtype: WideDType = "float32"
 
     def __post_init__(self):
         check_fields(self, num_experts=0)

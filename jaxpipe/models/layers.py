@@ -68,7 +68,7 @@ def attend(
     Returns:
         [B, T, H, d].
     """
-    if q_BTHd.dtype != jnp.float64:
+    if q_BTHd.dtype in (jnp.float32, jnp.bfloat16):
         return jax.nn.dot_product_attention(
             q_BTHd,
             k_BSHd,
@@ -79,16 +79,17 @@ def attend(
             is_causal=causal,
             implementation=implementation,
         )
-    # jax.nn rounds the softmax to float32 even then.
-    scores_BHTS = jnp.einsum("bthd,bshd->bhts", q_BTHd, k_BSHd)
+    # jax.nn rounds the softmax to float32 even for float64, and asks for products in float16 that CPUs do not have.
+    dtype = wide(q_BTHd.dtype)
+    scores_BHTS = jnp.einsum("bthd,bshd->bhts", q_BTHd, k_BSHd, preferred_element_type=dtype)
     scores_BHTS *= 1 / math.sqrt(q_BTHd.shape[-1]) if scale is None else scale
     if bias_BHTS is not None:
         scores_BHTS += bias_BHTS
     seen_BHTS = jnp.ones((1, 1, *scores_BHTS.shape[2:]), bool)
     seen_BHTS = jnp.tril(seen_BHTS) if causal else seen_BHTS
     seen_BHTS = seen_BHTS if mask_BHTS is None else seen_BHTS & mask_BHTS
-    probs_BHTS = jax.nn.softmax(jnp.where(seen_BHTS, scores_BHTS, jnp.finfo(jnp.float64).min), axis=-1)
-    return jnp.einsum("bhts,bshd->bthd", probs_BHTS, v_BSHd)
+    probs_BHTS = jax.nn.softmax(jnp.where(seen_BHTS, scores_BHTS, jnp.finfo(dtype).min), axis=-1)
+    return jnp.einsum("bhts,bshd->bthd", probs_BHTS.astype(v_BSHd.dtype), v_BSHd)
 
 
 def rotate(x_BTHd, positions_T, base: float = 10000.0):

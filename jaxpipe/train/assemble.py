@@ -13,6 +13,7 @@ from jaxpipe.runtime.mesh import make_mesh, simulate_devices
 from jaxpipe.runtime.model import Model
 from jaxpipe.runtime.pipeline import Pipeline
 from jaxpipe.schedule import build, show
+from jaxpipe.schedule.stages import format_stages
 from jaxpipe.train.config import Config
 from jaxpipe.train.corpus import open_corpus
 from jaxpipe.train.data import Batches
@@ -55,15 +56,25 @@ class Assembly:
         simulated = "simulated " if config.mesh.simulate else ""
         sizes = " × ".join(f"{name}={size}" for name, size in pipe.mesh.shape.items())
         tokens = [sum(len(segment.ids) for segment in part.segments) for part in (self.train, self.val)]
-        warning = "\nwarning    mesh.tensor: no weight is split over this axis yet, its devices repeat the same work"
-        return (
-            f"devices    {pipe.mesh.size} × {simulated}{kind}, {sizes}\n"
+        layout = f", stages {format_stages(pipe.stages)}" if len(set(pipe.stages)) > 1 else ""
+        lines = [
+            f"devices    {pipe.mesh.size} × {simulated}{kind}, {sizes}",
             f"schedule   {config.schedule.name}, repeats={config.schedule.repeats}, "
-            f"microbatches={config.schedule.microbatches}, {pipe.table.packing} packing, {pipe.table.ticks} ticks\n"
-            f"data       {tokens[0]:,} {config.data.unit}s to train on, {tokens[1]:,} to validate on"
-            + warning
-            * (config.mesh.tensor > 1)
-        )
+            f"microbatches={config.schedule.microbatches}{layout}, {pipe.table.packing} packing, "
+            f"{pipe.table.ticks} ticks",
+            f"data       {tokens[0]:,} {config.data.unit}s to train on, {tokens[1]:,} to validate on",
+        ]
+        return "\n".join(lines + [f"warning    {warning}" for warning in _warnings(config)])
+
+
+def _warnings(config: Config) -> list[str]:
+    """What is allowed and yet hardly meant."""
+    found = []
+    if config.mesh.tensor > 1:
+        found.append("mesh.tensor: no weight is split over this axis yet, its devices repeat the same work")
+    if config.model.dtype == "float16" and config.train.loss_scale == 1.0:
+        found.append('train.loss_scale=1.0: with model.dtype="float16" gradients below 6e-8 become zero; try 128')
+    return found
 
 
 def assemble(config: Config, model: Model | None = None) -> Assembly:
@@ -96,7 +107,11 @@ def assemble(config: Config, model: Model | None = None) -> Assembly:
         gpt_model(config.model) if model is None else model,
         schedule=schedule,
         mesh=mesh,
+        stages=config.schedule.stages or None,
         remat=config.schedule.remat,
+        scan_blocks=config.schedule.scan_blocks,
+        head=config.schedule.head,
+        idle=config.schedule.idle,
         packing=config.schedule.packing,
         memory=config.schedule.memory,
     )

@@ -150,7 +150,7 @@ def _compile(run: Assembly, optimizer, report: Report, init_key, dropout_key):
     batch = run.put(run.train[0])
     state = init_state(run.pipe, tx, init_key, batch)
     key = dropout_key if config.model.dropout else None
-    train_step = make_train_step(run.pipe, tx, state, batch, rate, key)
+    train_step = make_train_step(run.pipe, tx, state, batch, rate, key, config.train.loss_scale)
     eval_step = make_eval_step(run.pipe, state.params, batch)
     shapes = jax.eval_shape(run.pipe.to_canonical, state.params)
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))

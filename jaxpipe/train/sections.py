@@ -9,6 +9,8 @@ from typing import Literal
 
 from jaxpipe.errors import ConfigError
 
+Remat = Literal["full", "none", "all"]
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -72,7 +74,16 @@ class ScheduleConfig:
         name: A schedule of the catalogue.
         repeats: Stages per device, V.
         microbatches: Slices of the batch, M.
+        stages: Blocks per stage, in stage order: a list of numbers, or a layout string such as ``"Et*3|(tt|)*2tL"``
+            (see `jaxpipe.schedule.stages`). Empty: the same number for all. ``"even"``: any number of blocks, as evenly
+            as it goes.
         remat: ``full`` keeps only each stage's input, ``none`` recomputes no matrix product, ``all`` keeps everything.
+            Or a list of these, one per stage.
+        scan_blocks: Loop over the blocks of a stage instead of unrolling them: compiles faster where stages are deep.
+            Not with schedules that split backwards.
+        head: ``last``: the last stage computes the loss alone. ``vocab_parallel``: all devices do, each for its part of
+            the vocabulary.
+        idle: ``skip``: idle lanes compute nothing. ``mask``: they compute and discard.
         packing: How actions share a tick; ``auto`` takes the cheaper.
         memory: ``ideal`` takes the fastest ticks, ``strict`` keeps the schedule's own bound on activations.
     """
@@ -80,12 +91,19 @@ class ScheduleConfig:
     name: str = "interleaved_1f1b"
     repeats: int = 1
     microbatches: int = 8
-    remat: Literal["full", "none", "all"] = "full"
+    stages: tuple[int, ...] | str = ""
+    remat: Remat | tuple[Remat, ...] = "full"
+    scan_blocks: bool = False
+    head: Literal["last", "vocab_parallel"] = "last"
+    idle: Literal["skip", "mask"] = "skip"
     packing: Literal["auto", "paired", "single"] = "auto"
     memory: Literal["ideal", "strict"] = "ideal"
 
     def __post_init__(self):
         _at_least(self, "schedule", 1, "repeats", "microbatches")
+        if not isinstance(self.stages, str) and min(self.stages, default=0) < 0:
+            near = [max(0, count) for count in self.stages]
+            raise ConfigError(f"schedule.stages={list(self.stages)} must hold numbers of at least 0; try {near}")
 
 
 @dataclass(frozen=True)
@@ -129,6 +147,9 @@ class TrainConfig:
         steps: Optimizer steps.
         batch_size: Sequences per step, over all devices.
         seq_len: Tokens per sequence.
+        loss_scale: What backwards start from instead of 1; gradients are divided by it again. For
+            ``model.dtype="float16"``, whose small gradients are lost otherwise: start with 128, and with less where
+            gradients are not finite. Powers of two round nothing. All other dtypes need none.
         seed: Seed of weights, data order and dropout.
         eval_every: Steps between two measurements of the validation loss; 0 measures only the first and last.
         eval_batches: Batches per measurement, always the same ones.
@@ -140,6 +161,7 @@ class TrainConfig:
     steps: int = 1000
     batch_size: int = 32
     seq_len: int = 256
+    loss_scale: float = 1.0
     seed: int = 0
     eval_every: int = 100
     eval_batches: int = 8
@@ -150,6 +172,8 @@ class TrainConfig:
     def __post_init__(self):
         _at_least(self, "train", 1, "steps", "batch_size", "seq_len", "eval_batches", "log_every")
         _at_least(self, "train", 0, "seed", "eval_every")
+        if self.loss_scale <= 0.0:
+            raise ConfigError(f"train.loss_scale={self.loss_scale} must be above 0; try 1.0")
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,15 @@ def init_state(pipe, tx: optax.GradientTransformation, key, batch) -> TrainState
     return TrainState(step, params, tx.init(params))
 
 
-def make_train_step(pipe, tx: optax.GradientTransformation, state, batch, rate: optax.Schedule | None, key) -> Callable:
+def make_train_step(
+    pipe,
+    tx: optax.GradientTransformation,
+    state,
+    batch,
+    rate: optax.Schedule | None,
+    key,
+    loss_scale: float = 1.0,
+) -> Callable:
     """Compiles ``(state, batch) -> (state, metrics)``; the state passed in is donated, its successor rests alike.
 
     Args:
@@ -48,6 +56,7 @@ def make_train_step(pipe, tx: optax.GradientTransformation, state, batch, rate: 
         batch: A batch on the devices; likewise.
         rate: Learning rate by step, for the metrics only; None leaves ``lr`` out.
         key: Where dropout keys come from, folded with the step; None means no dropout.
+        loss_scale: See `Pipeline.value_and_grad`; metrics do not show it.
 
     Returns:
         The step. Its metrics are scalars on the device: ``loss``, ``grad_norm`` before clipping, and ``lr``.
@@ -55,7 +64,7 @@ def make_train_step(pipe, tx: optax.GradientTransformation, state, batch, rate: 
 
     def train_step(state: TrainState, batch):
         step_key = None if key is None else jax.random.fold_in(key, state.step)
-        loss, grads = pipe.value_and_grad(state.params, batch, step_key)
+        loss, grads = pipe.value_and_grad(state.params, batch, step_key, loss_scale=loss_scale)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}

@@ -129,8 +129,7 @@ def convert(value: Any, kind: Any, name: str) -> Any:
         near = difflib.get_close_matches(str(value), map(str, options), n=1, cutoff=0.0)
         raise ConfigError(f"{name}={value!r} must be one of {', '.join(map(repr, options))}; try {near[0]!r}")
     if get_origin(kind) in (Union, UnionType):
-        inner = [option for option in options if option is not NoneType]
-        return convert(value, inner[0], name)
+        return _convert_union(value, _alternatives(kind), name)
     if get_origin(kind) is tuple:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{name}={value!r} must be a list; try {[value]!r}")
@@ -146,6 +145,17 @@ def convert(value: Any, kind: Any, name: str) -> Any:
             f"{name}={value!r} must be {_WORDS[kind]}; got {_WORDS.get(type(value), type(value).__name__)}"
         )
     return value
+
+
+def _convert_union(value: Any, kinds: Sequence[Any], name: str) -> Any:
+    """A value of the one kind of `kinds` that it can be: a list goes to the tuple, everything else to the other."""
+    lists = [kind for kind in kinds if get_origin(kind) is tuple]
+    others = [kind for kind in kinds if get_origin(kind) is not tuple]
+    if lists and (not others or isinstance(value, (list, tuple))):
+        return convert(value, lists[0], name)
+    if lists and others == [str] and not isinstance(value, str):
+        raise ConfigError(f"{name}={value!r} must be a string or a list; try {[value]!r}")
+    return convert(value, others[0], name)
 
 
 _WORDS = {
@@ -164,14 +174,37 @@ def _literal(text: str, kind: Any) -> Any:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    if get_origin(kind) in (Union, UnionType):
-        kind = next(option for option in get_args(kind) if option is not NoneType)
-    if get_origin(kind) is tuple and not isinstance(value, list):
+    kinds = _alternatives(kind)
+    lists = [kind for kind in kinds if get_origin(kind) is tuple]
+    wants_text = any(map(_is_text, kinds))
+    if lists and isinstance(value, list):
+        return value
+    if lists and not wants_text:
         return [item.strip() for item in text.split(",")] if text else []
-    wants_text = kind is str or (
-        get_origin(kind) is Literal and all(isinstance(option, str) for option in get_args(kind))
-    )
+    if lists and "," in text:
+        return _items(text, lists[0], value)
+    if lists:
+        return value
     return text if wants_text and not isinstance(value, str) else value
+
+
+def _items(text: str, kind: Any, otherwise: Any) -> Any:
+    """The list without brackets that `text` stands for, or `otherwise` where that is none of the kind."""
+    (item, *_) = get_args(kind)
+    try:
+        return [convert(_literal(part.strip(), item), item, "") for part in text.split(",")]
+    except ConfigError:
+        return otherwise
+
+
+def _alternatives(kind: Any) -> list[Any]:
+    """What a value may be; None cannot be written."""
+    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return [option for option in options if option is not NoneType]
+
+
+def _is_text(kind: Any) -> bool:
+    return kind is str or (get_origin(kind) is Literal and all(isinstance(option, str) for option in get_args(kind)))
 
 
 def _keys(schema: Schema) -> list[str]:

@@ -72,6 +72,22 @@ def test_a_model_may_have_experts(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "overrides",
+    [
+        ["schedule.stages=[3,4,4,1]"],
+        ['schedule.stages="Et*3|(tt|)*2tL"', "schedule.head=vocab_parallel"],
+        ["schedule.stages=even", "schedule.remat=none,full", "schedule.idle=mask"],
+        ['schedule.remat=["all"]', "schedule.scan_blocks=true", "train.loss_scale=1024", "model.dtype=float16"],
+    ],
+)
+def test_pipeline_options_survive_a_round_trip(tmp_path, overrides):
+    run = config(tmp_path, *overrides)
+    assert run != config(tmp_path)
+    assert config(tmp_path, text=run.to_toml()) == run
+    assert config(tmp_path, "schedule.stages=", text=run.to_toml()).schedule.stages == ""
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["train.batch_size=20"], r"train\.batch_size=20 must be divisible by .*=8\*1=8; try 16 or 24"),
@@ -91,6 +107,18 @@ def test_a_model_may_have_experts(tmp_path):
         (["train.eval_every=-1"], r"train\.eval_every=-1 must be at least 0; try 0"),
         (["mesh.pipe=0"], r"mesh\.pipe=0 must be at least 1"),
         (["schedule.repeats=0"], r"schedule\.repeats=0 must be at least 1"),
+        (["schedule.stages=3"], r"schedule\.stages=3 must be a string or a list; try \[3\]"),
+        (["schedule.stages=[3,-1]"], r"schedule\.stages=\[3, -1\] must hold numbers of at least 0; try \[3, 0\]"),
+        (["schedule.remat=[full]"], r"schedule\.remat='\[full\]' must be one of 'full', 'none', 'all'"),
+        (["schedule.scan_blocks=yes"], r"schedule\.scan_blocks='yes' must be true or false"),
+        (
+            ["schedule.head=vocab"],
+            r"schedule\.head='vocab' must be one of 'last', 'vocab_parallel'; try 'vocab_parallel'",
+        ),
+        (["schedule.idle=wait"], r"schedule\.idle='wait' must be one of 'skip', 'mask'; try"),
+        (["train.loss_scale=0"], r"train\.loss_scale=0\.0 must be above 0; try 1\.0"),
+        (["model.dtype=float8"], r"^model\.dtype='float8' must be one of .*; try 'float64'"),
+        (["model.param_dtype=float16"], r"^model\.param_dtype='float16' must be one of .*; try 'bfloat16'"),
         (["schedule.remat=ful"], r"schedule\.remat='ful' must be one of 'full', 'none', 'all'; try 'full'"),
         (["optim.beta2=1"], r"optim\.beta2=1\.0 must be at least 0 and below 1"),
         (["optim.learning_rate=-1"], r"optim\.learning_rate=-1\.0 must be at least 0"),

@@ -56,12 +56,17 @@ SMALLEST = ("model.num_layers=1", "mesh.pipe=1", "schedule.repeats=1")
 """Overrides for what does not depend on the pipeline: the quickest run to compile."""
 
 
+def configs_in(folder: Path):
+    """Makes runs of 6 steps on 2 devices from overrides; data and output are in the folder."""
+    (folder / "squares.txt").write_bytes(TEXT)
+    (folder / "small.toml").write_text(CONFIG.format(folder=folder))
+    return lambda *overrides: load(folder / "small.toml", overrides)
+
+
 @pytest.fixture
 def config(tmp_path):
     """A run of 6 steps on 2 devices, changed by overrides."""
-    (tmp_path / "squares.txt").write_bytes(TEXT)
-    (tmp_path / "small.toml").write_text(CONFIG.format(folder=tmp_path))
-    return lambda *overrides: load(tmp_path / "small.toml", overrides)
+    return configs_in(tmp_path)
 
 
 def metrics(result) -> list[dict]:
@@ -176,6 +181,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(config):
         (["mesh.pipe=16", "model.num_layers=32"], ConfigError, r"needs 16 devices but there are 8.*mesh\.simulate=16"),
         (["mesh.simulate=16"], ConfigError, r"mesh\.simulate=16 must be set before JAX starts"),
         (["model.num_layers=6"], PartitionError, r"6.*(4|8)"),
+        (["schedule.stages=[2,2]"], PartitionError, r"stages=\[2, 2\] must hold one .*; try \[1, 1, 1, 1\]"),
+        (["schedule.stages=[1,1,1,2]"], PartitionError, r"stages=\[1, 1, 1, 2\] hold 5 blocks .*; try \[1, 1, 1, 1\]"),
+        (["schedule.stages=Et|tt|tL"], PartitionError, r"has 3 stages but the schedule has 4; try 'Et|t|t|tL'"),
+        (["schedule.remat=none,full"], ConfigError, r"remat=\['none', 'full'\] must hold one value for each of 4"),
+        (["schedule.name=zb_v", "schedule.scan_blocks=true"], ScheduleError, r"scan_blocks=True cannot split"),
         (["schedule.name=1f2b"], ScheduleError, r"1f1b"),
         (["schedule.name=inference"], ScheduleError, r"'inference' must have a backward to train with"),
         (["schedule.name=1f1b"], ScheduleError, r"repeats"),
@@ -191,6 +201,49 @@ def test_nothing_is_written_when_the_run_cannot_start(config, overrides, error, 
 def test_an_axis_without_effect_is_told_of(config):
     assert "warning" in assemble(config("mesh.tensor=2")).describe()
     assert "warning" not in assemble(config()).describe()
+
+
+OPTIONS = {
+    "numbers and scan": ("schedule.stages=[1,2,1,0]", "schedule.scan_blocks=true"),
+    "layout, remat per stage, loss scale": (
+        "schedule.stages=E|tt|t|tL",
+        "schedule.remat=full,none,all,full",
+        "train.loss_scale=1024",
+    ),
+    "head and idle": ("schedule.head=vocab_parallel", "schedule.idle=mask"),
+}
+TWO_STEPS = ("train.steps=2", "train.eval_every=0", "train.eval_batches=1")
+
+
+@pytest.fixture(scope="module")
+def default_losses(tmp_path_factory):
+    """The losses of two steps with the default options."""
+    return losses(train(configs_in(tmp_path_factory.mktemp("default"))(*TWO_STEPS)))
+
+
+@pytest.mark.parametrize("overrides", OPTIONS.values(), ids=OPTIONS)
+def test_options_of_the_pipeline_change_no_number(config, default_losses, overrides):
+    run = config(*TWO_STEPS, *overrides)
+    result = train(run)
+    assert load(result.out / "config.toml") == run
+    assert losses(result) == pytest.approx(default_losses, rel=1e-5)
+
+
+def test_float16_with_a_loss_scale_learns_as_float32_does(config, default_losses):
+    result = train(config(*TWO_STEPS, "model.dtype=float16", "train.loss_scale=128"))
+    assert losses(result) == pytest.approx(default_losses, rel=1e-3)
+
+
+def test_uneven_stages_are_shown(config):
+    assert "stages Ett||t|tL" in assemble(config("schedule.stages=[2,0,1,1]")).describe()
+    assert "stages" not in assemble(config()).describe()
+
+
+def test_float16_without_a_loss_scale_is_told_of(config):
+    half = "model.dtype=float16"
+    assert 'train.loss_scale=1.0: with model.dtype="float16"' in assemble(config(half)).describe()
+    assert "loss_scale" not in assemble(config(half, "train.loss_scale=128")).describe()
+    assert "loss_scale" not in assemble(config("model.dtype=bfloat16")).describe()
 
 
 def test_simulating_as_many_devices_as_there_are_is_fine(config):

@@ -7,9 +7,12 @@ import pytest
 from jaxpipe.errors import ConfigError
 from jaxpipe.train import toml
 
+Mode = Literal["full", "none"]
+
 SCHEMA = {
     "train": {"steps": int, "rate": float, "out": str, "overwrite": bool, "limit": int | None},
     "data": {"files": tuple[str, ...], "source": Literal["text", "tokens"]},
+    "pipe": {"stages": tuple[int, ...] | str, "remat": Mode | tuple[Mode, ...]},
 }
 
 
@@ -17,6 +20,7 @@ def test_every_type_survives_a_round_trip(tmp_path):
     tables = {
         "train": {"steps": 3, "rate": 0.5, "out": "runs/ä", "overwrite": True},
         "data": {"files": ("a", "b"), "source": "text"},
+        "pipe": {"stages": (3, 1), "remat": ("none", "full")},
     }
     path = tmp_path / "config.toml"
     path.write_text(toml.write(tables), encoding="utf-8")
@@ -44,6 +48,14 @@ def test_none_is_left_out_of_the_file():
         ("data.files=a.txt,b.txt", "data", ("a.txt", "b.txt")),
         ("data.files=", "data", ()),
         ("data.source=tokens", "data", "tokens"),
+        ("pipe.stages=[3, 1]", "pipe", (3, 1)),
+        ("pipe.stages=3,1", "pipe", (3, 1)),
+        ("pipe.stages=Et,t|L", "pipe", "Et,t|L"),
+        ('pipe.stages="Et*3|(tt|)*2tL"', "pipe", "Et*3|(tt|)*2tL"),
+        ("pipe.stages=", "pipe", ""),
+        ("pipe.remat=none", "pipe", "none"),
+        ("pipe.remat=none,full", "pipe", ("none", "full")),
+        ('pipe.remat=["none", "full"]', "pipe", ("none", "full")),
     ],
 )
 def test_override_takes_the_type_of_its_key(pair, section, value):
@@ -76,6 +88,11 @@ def test_later_override_wins_and_the_input_stays():
         ("train.rate=nan", "train.rate=nan must be finite"),
         ("train.limit=x", "train.limit='x' must be a whole number"),
         ("data.source=txt", "data.source='txt' must be one of 'text', 'tokens'; try 'text'"),
+        ("pipe.stages=3", r"pipe.stages=3 must be a string or a list; try \[3\]"),
+        ("pipe.stages=[3, 1.5]", "pipe.stages=1.5 must be a whole number; got a number"),
+        ("pipe.remat=3", "pipe.remat=3 must be one of 'full', 'none'; try"),
+        ("pipe.remat=none,ful", "pipe.remat='none,ful' must be one of 'full', 'none'; try 'none'"),
+        ('pipe.remat=["ful"]', "pipe.remat='ful' must be one of 'full', 'none'; try 'full'"),
     ],
 )
 def test_wrong_override_names_key_value_and_what_would_do(pair, message):
