@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jaxpipe import __version__, cli_schedule
+from jaxpipe import __version__, cli_bench, cli_schedule
 from jaxpipe.errors import JaxpipeError
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 3
@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", metavar="key=value", nargs="*", help="such as train.steps=100; the last one wins")
     train.set_defaults(run=_train)
     cli_schedule.register(commands)
+    cli_bench.register(commands)
     return parser
 
 

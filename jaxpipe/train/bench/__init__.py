@@ -1,0 +1,22 @@
+"""How close the compiled step comes to what the machine can do, on simulated CPU devices.
+
+Three things are timed in turn, round after round, so that the machine's drift falls on all of them:
+
+    step    the compiled training step: loss and gradients of one batch
+    T_dev   every device runs its own stages' forwards and backwards for all microbatches at the same time, with
+            the same lane functions, but no schedule, no hops and no stash: what the backend can do
+    T1      the single-device gradient-accumulation step of the whole model, in a process pinned to one core
+
+    limit   T_dev * (lockstep makespan / ideal time); T_dev where devices share cores (P > cores), for there bubbles
+            cost nothing
+
+Reported are medians over the rounds and their ratios.
+
+Reading order: `case` (what is measured), `lanes` (T_dev as a program), `one_core` (T1), `measure`, `report`.
+"""
+
+from jaxpipe.train.bench.case import Case, Workload, make_cases, workload_of
+from jaxpipe.train.bench.measure import Row, measure, num_cores
+from jaxpipe.train.bench.one_core import OneCore
+
+__all__ = ["Case", "OneCore", "Row", "Workload", "make_cases", "measure", "num_cores", "workload_of"]

@@ -1,0 +1,149 @@
+"""The measurement of one case, and the line of numbers that comes of it."""
+
+import os
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jaxpipe.runtime.arithmetic import arithmetic_ratio
+from jaxpipe.runtime.sizes import memory_of
+from jaxpipe.schedule import Costs, simulate
+from jaxpipe.train.bench.case import Case
+from jaxpipe.train.bench.lanes import lanes_only
+from jaxpipe.train.bench.one_core import OneCore
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; times in seconds, medians.
+
+    Attributes:
+        case: The model in a few words.
+        schedule: Its name.
+        P: Devices.
+        V: Stages per device.
+        M: Microbatches.
+        remat: What forwards keep.
+        idle: How lanes are idle.
+        ticks: Ticks of the loop.
+        step_s: The step.
+        t_dev_s: The lanes alone.
+        t1_s: The step without a pipeline on one core.
+        limit_s: What the step could be at best.
+        ratio_to_limit: ``step_s / limit_s``.
+        t_dev_ratio: ``t_dev_s * min(P, cores) / t1_s``: how much the devices are in each other's way.
+        speedup: ``t1_s / step_s``.
+        cpu_s: CPU seconds of the step, all threads.
+        t_dev_cpu_s: CPU seconds of the lanes alone.
+        temp_bytes: The compiled step's temporaries per device.
+        planned_bytes: What the tick table plans for them.
+        arithmetic: What is executed over what the model needs.
+        compile_s: Compile time of the step.
+    """
+
+    case: str
+    schedule: str
+    P: int
+    V: int
+    M: int
+    remat: str
+    idle: str
+    ticks: int
+    step_s: float
+    t_dev_s: float
+    t1_s: float
+    limit_s: float
+    ratio_to_limit: float
+    t_dev_ratio: float
+    speedup: float
+    cpu_s: float
+    t_dev_cpu_s: float
+    temp_bytes: int
+    planned_bytes: int
+    arithmetic: float
+    compile_s: float
+
+
+def measure(case: Case, single: OneCore, rounds: int) -> Row:
+    """Compiles and times one case.
+
+    Args:
+        case: What to run, on devices that exist.
+        single: The process that times T1.
+        rounds: How often each thing is timed, after one run to warm up.
+    """
+    schedule, cores = case.schedule, num_cores()
+    pipe = case.pipeline()
+    batch = jax.device_put(case.workload.batch(schedule.microbatches), pipe.batch_sharding)
+    params = pipe.init(jax.random.key(0), batch)
+    lowered = jax.jit(pipe.value_and_grad).lower(params, batch)
+    start = time.perf_counter()
+    step = lowered.compile()
+    compile_s = time.perf_counter() - start
+    program = pipe.program(params, batch)
+    lanes = jax.jit(lambda p, b: lanes_only(program, p, b)).lower(params, batch).compile()
+
+    times: dict[str, list[float]] = {key: [] for key in ("step", "dev", "one", "cpu", "dev_cpu")}
+    for warm in range(rounds + 1):
+        one = single.seconds(schedule.microbatches)
+        dev, dev_cpu = _time(lanes, params, batch)
+        whole, cpu = _time(step, params, batch)
+        if warm:
+            for key, value in (("step", whole), ("dev", dev), ("one", one), ("cpu", cpu), ("dev_cpu", dev_cpu)):
+                times[key].append(value)
+    median = {key: statistics.median(values) for key, values in times.items()}
+    limit = median["dev"] * (lockstep_ratio(case) if schedule.devices <= cores else 1.0)
+    return Row(
+        case=str(case.workload),
+        schedule=schedule.name,
+        P=schedule.devices,
+        V=schedule.repeats,
+        M=schedule.microbatches,
+        remat=case.remat,
+        idle=case.idle,
+        ticks=pipe.table.ticks,
+        step_s=median["step"],
+        t_dev_s=median["dev"],
+        t1_s=median["one"],
+        limit_s=limit,
+        ratio_to_limit=median["step"] / limit,
+        t_dev_ratio=median["dev"] * min(schedule.devices, cores) / median["one"],
+        speedup=median["one"] / median["step"],
+        cpu_s=median["cpu"],
+        t_dev_cpu_s=median["dev_cpu"],
+        temp_bytes=memory_of(step).temp_size_in_bytes,
+        planned_bytes=sum(pipe.table.bytes(pipe.sizes(batch)).values()),
+        arithmetic=arithmetic_ratio(pipe, params, batch),
+        compile_s=compile_s,
+    )
+
+
+def lockstep_ratio(case: Case) -> float:
+    """Lockstep makespan over the time of a device that never idles, by the costs that the packing was chosen for.
+
+    F, I and W cost 1 each, B 2, and 1 more is added to every B or I with ``remat="full"``.
+    """
+    costs: Any = case.costs
+    makespan = simulate(case.schedule, costs, "lockstep").makespan
+    return makespan / busy_time(case.schedule.microbatches, costs)
+
+
+def busy_time(microbatches: int, costs: Costs) -> float:
+    """The time that a device works, for costs that are equal for all stages."""
+    each: Any = (costs.forward, costs.backward_input, costs.backward_weight, costs.recompute)
+    return microbatches * sum(each)
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _time(compiled: Any, *args: Any) -> tuple[float, float]:
+    """Wall and CPU seconds of one call."""
+    start, cpu = time.perf_counter(), time.process_time()
+    jax.block_until_ready(compiled(*args))
+    return time.perf_counter() - start, time.process_time() - cpu
