@@ -20,6 +20,9 @@ from jaxpipe.schedule import Schedule
 SUMS = ("loss", "weight", "aux", "metrics", "ends", "blocks")
 """The entries of the loop's state that are added up; slots and what is under way are not needed here."""
 
+Known = tuple[Any, Any, Any, Any]
+"""Parameters, input, residuals and context of a stage."""
+
 
 def lanes_only(program: Program, params: Tree, batch: Tree) -> Outcome:
     """Runs the stages of every device for all microbatches: forward, head on the last stage, backward, or I and W.
@@ -72,16 +75,17 @@ def _run(device: Device, state: dict) -> dict:
     return state | sums
 
 
-def _backward(branch: Branch, only: Any, known: tuple[Any, Any, Any, Any], dy: list, daux: list) -> tuple[list, Tree]:
+def _backward(branch: Branch, only: Any, known: Known, dy: list, daux: list) -> tuple[list, Tree]:
     """B, or I and then W where `only` says so: ``(dx, dparams)``."""
     stage = branch.stage
 
-    def halves(known, dy, daux):
+    def halves(known: Known, dy, daux):
         dx, crossing = fence(*stage.backward_input(*known, dy, daux))
         return dx, stage.backward_weight(*known, crossing)
 
-    def whole(known, dy, daux):
-        return stage.backward(*known, dy, daux)[::-1]
+    def whole(known: Known, dy, daux):
+        dw, dx = stage.backward(*known, dy, daux)
+        return dx, dw
 
     if isinstance(only, bool):
         return (halves if only else whole)(known, dy, daux)

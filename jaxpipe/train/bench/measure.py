@@ -10,7 +10,8 @@ import jax
 
 from jaxpipe.runtime.arithmetic import arithmetic_ratio
 from jaxpipe.runtime.sizes import memory_of
-from jaxpipe.schedule import Costs, simulate
+from jaxpipe.runtime.traffic import traffic
+from jaxpipe.schedule import simulate
 from jaxpipe.train.bench.case import Case
 from jaxpipe.train.bench.lanes import lanes_only
 from jaxpipe.train.bench.one_core import OneCore
@@ -41,6 +42,8 @@ class Row:
         temp_bytes: The compiled step's temporaries per device.
         planned_bytes: What the tick table plans for them.
         arithmetic: What is executed over what the model needs.
+        moved_bytes: What a tick of the longest loop copies, stashes and fetches per device, see
+            `jaxpipe.runtime.traffic`.
         compile_s: Compile time of the step.
     """
 
@@ -64,6 +67,7 @@ class Row:
     temp_bytes: int
     planned_bytes: int
     arithmetic: float
+    moved_bytes: int
     compile_s: float
 
 
@@ -117,6 +121,7 @@ def measure(case: Case, single: OneCore, rounds: int) -> Row:
         temp_bytes=memory_of(step).temp_size_in_bytes,
         planned_bytes=sum(pipe.table.bytes(pipe.sizes(batch)).values()),
         arithmetic=arithmetic_ratio(pipe, params, batch),
+        moved_bytes=_moved_bytes(step),
         compile_s=compile_s,
     )
 
@@ -126,15 +131,14 @@ def lockstep_ratio(case: Case) -> float:
 
     F, I and W cost 1 each, B 2, and 1 more is added to every B or I with ``remat="full"``.
     """
-    costs: Any = case.costs
-    makespan = simulate(case.schedule, costs, "lockstep").makespan
-    return makespan / busy_time(case.schedule.microbatches, costs)
+    timing = simulate(case.schedule, case.costs, "lockstep")
+    return 1 / (1 - timing.bubble)
 
 
-def busy_time(microbatches: int, costs: Costs) -> float:
-    """The time that a device works, for costs that are equal for all stages."""
-    each: Any = (costs.forward, costs.backward_input, costs.backward_weight, costs.recompute)
-    return microbatches * sum(each)
+def _moved_bytes(compiled: Any) -> int:
+    """Of the loop that turns most often: the steady phase, or where there is none the longest."""
+    loops = traffic(compiled.as_text())
+    return max(loops, key=lambda loop: loop.turns or 0).total_bytes if loops else 0
 
 
 def num_cores() -> int:
