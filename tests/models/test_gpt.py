@@ -228,7 +228,7 @@ def test_learned_positions_end_and_rotary_ones_do_not(random_gpt):
         ({"norm": "rms"}, "norm='rms' must be one of 'layernorm', 'rmsnorm'; try 'rmsnorm'"),
         (
             {"dtype": "bf16"},
-            "dtype='bf16' must be one of 'float32', 'bfloat16', 'float64'; try 'bfloat16'",
+            "dtype='bf16' must be one of 'float32', 'bfloat16', 'float16', 'float64'; try 'bfloat16'",
         ),
         ({"num_layers": 0}, "num_layers=0 must be at least 1; try 1"),
         ({"num_heads": 0}, "num_heads=0 must be at least 1; try 1"),
