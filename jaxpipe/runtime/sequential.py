@@ -4,8 +4,10 @@ It shares nothing with the compiled loop but the model's functions, the row grou
 numbers mean something.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import jax
@@ -65,14 +67,14 @@ class Sequential:
 
         With `has_aux`, ``(loss, metrics)``.
         """
+        dtype = jnp.promote_types(jnp.float32, jax.tree.leaves(canonical)[0].dtype)
         groups = jax.tree.map(lambda x: x.reshape(self.row_groups, -1, *x.shape[1:]), batch)
 
         def one_group(totals, group):
             number, mb = group
-            *sums, metrics = self._group_loss(canonical, mb, keys.group_key(key, number))
+            *sums, metrics = self._group_loss(canonical, mb, keys.group_key(key, number), dtype)
             return tuple(a + b for a, b in zip(totals, sums, strict=True)), metrics
 
-        dtype = jnp.promote_types(jnp.float32, jax.tree.leaves(canonical)[0].dtype)
         zero = jnp.zeros((), dtype)
         (loss, weight, aux), metrics = jax.lax.scan(one_group, (zero,) * 3, (jnp.arange(self.row_groups), groups))
         mean = loss / weight + self.model.aux_weight * aux / self.row_groups
@@ -83,22 +85,34 @@ class Sequential:
         loss = partial(self.loss, has_aux=has_aux)
         return jax.value_and_grad(loss, has_aux=has_aux)(canonical, batch, key)
 
-    def _group_loss(self, canonical: Tree, mb: Tree, group) -> tuple[Any, Any, Any, Tree]:
+    def _group_loss(self, canonical: Tree, mb: Tree, group, dtype) -> tuple[Any, Any, Any, Tree]:
         model = self.model
         carry = model.embed.apply(canonical["embed"], mb, keys.embed_key(group))
-        seen: dict[str, int] = {}
-        total = 0.0
-        for number, block in enumerate(model.blocks):
-            at = seen.get(block.kind, 0)
-            seen[block.kind] = at + 1
-            params = jax.tree.map(lambda leaf, at=at: leaf[at], canonical["blocks"][block.kind])
-            params = tie(params, canonical["embed"], model.block_tie(block.kind))
-            carry, aux = carry_and_aux(carry, block.apply(params, carry, mb, keys.block_key(group, number)))
-            total += 0.0 if aux is None else aux
+        total = jnp.zeros((), dtype)
+        for kind, first, numbers in self._runs():
+            block, ties = model.blocks[numbers[0]], model.block_tie(kind)
+            at = slice(first, first + len(numbers))
+            stacked = jax.tree.map(lambda leaf, at=at: leaf[at], canonical["blocks"][kind])
+
+            def one_block(state, layer, block=block, ties=ties):
+                carry, total = state
+                own, number = layer
+                own = tie(own, canonical["embed"], ties)
+                carry, aux = carry_and_aux(carry, block.apply(own, carry, mb, keys.block_key(group, number)))
+                return (carry, total if aux is None else total + aux.astype(dtype)), None
+
+            (carry, total), _ = jax.lax.scan(one_block, (carry, total), (stacked, jnp.asarray(numbers)))
         head = tie(canonical["head"], canonical["embed"], model.head_tie)
         out = model.head_loss.apply(head, carry, mb, keys.head_key(group, len(model.blocks)))
         loss, weight, metrics = loss_and_metrics(out)
         return loss, jax.lax.stop_gradient(weight), total, metrics
+
+    def _runs(self) -> Iterator[tuple[str, int, list[int]]]:
+        """The blocks in runs of one kind: the kind, the place of the first among its kind, and their numbers."""
+        kinds = [block.kind for block in self.model.blocks]
+        for kind, run in groupby(range(len(kinds)), key=kinds.__getitem__):
+            numbers = list(run)
+            yield kind, kinds[: numbers[0]].count(kind), numbers
 
 
 def _whole_batch(metric):
