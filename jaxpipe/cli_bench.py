@@ -1,19 +1,31 @@
 """`jaxpipe bench`: times compiled steps against what the machine can do, on simulated CPU devices."""
 
 import argparse
+import difflib
 import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from jaxpipe.errors import ConfigError
+from jaxpipe.schedule import show
+
+if TYPE_CHECKING:
+    from jaxpipe.train.bench import Case
+    from jaxpipe.train.bench.trace import Trace
 
 REMATS = ("full", "none", "all")
 IDLES = ("skip", "mask")
+
+WRITERS = {".html": show.html, ".svg": show.svg, ".png": show.png, ".json": show.trace}
+"""What --out writes, by the end of the file's name."""
 
 EXAMPLES = """examples:
   jaxpipe bench                                    the table of the README
   jaxpipe bench --devices 2 --remat none --json
   jaxpipe bench --devices 4 --schedule 1f1b zb_h1 zb_v --microbatches 8 16
   jaxpipe bench --config configs/quickstart.toml --devices 2
+  jaxpipe bench --trace --schedule zb_v --devices 2 --remat none --out trace.html
 
 exit codes: 0 done, 2 bad arguments or nothing to measure"""
 
@@ -45,9 +57,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--microbatches", type=int, nargs="+", metavar="M", help="by default 8")
     parser.add_argument("--remat", nargs="+", choices=REMATS, help="by default full none")
     parser.add_argument("--idle", nargs="+", choices=IDLES, default=["skip"], help="by default skip")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="how often each is timed, by default 7")
+    parser.add_argument("--rounds", type=int, metavar="N", help="how often each is timed, by default 7")
     parser.add_argument("--config", metavar="CONFIG", help="take model, microbatch and defaults from a training run")
     parser.add_argument("--set", nargs="+", metavar="key=value", default=[], help="such as model.num_layers=16")
+    parser.add_argument(
+        "--trace",
+        action="store_true",
+        help="run one case once, in a debug build that notes when every lane starts and ends, and compare these times "
+        "with the simulated ones; by default 1f1b with P = 2, remat full",
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", help=f"with --trace: draw both; ends in {', '.join(WRITERS)} (for Perfetto)"
+    )
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
 
 
@@ -56,27 +77,43 @@ def run(options: argparse.Namespace) -> int:
     _check(options)
     from jaxpipe.runtime.mesh import simulate_devices
     from jaxpipe.train import bench, load
-    from jaxpipe.train.bench import report
 
     config = load(options.config, options.set) if options.config else None
     workload = bench.workload_of(config, options.set)
     mine = config and config.schedule
+    one = options.trace
     cases, left_out = bench.make_cases(
         workload,
-        schedules=options.schedule or (mine and [mine.name]),
-        devices=options.devices or (config and [config.mesh.pipe]) or [2, 4, 8],
+        schedules=options.schedule or (mine and [mine.name]) or (["1f1b"] if one and not options.repeats else None),
+        devices=options.devices or (config and [config.mesh.pipe]) or ([2] if one else [2, 4, 8]),
         repeats=options.repeats or (mine and [mine.repeats]),
         microbatches=options.microbatches or (mine and [mine.microbatches]) or [8],
-        remats=options.remat or (mine and [mine.remat]) or ["full", "none"],
+        remats=options.remat or (mine and [mine.remat]) or (["full"] if one else ["full", "none"]),
         idles=options.idle,
     )
+    if one and len(cases) > 1:
+        raise ConfigError(
+            f"--trace runs one case but the options make {len(cases)}; try --schedule {cases[0].schedule.name} "
+            f"--devices {cases[0].schedule.devices} --remat {cases[0].remat}"
+        )
     simulate_devices(max(case.schedule.devices for case in cases))
+    if one:
+        _trace(cases[0], options)
+    else:
+        _measure(workload, cases, left_out, options)
+    return 0
+
+
+def _measure(workload: Any, cases: list["Case"], left_out: list[str], options: argparse.Namespace) -> None:
+    from jaxpipe.train import bench
+    from jaxpipe.train.bench import report
+
     rows = []
     if not options.json:
         print(report.head(bench.num_cores()), flush=True)
     with bench.OneCore(workload) as single:
         for case in cases:
-            rows.append(bench.measure(case, single, options.rounds))
+            rows.append(bench.measure(case, single, options.rounds or 7))
             if not options.json:
                 print(report.line(rows[-1]), flush=True)
     if options.json:
@@ -84,18 +121,52 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(answer, indent=1))
     for reason in left_out if not options.json else ():
         print(f"left out: {reason}")
-    return 0
+
+
+def _trace(case: "Case", options: argparse.Namespace) -> None:
+    from jaxpipe.train.bench import report
+    from jaxpipe.train.bench.trace import trace
+
+    traced = trace(case)
+    if options.out is not None:
+        _write(traced, Path(options.out))
+    if options.json:
+        print(json.dumps(report.trace_numbers(traced), indent=1))
+        return
+    print(report.trace_text(traced))
+    if options.out is not None:
+        print(f"wrote {options.out}")
+
+
+def _write(traced: "Trace", path: Path) -> None:
+    """Draws measured above simulated; a trace for Perfetto has both as processes."""
+    content = WRITERS[path.suffix.lower()](traced.timelines())
+    try:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    except OSError as error:
+        raise ConfigError(f"--out {str(path)!r} cannot be written: {error.strerror}") from error
 
 
 def _check(options: argparse.Namespace) -> None:
-    """The numbers that nobody behind this door looks at."""
+    """What nobody behind this door looks at."""
     counts: dict[str, Sequence[int] | None] = {
         "--devices": options.devices,
         "--repeats": options.repeats,
         "--microbatches": options.microbatches,
-        "--rounds": [options.rounds],
+        "--rounds": [options.rounds] if options.rounds is not None else None,
     }
     for option, values in counts.items():
         for value in values or ():
             if value < 1:
                 raise ConfigError(f"{option} {value} must be at least 1; try 1")
+    if options.trace and options.rounds is not None:
+        raise ConfigError(f"--rounds {options.rounds} has no effect with --trace, which runs once; leave it out")
+    if options.out is None:
+        return
+    if not options.trace:
+        raise ConfigError(f"--out {options.out!r} has no effect without --trace; try --trace --out {options.out}")
+    own = Path(options.out).suffix
+    if own.lower() not in WRITERS:
+        near = difflib.get_close_matches(own.lower(), WRITERS, n=1, cutoff=0.0)[0] if own else ".html"
+        near = options.out.removesuffix(own) + near
+        raise ConfigError(f"--out {options.out!r} must end in one of {', '.join(WRITERS)}; try {near!r}")

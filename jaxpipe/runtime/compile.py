@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxpipe.runtime.clock import Clock
 from jaxpipe.runtime.device import Device
 from jaxpipe.runtime.ends import Ends, batch_weight
 from jaxpipe.runtime.lane import Skip
@@ -70,6 +71,7 @@ class Program:
         metrics: Shapes of the head's metrics of one row group; an empty dict if they are not wanted.
         offload: Whether the stash rests in the host's memory.
         second_stream: Whether the second of a lane's two hops has a stream of its own, see `Pipeline`.
+        clock: What notes when lanes run, if anything does.
     """
 
     model: Model
@@ -82,6 +84,7 @@ class Program:
     metrics: Tree = field(default_factory=dict)
     offload: bool = False
     second_stream: bool = False
+    clock: Clock | None = None
 
     @property
     def trains(self) -> bool:
@@ -146,6 +149,7 @@ class Program:
             metrics=self.metrics,
             offload=self.offload,
             second_stream=self.second_stream,
+            clock=self.clock,
         )
         state = start(device, params)
         if loop is not None:

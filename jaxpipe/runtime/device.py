@@ -1,6 +1,6 @@
 """What one device knows while it runs the loop, and the small things that every lane asks of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpipe.runtime import keys, slots
+from jaxpipe.runtime.clock import Clock
 from jaxpipe.runtime.ends import Ends, accumulate
 from jaxpipe.runtime.lane import Commit, Lane, Skip, run_lane
 from jaxpipe.runtime.model import Model, Tree
@@ -37,6 +38,7 @@ class Device:
         metrics: Shapes of the head's metrics of one row group if they are wanted, else an empty dict.
         offload: Whether the stash (activations, residuals, weight-residuals) rests in the host's memory.
         second_stream: Whether the second of a lane's two hops has a stream of its own, see `Pipeline`.
+        clock: What notes when lanes run, if anything does.
     """
 
     model: Model
@@ -54,6 +56,7 @@ class Device:
     metrics: Tree
     offload: bool = False
     second_stream: bool = False
+    clock: Clock | None = None
 
     @cached_property
     def trains(self) -> bool:
@@ -84,7 +87,14 @@ class Device:
 
     def run(self, lane: Lane, state: dict, index, carry: Tree, given: Tree) -> tuple[dict, Tree, Commit]:
         """Runs a lane where `index` is not -1; see `run_lane`."""
-        return run_lane(self.skip, lane, state, index, carry, given, self.zeros)
+        if self.clock is None or lane.label is None:
+            return run_lane(self.skip, lane, state, index, carry, given, self.zeros)
+        where = self.place, self.shard
+        if self.skip == "mask":
+            lane = replace(lane, branches=lane.branches * 2)  # a choice, which must wait for its index
+        state, index = self.clock.start(where, lane, state, index, carry)
+        state, carry, commit = run_lane(self.skip, lane, state, index, carry, given, self.zeros)
+        return self.clock.stop(where, lane, state, index, (carry, commit)), carry, commit
 
     def add(self, state: dict, repeat, gradients: dict) -> dict:
         """The state's entries with the weight gradients of a stage added; those of an idle lane are zero."""

@@ -35,12 +35,14 @@ class Lane:
         commit: ``(state, kept) -> state``, for the entries of the loop's state that the lane updates.
         kept: Shapes of what is committed.
         updates: Names of these entries.
+        label: For a `jaxpipe.runtime.clock.Clock`: the lane's letter and the row of the table.
     """
 
     branches: list[Callable[[Any], tuple[Tree, Any]]]
     commit: Callable[[dict, Any], dict]
     kept: Any
     updates: list[str]
+    label: tuple[str, dict] | None = None
 
 
 @jax.tree_util.register_pytree_node_class

@@ -46,7 +46,7 @@ def forward_lane(device: Device, state: dict, row: dict) -> tuple[dict, Tree, Co
 
     shapes = list(stages.stage.aux), list(stages.residuals.shapes) if device.trains else []
     updates = [name for name, used in (("aux", stages.stage.aux), ("residual", device.trains)) if used]
-    lane = Lane([partial(run, branch) for branch in stages.branches], commit, shapes, updates)
+    lane = Lane([partial(run, branch) for branch in stages.branches], commit, shapes, updates, ("f", row))
     given = device.blocks, device.shared, x, context
     return device.run(lane, state | {"activation": kept}, stages.branch_of(repeat, device.place), x, given)
 
@@ -87,7 +87,7 @@ def backward_lane(device: Device, state: dict, row: dict, rb: Any, dy: list | No
     updates = [*(device.updates if full else []), *(["weight_residual"] if split else [])]
     context = device.context(row["b_microbatch"], repeat)
     given = device.blocks, device.shared, state["activation"], state["residual"], context, gradient, device.daux
-    return device.run(Lane(branches, commit, shapes, updates), state, index, gradient, given)
+    return device.run(Lane(branches, commit, shapes, updates, ("b", row)), state, index, gradient, given)
 
 
 def weight_lane(device: Device, state: dict, row: dict) -> dict:
@@ -106,12 +106,16 @@ def weight_lane(device: Device, state: dict, row: dict) -> dict:
         return (), stages.spread(branch, dw, device.zeros)
 
     branches: list[Callable] = [partial(run, branch) for branch in stages.branches]
-    lane = Lane(branches, lambda state, dw: device.add(state, repeat, dw), stages.gradients, device.updates)
+
+    def commit(state: dict, dw) -> dict:
+        return device.add(state, repeat, dw)
+
+    lane = Lane(branches, commit, stages.gradients, device.updates, ("w", row))
     context = device.context(row["w_microbatch"], repeat)
     slots_read = (state[name] for name in ("activation", "residual", "weight_residual"))
     given = device.blocks, device.shared, *slots_read, context
-    state, _, commit = device.run(lane, state, stages.branch_of(repeat, device.place), (), given)
-    return commit(state)
+    state, _, commit_now = device.run(lane, state, stages.branch_of(repeat, device.place), (), given)
+    return commit_now(state)
 
 
 def take_in(lane: str, row: dict, kept: Tree, arrived: dict[str, Tree], put: Callable) -> Tree:

@@ -4,6 +4,7 @@ The state is a dict, one entry per kind of thing that lives from tick to tick:
 
     loss, weight, aux  sums so far
     metrics            of all microbatches, where they are wanted
+    clock              what a clock's last note answered, where there is one
     rf                 by side, what the neighbours' (or this device's own) forward lanes sent
     dx                 what this device's last backward lane made, not sent yet
     activation, residual, gradient, weight_residual      slots
@@ -35,6 +36,7 @@ def start(device: Device, params: Tree) -> dict:
     state = {"loss": number, "weight": number, "rf": dict.fromkeys(_sides(device, "f"), carry)}
     state |= {"aux": number} if stage.aux else {}
     state |= {"metrics": start_metrics(device)} if device.metrics else {}
+    state |= {"clock": jnp.int32(0)} if device.clock else {}
     state["activation"] = device.stash(stage.carry, counts.activation)
     if not device.trains:
         return state

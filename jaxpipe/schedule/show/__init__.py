@@ -6,8 +6,8 @@ Every picture takes a schedule, a `TickTable`, a `Timeline`, or a list of them t
 from jaxpipe.schedule.show.grids import coloured, grid, table_text, text
 from jaxpipe.schedule.show.page import html
 from jaxpipe.schedule.show.raster import png
-from jaxpipe.schedule.show.timeline import Timeline, timeline
+from jaxpipe.schedule.show.timeline import Timeline, timed, timeline
 from jaxpipe.schedule.show.trace import trace
 from jaxpipe.schedule.show.vector import svg
 
-__all__ = ["Timeline", "coloured", "grid", "html", "png", "svg", "table_text", "text", "timeline", "trace"]
+__all__ = ["Timeline", "coloured", "grid", "html", "png", "svg", "table_text", "text", "timed", "timeline", "trace"]

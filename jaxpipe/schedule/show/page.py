@@ -39,7 +39,7 @@ def html(
         "timelines": [_panel(line) for line in lines],
     }
     content = {
-        "TITLE": escape(", ".join(line.schedule.name for line in lines)),
+        "TITLE": escape(", ".join(dict.fromkeys(line.schedule.name for line in lines))),
         "LEGEND": "".join(_legend_entry(kind, words) for kind, words in legend_entries(lines)),
         "NOTE": escape(legend_note(lines)),
         "TABLE": "".join(_table_row(line) for line in lines),

@@ -11,7 +11,7 @@ from jaxpipe.schedule.costs import Costs
 from jaxpipe.schedule.ir import Action, Schedule
 from jaxpipe.schedule.rules import writes
 from jaxpipe.schedule.show.grids import tick_actions, title
-from jaxpipe.schedule.simulate import Interval, Runtime, simulate
+from jaxpipe.schedule.simulate import Interval, Runtime, Timing, simulate
 
 if TYPE_CHECKING:
     from jaxpipe.schedule.lower import TickTable
@@ -49,6 +49,7 @@ class Timeline:
         span_bubble: Idle share of the longest span of one device.
         peaks: Per device, activations kept at once in units of what a microbatch leaves on a full device.
         note: Runtime and costs, for the caption.
+        heading: What it is, where several show the same schedule.
     """
 
     schedule: Schedule
@@ -59,11 +60,12 @@ class Timeline:
     span_bubble: float
     peaks: tuple[float, ...]
     note: str
+    heading: str = ""
 
     @property
     def title(self) -> str:
         """Name and shape."""
-        return title(self.schedule)
+        return f"{self.heading}: {title(self.schedule)}" if self.heading else title(self.schedule)
 
     @property
     def caption(self) -> str:
@@ -102,6 +104,19 @@ def timeline(what: Drawable, costs: Costs | None = None, runtime: Runtime = "asy
         peaks = simulate(schedule, costs).peak_activations
         note = f"{what.ticks} ticks, {what.packing} packing, {_prices(costs)}"
     return Timeline(schedule, busy, _hops(schedule, busy, costs), length, bubble, span_bubble, peaks, note)
+
+
+def timed(schedule: Schedule, timing: Timing, note: str, heading: str = "") -> Timeline:
+    """The timeline of times that are known already, in any unit.
+
+    Args:
+        schedule: What ran.
+        timing: When.
+        note: What to say of it in the caption, the unit for one.
+        heading: What stands before the name.
+    """
+    numbers = timing.makespan, timing.bubble, timing.span_bubble, timing.peak_activations
+    return Timeline(schedule, timing.busy, (), *numbers, note, heading)
 
 
 def timelines(

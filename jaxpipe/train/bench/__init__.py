@@ -12,7 +12,8 @@ Three things are timed in turn, round after round, so that the machine's drift f
 
 Reported are medians over the rounds and their ratios.
 
-Reading order: `case` (what is measured), `lanes` (T_dev as a program), `one_core` (T1), `measure`, `report`.
+Reading order: `case` (what is measured), `lanes` (T_dev as a program), `one_core` (T1), `measure`, `trace` (when the
+lanes of one step really ran), `report`.
 """
 
 from jaxpipe.train.bench.case import Case, Workload, make_cases, workload_of

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxpipe.errors import JaxpipeError, ScheduleError
 from jaxpipe.models.gpt import GPTConfig
@@ -82,9 +83,9 @@ class Case:
         counts = stage_counts(None, self.workload.config.num_layers, self.schedule)
         return relative_costs(counts, stage_remats(self.remat, stages), self.schedule)
 
-    def pipeline(self) -> Pipeline:
-        """Model and schedule on a mesh of as many devices."""
-        mesh = make_mesh(pipe=self.schedule.devices)
+    def pipeline(self, mesh: Mesh | None = None) -> Pipeline:
+        """Model and schedule on a mesh of as many devices, by default the first that there are."""
+        mesh = mesh or make_mesh(pipe=self.schedule.devices)
         return Pipeline(self.workload.model(), schedule=self.schedule, mesh=mesh, remat=self.remat, idle=self.idle)
 
 
