@@ -4,8 +4,9 @@ Nothing of it is in a program that was not asked for it. A callback to the host 
 should be much longer.
 
 XLA orders by data only. Before a lane the callback reads an element of everything that the lane waits for, and the lane
-runs if the callback's answer, always 0, says so; after it the callback reads an element of everything that it made. The
-answers form a chain through the loop's state, so the lanes of a device are noted one after the other.
+runs if the callback's answer, always 0, says so; after it the callback reads an element of everything that it made, and
+what is passed on has the answer added. The answers form a chain through the loop's state, so the lanes of a device are
+noted one after the other.
 """
 
 import time
@@ -78,10 +79,23 @@ class Clock:
         token = self._note(where, lane, state["clock"], index, carry, ends=False)
         return state | {"clock": token}, index + token
 
-    def stop(self, where: tuple, lane: Lane, state: dict, index: Any, made: Tree) -> dict:
-        """Notes the end of a lane that made `made`; see `start`."""
-        made = made, [state[name] for name in lane.updates]
-        return state | {"clock": self._note(where, lane, state["clock"], index, made, ends=True)}
+    def stop(self, where: tuple, lane: Lane, state: dict, index: Any, carry: Tree, kept: Tree) -> tuple[dict, Tree]:
+        """Notes the end of a lane unless `index` is -1.
+
+        Args:
+            where: The device's place and shard.
+            lane: The lane.
+            state: The loop's state after the lane.
+            index: As `start` returned it.
+            carry: What the lane passes on.
+            kept: What is still to be committed.
+
+        Returns:
+            The state, and what is passed on, which now waits for the note.
+        """
+        made = carry, kept, [state[name] for name in lane.updates]
+        token = self._note(where, lane, state["clock"], index, made, ends=True)
+        return state | {"clock": token}, jax.tree.map(lambda x: x + token.astype(x.dtype), carry)
 
     def _note(self, where: tuple, lane: Lane, token: Any, index: Any, waits_for: Tree, ends: bool) -> Any:
         assert lane.label is not None

@@ -94,7 +94,8 @@ class Device:
             lane = replace(lane, branches=lane.branches * 2)  # a choice, which must wait for its index
         state, index = self.clock.start(where, lane, state, index, carry)
         state, carry, commit = run_lane(self.skip, lane, state, index, carry, given, self.zeros)
-        return self.clock.stop(where, lane, state, index, (carry, commit)), carry, commit
+        state, carry = self.clock.stop(where, lane, state, index, carry, commit)
+        return state, carry, commit
 
     def add(self, state: dict, repeat, gradients: dict) -> dict:
         """The state's entries with the weight gradients of a stage added; those of an idle lane are zero."""

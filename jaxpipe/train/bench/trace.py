@@ -71,9 +71,7 @@ class Trace:
 def trace(case: Case) -> Trace:
     """Compiles a case with a clock, warms up, and notes one step."""
     schedule, clock = case.schedule, Clock()
-    # [1] A callback knows its device only on a mesh that has no further axis.
-    mesh = Mesh(np.asarray(jax.devices()[: schedule.devices]).reshape(-1, 1), (PIPE, DATA))
-    pipe = case.pipeline(mesh)
+    pipe = case.pipeline(pipe_mesh(schedule.devices))
     batch = jax.device_put(case.workload.batch(schedule.microbatches), pipe.batch_sharding)
     params = pipe.init(jax.random.key(0), batch)
     program = replace(pipe.program(params, batch), clock=clock)
@@ -87,6 +85,11 @@ def trace(case: Case) -> Trace:
     packed, costs = _packed(table), mean_costs(measured, table.schedule)
     simulated = timing_of(table.schedule, *run_lanes(packed, costs, local=False), 1.0)
     return Trace(case, table.schedule, measured, simulated, num_cores())
+
+
+def pipe_mesh(devices: int) -> Mesh:
+    """A mesh of the first devices that a callback can tell apart: with no axis that is left to the compiler."""
+    return Mesh(np.asarray(jax.devices()[:devices]).reshape(-1, 1), (PIPE, DATA))
 
 
 def intervals(notes: list[Note], schedule: Schedule) -> list[list[Interval]]:
