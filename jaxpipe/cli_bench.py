@@ -58,7 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--remat", nargs="+", choices=REMATS, help="by default full none")
     parser.add_argument("--idle", nargs="+", choices=IDLES, default=["skip"], help="by default skip")
     parser.add_argument("--rounds", type=int, metavar="N", help="how often each is timed, by default 7")
-    parser.add_argument("--config", metavar="CONFIG", help="take model, microbatch and defaults from a training run")
+    parser.add_argument(
+        "--config",
+        metavar="CONFIG",
+        help="take model, microbatch, schedule and sizes from a training run; stages are of equal size",
+    )
     parser.add_argument("--set", nargs="+", metavar="key=value", default=[], help="such as model.num_layers=16")
     parser.add_argument(
         "--trace",
@@ -81,6 +85,7 @@ def run(options: argparse.Namespace) -> int:
     config = load(options.config, options.set) if options.config else None
     workload = bench.workload_of(config, options.set)
     mine = config and config.schedule
+    remat = [mine.remat] if mine and isinstance(mine.remat, str) else None  # not one per stage: stages are equal
     one = options.trace
     cases, left_out = bench.make_cases(
         workload,
@@ -88,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
         devices=options.devices or (config and [config.mesh.pipe]) or ([2] if one else [2, 4, 8]),
         repeats=options.repeats or (mine and [mine.repeats]),
         microbatches=options.microbatches or (mine and [mine.microbatches]) or [8],
-        remats=options.remat or (mine and [mine.remat]) or (["full"] if one else ["full", "none"]),
+        remats=options.remat or remat or (["full"] if one else ["full", "none"]),
         idles=options.idle,
     )
     if one and len(cases) > 1:
