@@ -18,7 +18,7 @@ from jaxpipe.train.model import targets
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12, "bfloat16": 2e-2, "int32": 0}
 """Largest error of a leaf over its largest entry, by dtype."""
 
-QUICK = {"xla_backend_optimization_level": 0}
+QUICK: Any = {"xla_backend_optimization_level": 0}
 """Compiler options for what is compiled once and run once."""
 
 WIDTH, VOCAB, LENGTH = 8, 12, 5

@@ -87,13 +87,14 @@ class Device:
 
     def run(self, lane: Lane, state: dict, index, carry: Tree, given: Tree) -> tuple[dict, Tree, Commit]:
         """Runs a lane where `index` is not -1; see `run_lane`."""
+        skip: Skip = "loop" if lane.rare and self.skip == "branch" else self.skip
         if self.clock is None or lane.label is None:
-            return run_lane(self.skip, lane, state, index, carry, given, self.zeros)
+            return run_lane(skip, lane, state, index, carry, given, self.zeros)
         where = self.place, self.shard
         if self.skip == "mask":
             lane = replace(lane, branches=lane.branches * 2)  # a choice, which must wait for its index
         state, index = self.clock.start(where, lane, state, index, carry)
-        state, carry, commit = run_lane(self.skip, lane, state, index, carry, given, self.zeros)
+        state, carry, commit = run_lane(skip, lane, state, index, carry, given, self.zeros)
         state, carry = self.clock.stop(where, lane, state, index, carry, commit)
         return state, carry, commit
 

@@ -61,7 +61,7 @@ def head_lane(device: Device, state: dict, row: dict, y: Tree) -> tuple[dict, li
     scalar = jax.ShapeDtypeStruct((), dtype)
     shapes = scalar, scalar, device.metrics, head if device.trains else None
     updates = ["loss", "weight", *(["metrics"] if device.metrics else []), *(["ends"] if device.trains else [])]
-    lane = Lane([train if device.trains else evaluate], commit, shapes, updates, ("h", row))
+    lane = Lane([train if device.trains else evaluate], commit, shapes, updates, ("h", row), rare=True)
     index = jnp.minimum(row["h_gradient"], 0)
     given = head, floating, others, context, device.seeds[0]
     state, dy, commit_now = device.run(lane, state, index, floating, given)
@@ -85,7 +85,7 @@ def embed_gradient_lane(device: Device, state: dict, row: dict, dx: list) -> dic
     embed = device.ends["embed"]
     index = jnp.where((device.place == 0) & (row["b_repeat"] == 0), 0, -1)
     context = device.context(row["b_microbatch"], row["b_repeat"])
-    lane = Lane([run], commit, embed, ["ends"], ("e", row))
+    lane = Lane([run], commit, embed, ["ends"], ("e", row), rare=True)
     state, _, commit_now = device.run(lane, state, index, (), (embed, context, dx))
     return commit_now(state)
 

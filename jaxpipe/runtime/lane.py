@@ -10,7 +10,9 @@ A lane computes values and *commits* them: into slots and accumulators, which ar
     mask     idle lanes compute too and what they make counts as zero. No round trip where there is one branch only, but
              work for nothing, and power.
 
-So GPUs take branches and simulated CPU devices, which share cores, take loops; masks are for whoever measured them.
+So GPUs take branches and simulated CPU devices, which share cores, take loops; masks are for whoever measured them. The
+lanes of embedding and head are rare: for all devices but one to add gradients of zero, as large as the vocabulary, in
+every tick would cost more than a loop, so GPUs take loops there too.
 """
 
 from collections.abc import Callable
@@ -36,6 +38,7 @@ class Lane:
         kept: Shapes of what is committed.
         updates: Names of these entries.
         label: For a `jaxpipe.runtime.clock.Clock`: the lane's letter and the row of the table.
+        rare: One device in P runs it and what it commits is large.
     """
 
     branches: list[Callable[[Any], tuple[Tree, Any]]]
@@ -43,6 +46,7 @@ class Lane:
     kept: Any
     updates: list[str]
     label: tuple[str, dict] | None = None
+    rare: bool = False
 
 
 @jax.tree_util.register_pytree_node_class
