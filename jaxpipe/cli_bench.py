@@ -85,11 +85,7 @@ def run(options: argparse.Namespace) -> int:
     config = load(options.config, options.set) if options.config else None
     workload = bench.workload_of(config, options.set)
     mine = config and config.schedule
-<<<<<<< HEAD
-    remat = [mine.remat] if mine and isinstance(mine.remat, str) else None  # not one per stage: stages are equal
-=======
     remat: Any = [mine.remat] if mine and isinstance(mine.remat, str) else None  # not one per stage: stages are equal
->>>>>>> 5a00960 (bench: a config's remat counts where it is one for all stages)
     one = options.trace
     cases, left_out = bench.make_cases(
         workload,
