@@ -17,6 +17,7 @@ from jaxpipe.models.encdec_config import EncDecConfig
 from jaxpipe.models.gpt import GPTConfig
 from jaxpipe.runtime.compile import Program
 from jaxpipe.runtime.mesh import AXES
+from jaxpipe.runtime.sizes import memory_of
 from jaxpipe.schedule import build
 from jaxpipe.train.model import encdec_model, gpt_model
 
@@ -55,12 +56,14 @@ class Step:
         program: What is fixed for the shapes.
         text: Its optimized HLO, scheduled.
         parts: The computations of `text`.
+        memory: XLA's memory analysis, per device.
     """
 
     pipe: jp.Pipeline
     program: Program
     text: str
     parts: dict[str, list[str]]
+    memory: Any
 
 
 def mesh(devices: int = DEVICES) -> Mesh:
@@ -98,5 +101,6 @@ def step(name: str, repeats: int = 1, *, blocks: int = 2, kinds: int = 1, **opti
     placed = jax.tree.map(
         lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h), params, pipe.layout.shardings(params)
     )
-    text = hlo_text(jax.jit(pipe.value_and_grad).lower(placed, batch).compile())
-    return Step(pipe, pipe.program(placed, batch), text, computations(text))
+    compiled = jax.jit(pipe.value_and_grad).lower(placed, batch).compile()
+    text = hlo_text(compiled)
+    return Step(pipe, pipe.program(placed, batch), text, computations(text), memory_of(compiled))

@@ -8,6 +8,7 @@ import jax
 import pytest
 from hlo import branches_of, copies, holds_product, hops, loop_bodies
 
+from jaxpipe.runtime.sizes import tree_bytes
 from jaxpipe.schedule.table import ARRIVAL, Phase, TickTable
 
 pytestmark = h100.MARKS
@@ -112,6 +113,23 @@ def test_masked_lanes_need_no_conditional():
     bodies = loop_bodies(step.text, inner=True)
     assert len(bodies) == 3
     assert not [line for body in bodies for line in body if " conditional(" in line]
+
+
+def test_an_offloaded_stash_is_in_the_memory_of_the_host():
+    here, away = (h100.step("1f1b", remat="none", offload=offload) for offload in (False, True))
+    slots, stages = here.pipe.table.slots, here.program.stages
+    stash = slots.residual * tree_bytes(stages.residuals.shapes) + slots.activation * tree_bytes(stages.stage.carry)
+    assert away.memory.temp_size_in_bytes <= here.memory.temp_size_in_bytes - 0.8 * stash
+    assert away.memory.host_temp_size_in_bytes >= stash > 0 == here.memory.host_temp_size_in_bytes
+
+
+def test_a_cut_vocabulary_reduces_in_the_loop_and_hops_still_fly():
+    step = h100.step("interleaved_1f1b", 2, remat="full", head="vocab_parallel")
+    found = [hop for body in loop_bodies(step.text) if len(each := hops(body)) == 2 for hop in each]
+    assert found and all(hop.asynchronous for hop in found)
+    lines = [line for body in loop_bodies(step.text, inner=True, hopping=False) for line in body]
+    assert any(" all-reduce" in line for line in lines)
+    assert not any(f" {name}" in line for line in lines for name in ("all-gather", "reduce-scatter", "all-to-all"))
 
 
 def test_the_check_sees_a_hop_that_waits():
