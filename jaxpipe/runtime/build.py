@@ -8,12 +8,12 @@ import jax
 from jaxpipe.errors import PartitionError
 from jaxpipe.runtime.carry import has_gradient
 from jaxpipe.runtime.casts import cast_dtypes
-from jaxpipe.runtime.ends import accumulator_dtype
+from jaxpipe.runtime.ends import accumulator_dtype, shared_leaves
 from jaxpipe.runtime.model import Block, Model, Tree, carry_and_aux, is_scalar
 from jaxpipe.runtime.relayout import Layout
 from jaxpipe.runtime.stage import Context, Remat, Run, Stage
 from jaxpipe.runtime.stages import Accumulator, Branch, Stages
-from jaxpipe.runtime.tree import get_path, set_path, tie
+from jaxpipe.runtime.tree import tie
 
 
 def build_stages(
@@ -34,7 +34,7 @@ def build_stages(
     """
     schedule = layout.schedule
     kinds = {block.kind: block for block in model.blocks}
-    shared = _shared(model, params["embed"])
+    shared = shared_leaves(model, params["embed"])
     one_block = _one_of_each(layout, params)
     has_aux = [
         check_block(model, kind, tie(one_block[kind], params["embed"], model.block_tie(kind)), carry, context)
@@ -148,14 +148,6 @@ def check_kinds(model: Model) -> None:
 
 def _text(leaf: Any) -> str:
     return f"{leaf.dtype}{list(leaf.shape)}"
-
-
-def _shared(model: Model, embed: Tree) -> Tree:
-    found: Tree = {}
-    for kind in dict.fromkeys(block.kind for block in model.blocks):
-        for source in model.block_tie(kind).values():
-            found = set_path(found, source, get_path(embed, source))
-    return found
 
 
 def _one_of_each(layout: Layout, params: Tree) -> Mapping[str, Tree]:

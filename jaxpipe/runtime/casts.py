@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
-from jaxpipe.runtime.model import Tree
+from jaxpipe.runtime.model import Model
+from jaxpipe.runtime.tree import Tree, get_path, set_path, tie, untie
 
 
 def cast_dtypes(run: Callable, params: Tree, *args) -> Tree:
@@ -65,3 +66,25 @@ def _only_cast(jaxpr: Jaxpr, var: Var) -> Any:
             else:
                 return None
     return found.pop() if len(found) == 1 else None
+
+
+def end_dtypes(model: Model, ends: Tree, carry: Tree, mb: Tree, key) -> Tree:
+    """The dtypes that embedding and head compute with; a tied leaf keeps its own unless all agree.
+
+    Args:
+        model: The model.
+        ends: Shapes of ``{"embed", "head"}``.
+        carry: Shapes of what the head is given.
+        mb: Shapes of a microbatch.
+        key: Shape of a key.
+    """
+    head = tie(ends["head"], ends["embed"], model.head_tie)
+    embed = cast_dtypes(model.embed.apply, ends["embed"], mb, key)
+    head = cast_dtypes(model.head_loss.apply, head, carry, mb, key)
+    for to, source in model.head_tie.items():
+        if get_path(head, to) != get_path(embed, source):
+            embed = set_path(embed, source, get_path(ends["embed"], source).dtype)
+    for kind in {block.kind for block in model.blocks}:
+        for source in model.block_tie(kind).values():
+            embed = set_path(embed, source, get_path(ends["embed"], source).dtype)
+    return {"embed": embed, "head": untie(head, model.head_tie)}

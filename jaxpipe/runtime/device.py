@@ -10,7 +10,7 @@ from jax import lax
 
 from jaxpipe.runtime import keys, slots
 from jaxpipe.runtime.clock import Clock
-from jaxpipe.runtime.ends import Ends, accumulate
+from jaxpipe.runtime.ends import Ends, accumulate, shared_leaves
 from jaxpipe.runtime.lane import Commit, Lane, Skip, run_lane
 from jaxpipe.runtime.model import Model, Tree
 from jaxpipe.runtime.stage import Context
@@ -66,7 +66,7 @@ class Device:
     @cached_property
     def shared(self) -> Tree:
         """The leaves of the embedding that blocks use."""
-        return self.parts.shared(self.ends["embed"])
+        return shared_leaves(self.model, self.ends["embed"])
 
     @property
     def daux(self) -> list:

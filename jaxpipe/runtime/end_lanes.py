@@ -1,5 +1,6 @@
 """The lanes of the two ends: embedding, head with loss, and the embedding's gradient."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -51,20 +52,36 @@ def head_lane(device: Device, state: dict, row: dict, y: Tree) -> tuple[dict, li
         dhead, dy = vjp(seed.astype(dtype))
         return dy, (total, weight, metrics, dhead)
 
+    branch, given = train if device.trains else evaluate, (head, floating, others, context, device.seeds[0])
+    return run_head(device, state, row, jnp.minimum(row["h_gradient"], 0), branch, given, label=("h", row), rare=True)
+
+
+def run_head(
+    device: Device, state: dict, row: dict, index: Any, branch: Callable, given: tuple, **lane: Any
+) -> tuple[dict, list, Commit]:
+    """Runs a head where `index` is not -1 and keeps what it makes.
+
+    Args:
+        device: The device.
+        state: The loop's state.
+        row: The row of the table.
+        index: 0 or -1.
+        branch: ``given -> (gradient of the features, (loss, weight, metrics, gradient of the head or None))``.
+        given: What it reads; its second entry is passed on if it does not run.
+        lane: More fields of the `Lane`.
+    """
+    scalar = jax.ShapeDtypeStruct((), state["loss"].dtype)
+    shapes = scalar, scalar, device.metrics, device.parts.head(device.ends) if device.trains else None
+    updates = ["loss", "weight", *(["metrics"] if device.metrics else []), *(["ends"] if device.trains else [])]
+
     def commit(state, kept):
         total, weight, metrics, dhead = kept
         out = {"loss": state["loss"] + total, "weight": state["weight"] + weight}
         if device.metrics:
-            out["metrics"] = keep_metrics(state["metrics"], row, metrics)
+            out["metrics"] = _keep_metrics(state["metrics"], row, metrics)
         return out | ({"ends": device.parts.add_head(state["ends"], dhead)} if device.trains else {})
 
-    scalar = jax.ShapeDtypeStruct((), dtype)
-    shapes = scalar, scalar, device.metrics, head if device.trains else None
-    updates = ["loss", "weight", *(["metrics"] if device.metrics else []), *(["ends"] if device.trains else [])]
-    lane = Lane([train if device.trains else evaluate], commit, shapes, updates, ("h", row), rare=True)
-    index = jnp.minimum(row["h_gradient"], 0)
-    given = head, floating, others, context, device.seeds[0]
-    state, dy, commit_now = device.run(lane, state, index, floating, given)
+    state, dy, commit_now = device.run(Lane([branch], commit, shapes, updates, **lane), state, index, given[1], given)
     if "gradient" in state:
         state = state | {"gradient": slots.put(state["gradient"], row["h_gradient"], dy)}
     return state, dy, commit_now
@@ -90,7 +107,7 @@ def embed_gradient_lane(device: Device, state: dict, row: dict, dx: list) -> dic
     return commit_now(state)
 
 
-def keep_metrics(kept: Tree, row: dict, metrics: Tree) -> Tree:
+def _keep_metrics(kept: Tree, row: dict, metrics: Tree) -> Tree:
     """Numbers are added up, arrays kept by microbatch."""
 
     def keep(sums, new):

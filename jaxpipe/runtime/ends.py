@@ -109,17 +109,8 @@ class Ends:
         """The head's parameters, tied leaves put in."""
         return tie(ends["head"], ends["embed"], self.model.head_tie)
 
-    def shared(self, embed: Tree) -> Tree:
-        """The leaves of the embedding that blocks use, in their places."""
-        kinds = {block.kind for block in self.model.blocks}
-        sources = sorted({source for kind in kinds for source in self.model.block_tie(kind).values()})
-        found: Tree = {}
-        for source in sources:
-            found = set_path(found, source, get_path(embed, source))
-        return found
-
     def add_shared(self, accumulators: Tree, gradient: Tree) -> Tree:
-        """Adds the gradient of `shared` to the accumulators of embedding and head."""
+        """Adds the gradient of the leaves that blocks use to the accumulators of embedding and head."""
         return accumulators | {"embed": add_below(accumulators["embed"], gradient)}
 
     def add_head(self, accumulators: Tree, gradient: Tree) -> Tree:
@@ -129,6 +120,20 @@ class Ends:
             tied = accumulate(get_path(embed, source), get_path(gradient, to))
             embed = set_path(embed, source, tied)
         return {"embed": embed, "head": accumulate(accumulators["head"], untie(gradient, self.model.head_tie))}
+
+
+def shared_leaves(model: Model, embed: Tree) -> Tree:
+    """The leaves of the embedding that blocks use, in their places.
+
+    Args:
+        model: The model.
+        embed: The embedding's parameters, arrays or shapes.
+    """
+    found: Tree = {}
+    for kind in dict.fromkeys(block.kind for block in model.blocks):
+        for source in model.block_tie(kind).values():
+            found = set_path(found, source, get_path(embed, source))
+    return found
 
 
 def batch_weight(model: Model, head: Tree, carry: Tree, batch: Tree):
@@ -162,6 +167,27 @@ def check_weight(model: Model, head: Tree, carry: Tree, mb: Tree) -> None:
             "head_loss.apply returns a weight that depends on parameters or activations, but where blocks return an "
             "aux loss it must depend on the batch only; try the sum of a mask in mb"
         )
+
+
+def metric_shapes(model: Model, head: Tree, carry: Tree, mb: Tree) -> Tree:
+    """Shapes of the head's metrics of one row group.
+
+    Raises:
+        ConfigError: There are none, or one has neither a row per row of the microbatch nor no dim at all.
+    """
+    shapes = jax.eval_shape(lambda *known: loss_and_metrics(model.head_loss.apply(*known, None))[2], head, carry, mb)
+    rows = jax.tree.leaves(mb)[0].shape[0]
+    if not jax.tree.leaves(shapes):
+        raise ConfigError(
+            "has_aux=True needs metrics but head_loss.apply returns (loss_sum, weight); try (loss_sum, weight, metrics)"
+        )
+    for path, leaf in jax.tree.leaves_with_path(shapes):
+        if leaf.shape[:1] not in ((), (rows,)):
+            raise ConfigError(
+                f"metrics{jax.tree_util.keystr(path)} has shape {list(leaf.shape)} but must be a number or have the "
+                f"microbatch's rows first; try [{rows}, …]"
+            )
+    return shapes
 
 
 def accumulator_dtype(dtype):

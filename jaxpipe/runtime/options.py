@@ -97,6 +97,12 @@ def vocab_leaves(model: Model, head: str) -> dict[str, str]:
             "try head='last'"
         )
     cut = {"embed": way_in.table} if isinstance(way_in, VocabEmbed) else {}
+    for user, source in model.tie.items():
+        if user != f"head/{way_out.kernel}" and source == f"embed/{cut.get('embed')}":
+            raise ConfigError(
+                f"head='vocab_parallel' cuts {source!r} by vocabulary, which tie={{{user!r}: {source!r}}} needs whole; "
+                "try head='last'"
+            )
     tied = model.head_tie
     if way_out.kernel not in tied:
         return cut | {"head": way_out.kernel}

@@ -1,7 +1,7 @@
 """The door: checks what the user gives, fixes the program, delegates."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -11,20 +11,19 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpipe.errors import ConfigError, ScheduleError
-from jaxpipe.runtime import keys
 from jaxpipe.runtime.build import build_stages, check_kinds, check_params
-from jaxpipe.runtime.casts import cast_dtypes
+from jaxpipe.runtime.casts import end_dtypes
 from jaxpipe.runtime.compile import Outcome, Program
-from jaxpipe.runtime.ends import Ends, check_weight
+from jaxpipe.runtime.ends import Ends, check_weight, metric_shapes
+from jaxpipe.runtime.initial import init_params
 from jaxpipe.runtime.lane import Skip
 from jaxpipe.runtime.logical import logical_optimizer
 from jaxpipe.runtime.mesh import DATA, PIPE
-from jaxpipe.runtime.model import Model, Tree, loss_and_metrics
+from jaxpipe.runtime.model import Model, Tree
 from jaxpipe.runtime.options import check_offload, relative_costs, stage_counts, stage_remats, vocab_leaves
-from jaxpipe.runtime.relayout import Layout, Position
+from jaxpipe.runtime.relayout import Layout
 from jaxpipe.runtime.sizes import model_bytes
 from jaxpipe.runtime.stage import Context, Remat
-from jaxpipe.runtime.tree import get_path, set_path, tie, untie
 from jaxpipe.schedule import Costs, ModelBytes, Schedule, TickTable, lower
 
 
@@ -137,59 +136,7 @@ class Pipeline:
         Returns:
             The pipeline tree: ``{"embed", "blocks", "head"}``, see `jaxpipe.runtime.relayout`.
         """
-        model, layout = self.model, self.layout
-        mb = self._microbatch(batch)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), mb)
-        embed_key, head_key, block_keys = keys.init_keys(key, len(model.blocks))
-
-        def make_ends():
-            embed = model.embed.init(embed_key, zeros)
-            carry = model.embed.apply(embed, zeros, None)
-            return {"embed": embed, "head": untie(model.head_loss.init(head_key, carry, zeros), model.head_tie)}
-
-        carry = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self._carry(mb))
-        ends = jax.eval_shape(make_ends)
-        shardings = jax.tree.map(lambda s: layout.canonical_sharding(s.shape), ends)
-        params = jax.jit(make_ends, out_shardings=shardings)()
-        make = self._block_maker(block_keys, carry)
-        blocks = [[make(position) for position in row] for row in layout.positions]
-        check_params({**params, "blocks": blocks})
-        return {**params, "blocks": blocks}
-
-    def _block_maker(self, block_keys: Any, carry: Tree) -> Callable[[Position], Tree]:
-        """Makes the blocks of a position, each where it lives."""
-        sharding, compiled = NamedSharding(self.mesh, PartitionSpec(PIPE)), {}
-        blocks: dict[str, list[int]] = {}
-        for number, kind in enumerate(self.layout.kinds):
-            blocks.setdefault(kind, []).append(number)
-
-        def make(position: Position) -> Tree:
-            numbers = [
-                blocks[position.kind][max(row, 0)] for rows in position.rows for row in position.padded(rows, -1)
-            ]
-            inits = [self.model.blocks[number].init for number in numbers]
-            alike = all(init == inits[0] for init in inits)
-            ties, shape = self.model.block_tie(position.kind), (*position.real.shape,)
-
-            def run(keys, real):
-                if alike:
-                    made = jax.vmap(inits[0], in_axes=(0, None))(keys, carry)
-                else:
-                    each = [init(key, carry) for init, key in zip(inits, keys, strict=True)]
-                    made = jax.tree.map(lambda *x: jnp.stack(x), *each)
-
-                def place(leaf):
-                    held = jnp.where(real.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, jnp.zeros_like(leaf))
-                    return held.reshape(*shape, *leaf.shape[1:])
-
-                return jax.tree.map(place, untie(made, ties))
-
-            key = position.kind, (inits[0] if alike else tuple(inits)), shape
-            if key not in compiled:
-                compiled[key] = jax.jit(run, out_shardings=sharding)
-            return compiled[key](block_keys[jnp.asarray(numbers)], jnp.asarray(position.real.reshape(-1)))
-
-        return make
+        return init_params(self.model, self.layout, key, self._microbatch(batch))
 
     def value_and_grad(
         self, params: Tree, batch: Tree, key=None, *, has_aux: bool = False, loss_scale: Any = None
@@ -294,13 +241,6 @@ class Pipeline:
             )
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows // groups, *x.shape[1:]), x.dtype), batch)
 
-    def _carry(self, mb: Tree) -> Tree:
-        """Shapes of what blocks pass on."""
-        embed = self.model.embed
-        return jax.eval_shape(
-            lambda k, mb: embed.apply(embed.init(k, mb), mb, None), jax.eval_shape(lambda: jax.random.key(0)), mb
-        )
-
     def sizes(self, batch: Tree) -> ModelBytes:
         """Bytes of the model's pieces per device, for `TickTable.bytes`.
 
@@ -329,7 +269,8 @@ class Pipeline:
         context = Context(mb, key if random else None, jax.ShapeDtypeStruct((), jnp.int32))
         stages = build_stages(model, self.layout, self.remats, params, carry, context)
         ends = {"embed": params["embed"], "head": params["head"]}
-        ends = Ends(model, self.schedule.devices, _with_dtypes(ends, self._end_dtypes(ends, carry, mb, key)), self._cut)
+        ends = _with_dtypes(ends, end_dtypes(model, ends, carry, mb, key))
+        ends = Ends(model, self.schedule.devices, ends, self._cut)
         head = jax.eval_shape(ends.head, dict(ends.shapes))
         if stages.stage.aux:
             check_weight(model, head, carry, mb)
@@ -341,7 +282,7 @@ class Pipeline:
             stages=stages,
             ends=ends,
             skip=self._skip,
-            metrics=_metrics(model, head, carry, mb) if metrics else {},
+            metrics=metric_shapes(model, head, carry, mb) if metrics else {},
             offload=self.offload,
             second_stream=self.second_stream,
         )
@@ -352,41 +293,6 @@ class Pipeline:
         if self.idle == "mask":
             return "mask"
         return "loop" if self.mesh.devices.flat[0].platform == "cpu" else "branch"
-
-    def _end_dtypes(self, ends: Tree, carry: Tree, mb: Tree, key) -> Tree:
-        """The dtypes that embedding and head compute with; a tied leaf keeps its own unless both agree."""
-        model = self.model
-        head = tie(ends["head"], ends["embed"], model.head_tie)
-        embed = cast_dtypes(model.embed.apply, ends["embed"], mb, key)
-        head = cast_dtypes(model.head_loss.apply, head, carry, mb, key)
-        for to, source in model.head_tie.items():
-            if get_path(head, to) != get_path(embed, source):
-                embed = set_path(embed, source, get_path(ends["embed"], source).dtype)
-        for kind in set(self.layout.kinds):
-            for source in model.block_tie(kind).values():
-                embed = set_path(embed, source, get_path(ends["embed"], source).dtype)
-        return {"embed": embed, "head": untie(head, model.head_tie)}
-
-
-def _metrics(model: Model, head: Tree, carry: Tree, mb: Tree) -> Tree:
-    """Shapes of the head's metrics of one row group.
-
-    Raises:
-        ConfigError: There are none, or one has neither a row per row of the microbatch nor no dim at all.
-    """
-    shapes = jax.eval_shape(lambda *known: loss_and_metrics(model.head_loss.apply(*known, None))[2], head, carry, mb)
-    rows = jax.tree.leaves(mb)[0].shape[0]
-    if not jax.tree.leaves(shapes):
-        raise ConfigError(
-            "has_aux=True needs metrics but head_loss.apply returns (loss_sum, weight); try (loss_sum, weight, metrics)"
-        )
-    for path, leaf in jax.tree.leaves_with_path(shapes):
-        if leaf.shape[:1] not in ((), (rows,)):
-            raise ConfigError(
-                f"metrics{jax.tree_util.keystr(path)} has shape {list(leaf.shape)} but must be a number or have the "
-                f"microbatch's rows first; try [{rows}, …]"
-            )
-    return shapes
 
 
 def _shapes(tree: Tree) -> Tree:

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpipe.runtime import keys, slots
+from jaxpipe.runtime import keys
 from jaxpipe.runtime.carry import join, part
 from jaxpipe.runtime.device import Device
-from jaxpipe.runtime.end_lanes import keep_metrics
+from jaxpipe.runtime.end_lanes import run_head
 from jaxpipe.runtime.ends import add_below
 from jaxpipe.runtime.lane import Commit, Lane
 from jaxpipe.runtime.mesh import PIPE
@@ -56,7 +56,7 @@ def head_lane(device: Device, state: dict, row: dict, y: Tree) -> tuple[dict, li
     last = row["h_gradient"] >= 0
 
     def run(given):
-        rest, kernel, floating, others, context, seed = given
+        (rest, kernel), floating, others, context, seed = given
 
         def features(rest, floating):
             key = keys.head_key(context.group, len(device.model.blocks))
@@ -82,22 +82,8 @@ def head_lane(device: Device, state: dict, row: dict, y: Tree) -> tuple[dict, li
         drest, dy = lax.cond(last, back, lambda: jax.tree.map(jnp.zeros_like, (rest, floating)))
         return dy, (*sums, set_path(drest, head.kernel, dkernel))
 
-    def commit(state, kept):
-        total, weight, metrics, dhead = kept
-        out = {"loss": state["loss"] + total, "weight": state["weight"] + weight}
-        if device.metrics:
-            out["metrics"] = keep_metrics(state["metrics"], row, metrics)
-        return out | ({"ends": device.parts.add_head(state["ends"], dhead)} if device.trains else {})
-
-    scalar = jax.ShapeDtypeStruct((), dtype)
-    shapes = scalar, scalar, device.metrics, params if device.trains else None
-    updates = ["loss", "weight", *(["metrics"] if device.metrics else []), *(["ends"] if device.trains else [])]
-    given = rest, kernel, floating, others, context, device.seeds[0]
-    index = jnp.minimum(row["h_microbatch"], 0)
-    state, dy, commit_now = device.run(Lane([run], commit, shapes, updates), state, index, floating, given)
-    if "gradient" in state:
-        state = state | {"gradient": slots.put(state["gradient"], row["h_gradient"], dy)}
-    return state, dy, commit_now
+    given = (rest, kernel), floating, others, context, device.seeds[0]
+    return run_head(device, state, row, jnp.minimum(row["h_microbatch"], 0), run, given)
 
 
 def embed_gradient_lane(device: Device, state: dict, row: dict, dx: list) -> dict:

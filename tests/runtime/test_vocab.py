@@ -161,5 +161,12 @@ def test_models_that_are_not_made_for_it_are_refused():
     other = jp.Model(toy_model(2).embed, good.blocks, good.head_loss, tie=good.tie)
     with pytest.raises(ConfigError, match="needs a VocabEmbed with table='table', not Embed; try head='last'"):
         jp.Pipeline(other, schedule=schedule, mesh=mesh, head="vocab_parallel")
+    shared = jp.Model(good.embed, good.blocks, good.head_loss, tie={"blocks/block/up": "embed/table"})
+    with pytest.raises(ConfigError) as error:
+        jp.Pipeline(shared, schedule=schedule, mesh=mesh, head="vocab_parallel")
+    assert str(error.value) == (
+        "head='vocab_parallel' cuts 'embed/table' by vocabulary, which tie={'blocks/block/up': 'embed/table'} needs "
+        "whole; try head='last'"
+    )
     with pytest.raises(ConfigError, match="head='first' must be 'last' or 'vocab_parallel'; try 'last'"):
         jp.Pipeline(good, schedule=schedule, mesh=mesh, head="first")  # pyright: ignore[reportArgumentType]
