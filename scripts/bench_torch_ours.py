@@ -8,8 +8,11 @@ import time
 import jax
 import numpy as np
 import optax
-from bench_case import Case, accumulation_step, gpt, in_groups, random_batch
+from bench_case import Case
 from bench_workers import serve
+
+from jaxpipe.models.gpt import GPTConfig
+from jaxpipe.train.bench import Workload, accumulation_step, in_groups
 
 
 def main() -> None:
@@ -30,7 +33,7 @@ class Rank:
 
     def __init__(self, case: Case, port: int, ranks: int, rank: int):
         jax.distributed.initialize(f"127.0.0.1:{port}", ranks, rank)
-        self.case, self.ranks = case, ranks
+        self.workload, self.ranks = _workload(case), ranks
         self.steps = {}
         self.answers = {"build": self.build, "step": self.step}
 
@@ -40,9 +43,9 @@ class Rank:
         from jaxpipe.schedule import build
 
         built = build(schedule, devices=self.ranks, microbatches=microbatches, repeats=repeats)
-        pipe = jp.Pipeline(gpt(self.case), schedule=built, mesh=jp.make_mesh(pipe=self.ranks), remat=remat)  # pyright: ignore[reportArgumentType]
+        pipe = jp.Pipeline(self.workload.model(), schedule=built, mesh=jp.make_mesh(pipe=self.ranks), remat=remat)  # pyright: ignore[reportArgumentType]
         # Every process has the whole batch, and `device_put` takes from it what its own devices hold.
-        batch = jax.device_put(random_batch(self.case, microbatches), pipe.batch_sharding)
+        batch = jax.device_put(self.workload.batch(microbatches), pipe.batch_sharding)
         params = pipe.init(jax.random.key(0), batch)
         start = time.perf_counter()
         compiled = jax.jit(pipe.value_and_grad).lower(params, batch).compile()
@@ -61,27 +64,39 @@ class OneCore:
     """The step with no pipeline."""
 
     def __init__(self, case: Case):
-        self.case = case
-        self.params, self.compiled = accumulation_step(case)
+        self.workload = _workload(case)
+        self.params, self.compiled = accumulation_step(self.workload)
         self.answers = {"arrays": self.arrays, "build": self.build, "step": self.step}
 
     def arrays(self, microbatches: int) -> dict:
         """Parameters and batch as ``{name: (dtype, shape, bytes)}``, in which the other side has them."""
         arrays = {
             "/".join(key.key for key in path): leaf
-            for path, leaf in jax.tree.leaves_with_path(self.params | random_batch(self.case, microbatches))
+            for path, leaf in jax.tree.leaves_with_path(self.params | self.workload.batch(microbatches))
         }
         return {name: (str(x.dtype), x.shape, np.asarray(x).tobytes()) for name, x in arrays.items()}
 
     def build(self, microbatches: int) -> dict:
         """Compiles the step, and says what it computes."""
-        self.groups = in_groups(random_batch(self.case, microbatches), microbatches)
+        self.groups = in_groups(self.workload.batch(microbatches), microbatches)
         grads, losses = self.compiled(self.params, self.groups)
         return {"loss": float(losses.mean()), "grad_norm": float(optax.global_norm(grads)) / microbatches}
 
     def step(self) -> dict:
         """Times one step."""
         return _time(self.compiled, self.params, self.groups)
+
+
+def _workload(case: Case) -> Workload:
+    config = GPTConfig(
+        vocab_size=case.vocab_size,
+        max_seq_len=case.seq,
+        num_layers=case.num_layers,
+        num_heads=case.num_heads,
+        d_model=case.d_model,
+        tied=False,
+    )
+    return Workload(config, case.seq, case.rows)
 
 
 def _time(function, *arguments) -> dict:

@@ -135,6 +135,14 @@ def token_loss(logits: Any, mb: Any) -> tuple[Any, Any]:
     return cross_entropy(logits, *targets(mb))[:2]
 
 
+def turned(x: np.ndarray, base: float) -> np.ndarray:
+    """Rotary positions in numbers that turn in the complex plane: rows [T, d], dims i and i + d/2 a pair."""
+    half = x.shape[1] // 2
+    angles = np.arange(len(x))[:, None] * (base ** (-np.arange(half) / half))[None]
+    pairs = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angles)
+    return np.concatenate([pairs.real, pairs.imag], axis=1)
+
+
 def pairwise(factors: Mapping[str, Sequence], legal: Any, seed: int = 0, pool: int = 400) -> Iterator[dict]:
     """Cases in which every legal pair of factor values occurs, chosen greedily from random legal ones.
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import token_loss
+from helpers import token_loss, turned
 
 from jaxpipe.errors import ConfigError
 from jaxpipe.models.encdec import PRESETS, DecoderBlock, EncDec, EncDecConfig, Head, num_params, shared
@@ -53,15 +53,6 @@ def numpy_encdec(model: EncDec, cfg: EncDecConfig, source, target, mask):
     def norm(x, scale):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + cfg.norm_eps) * get(scale)
 
-    def turn(x):
-        out, half = x.copy(), x.shape[-1] // 2
-        for t in range(len(x)):
-            for i in range(half):
-                angle = t * cfg.rotary_base ** (-i / half)
-                pair = complex(x[t, i], x[t, i + half]) * complex(math.cos(angle), math.sin(angle))
-                out[t, i], out[t, i + half] = pair.real, pair.imag
-        return out
-
     def attention(attn, x, memory, bias=None, causal=False):
         q = (x @ get(attn.q.kernel)).reshape(len(x), cfg.num_heads, -1)
         kv = (memory @ get(attn.kv.kernel)).reshape(len(memory), cfg.num_heads, 2, -1)
@@ -69,7 +60,7 @@ def numpy_encdec(model: EncDec, cfg: EncDecConfig, source, target, mask):
         for head in range(cfg.num_heads):
             q_h, k_h, v_h = q[:, head], kv[:, head, 0], kv[:, head, 1]
             if cfg.positions == "rotary" and bias is not None:
-                q_h, k_h = turn(q_h), turn(k_h)
+                q_h, k_h = turned(q_h, cfg.rotary_base), turned(k_h, cfg.rotary_base)
             scores = q_h @ k_h.T / (1 if cfg.positions == "relative" else math.sqrt(cfg.head_dim))
             if cfg.positions == "relative" and bias is not None:
                 distances = np.arange(len(memory))[None] - np.arange(len(x))[:, None]

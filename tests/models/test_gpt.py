@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import turned
 
 from jaxpipe.errors import ConfigError
 from jaxpipe.models.gpt import GPT, PRESETS, Block, GPTConfig, Head, flops_per_token, num_params
 from jaxpipe.models.layers import rotate
+from jaxpipe.runtime.arithmetic import dot_flops
 
 GPT2 = GPTConfig(vocab_size=17, max_seq_len=8, num_layers=2, num_heads=2, d_model=12)
 LLAMA_LIKE = replace(GPT2, positions="rotary", norm="rmsnorm", mlp="swiglu", bias=False, tied=False, d_ff=20)
@@ -37,22 +39,13 @@ def numpy_gpt(weights, cfg: GPTConfig, tokens):
         x = x / np.sqrt((x**2).mean(-1, keepdims=True) + cfg.norm_eps) * get(f"{path}.scale")
         return x + get(f"{path}.bias") if cfg.bias and cfg.norm == "layernorm" else x
 
-    def turn(x):
-        out, half = x.copy(), x.shape[-1] // 2
-        for t in range(len(x)):
-            for i in range(half):
-                angle = t * cfg.rotary_base ** (-i / half)
-                pair = complex(x[t, i], x[t, i + half]) * complex(math.cos(angle), math.sin(angle))
-                out[t, i], out[t, i + half] = pair.real, pair.imag
-        return out
-
     def attention(x, path):
         # Back to GPT-2's column order (q|k|v, head, dim), to check the documented one.
         qkv = linear(x, f"{path}.qkv").reshape(len(x), cfg.num_heads, 3, cfg.head_dim).transpose(2, 1, 0, 3)
         heads = []
         for q, k, v in zip(*qkv, strict=True):
             if cfg.positions == "rotary":
-                q, k = turn(q), turn(k)
+                q, k = turned(q, cfg.rotary_base), turned(k, cfg.rotary_base)
             scores = q @ k.T / math.sqrt(cfg.head_dim)
             weights = np.exp(scores) * np.tri(len(x))
             heads.append(weights / weights.sum(-1, keepdims=True) @ v)
@@ -149,18 +142,8 @@ def test_presets_have_the_published_sizes():
 def test_flops_per_token_counts_the_matrix_products(cfg, random_gpt):
     gpt = random_gpt(cfg)
     graphdef, state = nnx.split(gpt)
-    jaxpr = jax.make_jaxpr(lambda state: nnx.merge(graphdef, state)(jnp.asarray(TOKENS)))(state)
-    assert flops_per_token(cfg, TOKENS.shape[1]) * TOKENS.size == sum(dot_flops(jaxpr.jaxpr))
-
-
-def dot_flops(jaxpr):
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            (contract, _), _ = eqn.params["dimension_numbers"]
-            yield 2 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[i] for i in contract)
-        for inner in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
-            if hasattr(inner, "jaxpr"):
-                yield from dot_flops(inner.jaxpr)
+    counted = dot_flops(lambda state: nnx.merge(graphdef, state)(jnp.asarray(TOKENS)), state)
+    assert flops_per_token(cfg, TOKENS.shape[1]) * TOKENS.size == counted > 0
 
 
 def test_weights_start_as_in_gpt2():

@@ -18,6 +18,17 @@ lanes of one step really ran), `report`.
 
 from jaxpipe.train.bench.case import Case, Workload, make_cases, workload_of
 from jaxpipe.train.bench.measure import Row, measure, num_cores
-from jaxpipe.train.bench.one_core import OneCore
+from jaxpipe.train.bench.one_core import OneCore, accumulation_step, in_groups
 
-__all__ = ["Case", "OneCore", "Row", "Workload", "make_cases", "measure", "num_cores", "workload_of"]
+__all__ = [
+    "Case",
+    "OneCore",
+    "Row",
+    "Workload",
+    "accumulation_step",
+    "in_groups",
+    "make_cases",
+    "measure",
+    "num_cores",
+    "workload_of",
+]
