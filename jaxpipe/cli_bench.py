@@ -81,6 +81,7 @@ def run(options: argparse.Namespace) -> int:
     _check(options)
     from jaxpipe.runtime.mesh import simulate_devices
     from jaxpipe.train import bench, load
+    from jaxpipe.train.bench.memory import keep_freed_memory
 
     config = load(options.config, options.set) if options.config else None
     workload = bench.workload_of(config, options.set)
@@ -101,6 +102,7 @@ def run(options: argparse.Namespace) -> int:
             f"--trace runs one case but the options make {len(cases)}; try --schedule {cases[0].schedule.name} "
             f"--devices {cases[0].schedule.devices} --remat {cases[0].remat}"
         )
+    keep_freed_memory()
     simulate_devices(max(case.schedule.devices for case in cases))
     if one:
         _trace(cases[0], options)

@@ -17,7 +17,7 @@ from jaxpipe.runtime.tree import tie
 
 
 def build_stages(
-    model: Model, layout: Layout, remats: Sequence[Remat], params: Tree, carry: Tree, context: Context
+    model: Model, layout: Layout, remats: Sequence[Remat], params: Tree, carry: Tree, context: Context, walls: bool
 ) -> Stages:
     """The lane functions of all stages.
 
@@ -28,6 +28,7 @@ def build_stages(
         params: Shapes of the pipeline parameters.
         carry: Shapes of the embedding's output.
         context: Shapes of what lanes know of a microbatch.
+        walls: Whether stages have walls between their blocks, see `jaxpipe.runtime.wall`.
 
     Raises:
         PartitionError: A block does not return what it was given, or has parameters that are not floating-point.
@@ -61,6 +62,7 @@ def build_stages(
                 carry=carry,
                 context=context,
                 aux=aux,
+                walls=walls,
             )
         return made[key]
 

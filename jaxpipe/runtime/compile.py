@@ -68,6 +68,7 @@ class Program:
         stages: The lanes of all stages.
         ends: Embedding and head.
         skip: How lanes are idle.
+        hops_block: Whether a hop ends before anything else starts, see `jaxpipe.runtime.tick`.
         metrics: Shapes of the head's metrics of one row group; an empty dict if they are not wanted.
         offload: Whether the stash rests in the host's memory.
         second_stream: Whether the second of a lane's two hops has a stream of its own, see `Pipeline`.
@@ -81,6 +82,7 @@ class Program:
     stages: Stages
     ends: Ends
     skip: Skip
+    hops_block: bool = False
     metrics: Tree = field(default_factory=dict)
     offload: bool = False
     second_stream: bool = False
@@ -145,6 +147,7 @@ class Program:
             blocks=blocks,
             ends=ends,
             skip=self.skip,
+            hops_block=self.hops_block,
             seeds=(loss_scale, self._aux_seed(batch, ends) * loss_scale),
             metrics=self.metrics,
             offload=self.offload,

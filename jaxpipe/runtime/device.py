@@ -34,6 +34,7 @@ class Device:
         blocks: Weights, ``blocks[repeat][position]``.
         ends: Gathered embedding and head parameters.
         skip: How lanes are idle, see `jaxpipe.runtime.lane`.
+        hops_block: Whether a hop ends before anything else starts, see `jaxpipe.runtime.tick`.
         seeds: Gradients of the head's loss and of the blocks' `aux`, scalars.
         metrics: Shapes of the head's metrics of one row group if they are wanted, else an empty dict.
         offload: Whether the stash (activations, residuals, weight-residuals) rests in the host's memory.
@@ -54,6 +55,7 @@ class Device:
     skip: Skip
     seeds: tuple[Any, Any]
     metrics: Tree
+    hops_block: bool = False
     offload: bool = False
     second_stream: bool = False
     clock: Clock | None = None
@@ -73,9 +75,15 @@ class Device:
         """The gradient of a stage's `aux`."""
         return [self.seeds[1].astype(s.dtype) for s in self.stages.stage.aux]
 
-    def stash(self, shapes: Tree, count: int) -> Tree:
-        """Slots of the stash, see `jaxpipe.runtime.slots`."""
-        return slots.make(shapes, count, self.offload)
+    def slots(self, shapes: Tree, count: int, scratch: bool = True) -> Tree:
+        """Buffers of `count` slots, and one that idle lanes write."""
+        count += scratch
+        return self.zeros(jax.tree.map(lambda s: jax.ShapeDtypeStruct((count, *s.shape), s.dtype), shapes))
+
+    def stash(self, shapes: Tree, count: int, scratch: bool = True) -> Tree:
+        """Slots of the stash, in the memory of the host if it is offloaded."""
+        buffers = self.slots(shapes, count, scratch)
+        return jax.device_put(buffers, jax.memory.Space.Host) if self.offload else buffers
 
     def keep(self, stash: Tree, at, values: Tree) -> Tree:
         """Writes a slot of the stash."""

@@ -122,4 +122,4 @@ def _keep_metrics(kept: Tree, row: dict, metrics: Tree) -> Tree:
 def start_metrics(device: Device) -> Any:
     """Where the metrics of all microbatches go."""
     microbatches = device.table.schedule.microbatches
-    return jax.tree.map(lambda s: slots.make(s, microbatches) if s.shape else jnp.zeros((), s.dtype), device.metrics)
+    return jax.tree.map(lambda s: device.slots(s, microbatches) if s.shape else jnp.zeros((), s.dtype), device.metrics)

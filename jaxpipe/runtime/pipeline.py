@@ -267,7 +267,7 @@ class Pipeline:
         check_params(params)
         carry = jax.eval_shape(lambda p, mb: model.embed.apply(p, mb, None), params["embed"], mb)
         context = Context(mb, key if random else None, jax.ShapeDtypeStruct((), jnp.int32))
-        stages = build_stages(model, self.layout, self.remats, params, carry, context)
+        stages = build_stages(model, self.layout, self.remats, params, carry, context, walls=self._on_cpu)
         ends = {"embed": params["embed"], "head": params["head"]}
         ends = _with_dtypes(ends, end_dtypes(model, ends, carry, mb, key))
         ends = Ends(model, self.schedule.devices, ends, self._cut)
@@ -282,6 +282,7 @@ class Pipeline:
             stages=stages,
             ends=ends,
             skip=self._skip,
+            hops_block=self._on_cpu,
             metrics=metric_shapes(model, head, carry, mb) if metrics else {},
             offload=self.offload,
             second_stream=self.second_stream,
@@ -292,7 +293,11 @@ class Pipeline:
         """How lanes are idle: simulated devices share cores, and GPUs wait for the host in loops."""
         if self.idle == "mask":
             return "mask"
-        return "loop" if self.mesh.devices.flat[0].platform == "cpu" else "branch"
+        return "loop" if self._on_cpu else "branch"
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.mesh.devices.flat[0].platform == "cpu"
 
 
 def _shapes(tree: Tree) -> Tree:

@@ -1,7 +1,8 @@
 """Numbered buffers of the compiled loop.
 
-Each kind of value rests in arrays ``[slots + 1, ...]``; the last slot is scratch, which idle lanes write. They are
-always updated outside the conditionals: an update inside one makes XLA copy the whole buffer.
+Each kind of value rests in arrays ``[slots, ...]``, made by `jaxpipe.runtime.device.Device.slots`; where idle lanes
+write too, one more slot at the end is scratch for them. Buffers are always updated outside the conditionals: an update
+inside one makes XLA copy the whole buffer.
 """
 
 import jax
@@ -11,14 +12,8 @@ from jax import lax
 from jaxpipe.runtime.model import Tree
 
 
-def make(shapes: Tree, count: int, on_host: bool = False) -> Tree:
-    """Buffers of `count` slots and one scratch slot, in the device's memory or in that of its host."""
-    buffers = jax.tree.map(lambda s: jnp.zeros((count + 1, *s.shape), s.dtype), shapes)
-    return jax.device_put(buffers, jax.memory.Space.Host) if on_host else buffers
-
-
 def put(slots: Tree, at, values: Tree, on_host: bool = False) -> Tree:
-    """Writes a slot; slot -1 is the scratch slot."""
+    """Writes a slot; slot -1 is the last one, the scratch slot."""
 
     def write(buffer, value):
         value = jax.device_put(value, jax.memory.Space.Host) if on_host else value

@@ -22,6 +22,7 @@ from jaxpipe.runtime.model import Tree, carry_and_aux
 from jaxpipe.runtime.residuals import Cut, cut_residuals
 from jaxpipe.runtime.split import PRODUCTS, SplitBackward, split_backward
 from jaxpipe.runtime.tree import tie
+from jaxpipe.runtime.wall import wall
 
 Remat = Literal["full", "none", "all"] | Callable[..., Any]
 """``full``, ``none``, ``all``, or a policy of `jax.checkpoint`."""
@@ -80,6 +81,7 @@ class Stage:
         carry: Shapes of the stage's input.
         context: Shapes of the context.
         aux: Shapes of `aux`.
+        walls: Whether there is a wall after each block, see `jaxpipe.runtime.wall`.
     """
 
     runs: Sequence[Run]
@@ -88,11 +90,13 @@ class Stage:
     carry: Tree
     context: Context
     aux: Sequence[jax.ShapeDtypeStruct] = ()
+    walls: bool = False
 
     def run(self, params: Tree, carry: Tree, context: Context) -> tuple[Tree, list]:
         """The blocks, one after the other: the output carry and `aux`."""
         total = [jnp.zeros(s.shape, s.dtype) for s in self.aux]
         number = context.first_block
+        never = jnp.minimum(number, 0)
         for run, own in zip(self.runs, params["blocks"], strict=True):
 
             def one(total, carry, number, own, run=run):
@@ -106,6 +110,9 @@ class Stage:
             else:
                 numbers = number + jnp.arange(run.count, dtype=jnp.int32)
                 (total, carry), _ = lax.scan(lambda s, x, one=one: (one(*s, *x), None), (total, carry), (numbers, own))
+            if self.walls:
+                floating, others = part(carry)
+                carry = join(carry, wall(never, floating), others)
             number = number + (run.count or 1)
         return carry, total
 

@@ -16,10 +16,9 @@ from jaxpipe.schedule import TickTable
 from jaxpipe.schedule.table import ARRIVAL
 
 
-def forward_lane(device: Device, state: dict, row: dict) -> tuple[dict, Tree, Commit]:
-    """Takes in what arrived, keeps it, and runs the stage."""
+def forward_lane(device: Device, state: dict, row: dict, arrived: Any) -> tuple[dict, Tree, Commit]:
+    """Takes in what arrived from each side, keeps it, and runs the stage."""
     stages, kept, repeat = device.stages, state["activation"], row["f_repeat"]
-    arrived = state["rf"]
     if device.table.forward_direct:
         arrived = select("f", row, arrived, stages.stage.carry)
     else:

@@ -6,15 +6,20 @@ The state is a dict, one entry per kind of thing that lives from tick to tick:
     metrics            of all microbatches, where they are wanted
     clock              what a clock's last note answered, where there is one
     rf                 by side, what the neighbours' (or this device's own) forward lanes sent
+    y                  in its place where hops block: what this device's last forward lane made, not sent yet
     dx                 what this device's last backward lane made, not sent yet
     activation, residual, gradient, weight_residual      slots
     ends, blocks       gradient accumulators
+
+Where hops fly, each lane's output leaves as soon as it is there. Where they block, as on simulated CPU devices, all
+hops stand at the start of the tick: a hop is a meeting of all devices, and one between the lanes would make those that
+run a B, I or W wait for those that run an F.
 """
 
 import jax
 import jax.numpy as jnp
 
-from jaxpipe.runtime import end_lanes, slots, vocab_lanes
+from jaxpipe.runtime import end_lanes, vocab_lanes
 from jaxpipe.runtime.device import Device
 from jaxpipe.runtime.end_lanes import start_metrics
 from jaxpipe.runtime.ends import accumulator_dtype
@@ -33,54 +38,58 @@ def start(device: Device, params: Tree) -> dict:
     stage = stages.stage
     carry, gradient = (jax.tree.map(_zero, shapes) for shapes in (stage.carry, stage.gradient))
     number = jnp.zeros((), accumulator_dtype(jax.tree.leaves(params)[0].dtype))
-    state = {"loss": number, "weight": number, "rf": dict.fromkeys(_sides(device, "f"), carry)}
+    state = {"loss": number, "weight": number}
+    state |= {"y": carry} if device.hops_block else {"rf": dict.fromkeys(_sides(device, "f"), carry)}
     state |= {"aux": number} if stage.aux else {}
     state |= {"metrics": start_metrics(device)} if device.metrics else {}
     state |= {"clock": jnp.int32(0)} if device.clock else {}
     state["activation"] = device.stash(stage.carry, counts.activation)
     if not device.trains:
         return state
+    idles = device.skip != "loop"  # idle lanes write too
     state |= {
         "dx": gradient,
-        "residual": device.stash(list(stages.residuals.shapes), counts.residual),
-        "ends": jax.tree.map(lambda x: jnp.zeros(x.shape, accumulator_dtype(x.dtype)), device.ends),
+        "residual": device.stash(list(stages.residuals.shapes), counts.residual, idles or not all(table.keeps)),
+        "ends": device.zeros(_accumulators(device.ends)),
+        # One row per repeat, but no lone row: XLA adds to [1, ...] in a new buffer and copies it back.
         "blocks": [
-            # One row per repeat, but no lone row: XLA adds to [1, ...] in a new buffer and copies it back.
-            jax.tree.map(
-                lambda s, rows=(a.num_rows,) if a.num_rows > 1 else (): jnp.zeros(
-                    (*rows, *s.shape), accumulator_dtype(s.dtype)
-                ),
-                a.params,
-            )
-            for a in stages.accumulators
+            device.zeros(_accumulators(a.params, (a.num_rows,) if a.num_rows > 1 else ())) for a in stages.accumulators
         ],
     }
     if not table.gradient_direct:
-        state["gradient"] = slots.make(stage.gradient, counts.gradient)
-    if backward_kinds(table)[1]:
-        state["weight_residual"] = device.stash(list(stages.weight_residuals.shapes), counts.weight_residual)
+        state["gradient"] = device.slots(stage.gradient, counts.gradient)
+    full, split = backward_kinds(table)
+    if split:
+        shapes = list(stages.weight_residuals.shapes)
+        state["weight_residual"] = device.stash(shapes, counts.weight_residual, idles or full)
     return state
 
 
 def tick(device: Device, state: dict, row: dict, phase: Phase) -> dict:
     """One turn of the loop; `row` holds one number of each column."""
-    rb = y = dy = None
+    rf, rb, y, dy = state.get("rf", {}), {}, None, None
     if phase.backward:
         rb = _hops(device, state["dx"], _sides(device, "b", phase.start, phase.stop))  # [1]
+    if phase.forward and device.hops_block:
+        rf = _hops(device, state["y"], _sides(device, "f", phase.start, phase.stop))
+        rf, rb = fence(rf, rb)
     if phase.forward:
-        state, y, commit = forward_lane(device, state, row)
-        if phase.backward:
-            rb, (y, commit) = fence(rb, (y, commit))
-        # [2] What the last tick of a phase sends arrives in the next one.
-        sent = _hops(device, y, _sides(device, "f", phase.start + 1, phase.stop + 1))
-        state = commit(state) | {"rf": state["rf"] | sent}
+        state, y, commit = forward_lane(device, state, row, rf)
+        if device.hops_block:
+            state = commit(state) | {"y": y}
+        else:
+            if phase.backward:
+                rb, (y, commit) = fence(rb, (y, commit))
+            # [2] What the last tick of a phase sends arrives in the next one.
+            rf = rf | _hops(device, y, _sides(device, "f", phase.start + 1, phase.stop + 1))
+            state = commit(state) | {"rf": rf}
     if phase.head:
         run_head = vocab_lanes.head_lane if device.parts.cut else end_lanes.head_lane
         state, dy, commit = run_head(device, state, row, y)
         state = commit(state)
     if phase.backward:
         state, dx, commit = backward_lane(device, state, row, rb, dy)
-        if phase.forward:
+        if phase.forward and not device.hops_block:
             state["rf"], (dx, commit) = fence(state["rf"], (dx, commit))
         add_embed = vocab_lanes.embed_gradient_lane if "embed" in device.parts.cut else end_lanes.embed_gradient_lane
         state = add_embed(device, commit(state), row, dx) | {"dx": dx}
@@ -108,3 +117,8 @@ def _hops(device: Device, values: Tree, sides: list[str]) -> dict[str, Tree]:
 
 def _zero(shape):
     return jnp.zeros(shape.shape, shape.dtype)
+
+
+def _accumulators(params: Tree, rows: tuple[int, ...] = ()) -> Tree:
+    """Shapes of the gradient sums of parameters."""
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct((*rows, *s.shape), accumulator_dtype(s.dtype)), params)

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpipe.errors import ConfigError
-from jaxpipe.runtime.carry import part
+from jaxpipe.runtime.carry import join, part
 from jaxpipe.runtime.compile import Outcome, Program
 from jaxpipe.runtime.device import Device
 from jaxpipe.runtime.end_lanes import embed_gradient_lane, embed_lane, head_lane
 from jaxpipe.runtime.model import Tree
 from jaxpipe.runtime.stages import Branch, Stages
-from jaxpipe.runtime.transfer import fence
+from jaxpipe.runtime.wall import wall
 from jaxpipe.schedule import Schedule
 
 SUMS = ("loss", "weight", "aux", "metrics", "ends", "blocks")
@@ -43,6 +43,7 @@ def _run(device: Device, state: dict) -> dict:
     stages, schedule = device.stages, device.table.schedule
     split = _split(schedule)
     carry = jax.tree.map(lambda s: jnp.full(s.shape, 0.5, s.dtype), stages.stage.carry)
+    never = jnp.minimum(device.place, 0)
 
     def microbatch(state_and_x, m):
         state, x = state_and_x
@@ -53,7 +54,7 @@ def _run(device: Device, state: dict) -> dict:
             weights = stages.params(branch, device.blocks, device.shared)
             x = embed_lane(device, x, context, row)
             y, aux, residuals = branch.stage.forward(weights, x, context)
-            x, (y, aux, residuals) = fence(x, (y, aux, residuals))
+            x, y, aux, residuals = _apart(never, (x, y, aux, residuals))
             if aux:
                 state = state | {"aux": state["aux"] + aux[0].astype(state["aux"].dtype)}
             dy = part(y)[0]
@@ -63,11 +64,11 @@ def _run(device: Device, state: dict) -> dict:
                 state = commit(state)
             known = weights, x, residuals, context
             only = jnp.asarray(split[repeat])[m, device.place] if _mixed(split) else split[repeat][0][0]
-            dx, dw = _backward(branch, only, known, dy, device.daux)
-            dx, dw = fence(dx, stages.spread(branch, dw, device.zeros))
+            dx, dw = _backward(branch, only, known, dy, device.daux, never)
+            dx, dw = _apart(never, (dx, stages.spread(branch, dw, device.zeros)))
             state = state | device.add(state, at, dw)
             state = embed_gradient_lane(device, state, row, dx)
-            x, _ = fence(carry, dx)
+            x, _ = _apart(never, (carry, dx))
         return (state, x), None
 
     sums = {name: state[name] for name in SUMS if name in state}
@@ -75,13 +76,15 @@ def _run(device: Device, state: dict) -> dict:
     return state | sums
 
 
-def _backward(branch: Branch, only: Any, known: Known, dy: list, daux: list) -> tuple[list, Tree]:
+def _backward(branch: Branch, only: Any, known: Known, dy: list, daux: list, never: Any) -> tuple[list, Tree]:
     """B, or I and then W where `only` says so: ``(dx, dparams)``."""
     stage = branch.stage
 
     def halves(known: Known, dy, daux):
-        dx, crossing = fence(*stage.backward_input(*known, dy, daux))
-        return dx, stage.backward_weight(*known, crossing)
+        weights, x, residuals, context = known
+        out = *stage.backward_input(*known, dy, daux), x, residuals
+        dx, crossing, x, residuals = _apart(never, out)
+        return dx, stage.backward_weight(weights, x, residuals, context, crossing)
 
     def whole(known: Known, dy, daux):
         dw, dx = stage.backward(*known, dy, daux)
@@ -90,6 +93,12 @@ def _backward(branch: Branch, only: Any, known: Known, dy: list, daux: list) -> 
     if isinstance(only, bool):
         return (halves if only else whole)(known, dy, daux)
     return lax.cond(only, halves, whole, known, dy, daux)
+
+
+def _apart(never: Any, values: tuple) -> tuple:
+    """The values as another lane finds them: what was computed beside them has to be computed again there."""
+    floating, others = part(values)
+    return join(values, wall(never, floating), others)
 
 
 def _split(schedule: Schedule) -> list[list[list[bool]]]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxpipe.runtime.mesh import simulate_devices
 from jaxpipe.runtime.sequential import sequential
 from jaxpipe.train.bench.case import Workload
+from jaxpipe.train.bench.memory import keep_freed_memory
 
 
 class OneCore:
@@ -69,6 +70,7 @@ def _serve(pipe: Any, workload: Workload) -> None:
     """For each number of microbatches that it is sent, times a step; ends at 0."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    keep_freed_memory()
     simulate_devices(1)
     params, step = accumulation_step(workload)
     while microbatches := pipe.recv():
