@@ -134,25 +134,15 @@ class Program:
         """What one device does. Local shapes: place [1], shard [1], columns [ticks, 1], batch [B / data, ...]."""
         columns = {name: column[:, 0] for name, column in columns.items()}
         batch = jax.tree.map(lambda x: x.reshape(self.table.schedule.microbatches, -1, *x.shape[1:]), batch)
-        blocks, ends = self._weights(params, place[0])
-        device = Device(
-            model=self.model,
-            table=self.table,
-            stages=self.stages,
-            parts=self.ends,
+        ends = self.ends.gather(params, place[0])
+        device = self.device(
             place=place[0],
             shard=shard[0],
             batch=batch,
             key=key,
-            blocks=blocks,
+            blocks=self.weights(params["blocks"]),
             ends=ends,
-            skip=self.skip,
-            hops_block=self.hops_block,
             seeds=(loss_scale, self._aux_seed(batch, ends) * loss_scale),
-            metrics=self.metrics,
-            offload=self.offload,
-            second_stream=self.second_stream,
-            clock=self.clock,
         )
         state = start(device, params)
         if loop is not None:
@@ -169,6 +159,22 @@ class Program:
             gradient=self._reduce(state) if self.trains else None,
         )
 
+    def device(self, **known: Any) -> Device:
+        """A device that runs this program; `known` are the fields that are arrays of its own."""
+        return Device(
+            model=self.model,
+            table=self.table,
+            stages=self.stages,
+            parts=self.ends,
+            skip=self.skip,
+            hops_block=self.hops_block,
+            metrics=self.metrics,
+            offload=self.offload,
+            second_stream=self.second_stream,
+            clock=self.clock,
+            **known,
+        )
+
     def _aux_seed(self, batch: Tree, ends: Tree):
         """The gradient of one `aux`: what it adds to the loss, which is yet to be divided by the global weight."""
         if not self.stages.stage.aux or not self.trains:
@@ -183,19 +189,18 @@ class Program:
         rows = kept[: self.table.schedule.microbatches]
         return lax.psum(rows.reshape(-1, *rows.shape[2:]), PIPE)
 
-    def _weights(self, params: Tree, place) -> tuple[list, Tree]:
-        """The stages' weights of this device and the gathered ends, in the dtypes that the lanes compute with."""
-        blocks = [
+    def weights(self, blocks: Tree) -> list:
+        """The stages' weights of this device, in the dtypes that the lanes compute with."""
+        return [
             [
                 jax.tree.map(lambda x, s: x[0].astype(s.dtype), tree, shapes)
                 for tree, shapes in zip(trees, weights, strict=True)
             ]
-            for trees, weights in zip(params["blocks"], self.stages.weights, strict=True)
+            for trees, weights in zip(blocks, self.stages.weights, strict=True)
         ]
-        return blocks, self.ends.gather(params, place)
 
-    def _reduce(self, state: dict) -> Tree:
-        """Local accumulators to gradients: the one reduction per step."""
+    def block_gradients(self, accumulators: list) -> list:
+        """The accumulators of this device's blocks as gradients ``[1, ...]``, summed over data shards."""
 
         def of(repeat: int, number: int, weights: Tree) -> Tree:
             accumulator = self.stages.accumulators[number]
@@ -206,10 +211,13 @@ class Program:
                 own = own if own.shape == like.shape else own[: like.shape[0]]
                 return lax.psum(own[None], DATA)
 
-            return jax.tree.map(leaf, state["blocks"][number], weights)
+            return jax.tree.map(leaf, accumulators[number], weights)
 
-        blocks = [
+        return [
             [of(repeat, number, shapes) for number, shapes in zip(places, weights, strict=True)]
             for repeat, (places, weights) in enumerate(zip(self.stages.places, self.stages.weights, strict=True))
         ]
-        return {**self.ends.reduce(state["ends"]), "blocks": blocks}
+
+    def _reduce(self, state: dict) -> Tree:
+        """Local accumulators to gradients: the one reduction per step."""
+        return {**self.ends.reduce(state["ends"]), "blocks": self.block_gradients(state["blocks"])}

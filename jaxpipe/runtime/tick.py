@@ -36,10 +36,10 @@ def start(device: Device, params: Tree) -> dict:
     """The loop's state before the first tick."""
     table, stages, counts = device.table, device.stages, device.table.slots
     stage = stages.stage
-    carry, gradient = (jax.tree.map(_zero, shapes) for shapes in (stage.carry, stage.gradient))
+    carry, gradient = (jax.tree.map(zero, shapes) for shapes in (stage.carry, stage.gradient))
     number = jnp.zeros((), accumulator_dtype(jax.tree.leaves(params)[0].dtype))
     state = {"loss": number, "weight": number}
-    state |= {"y": carry} if device.hops_block else {"rf": dict.fromkeys(_sides(device, "f"), carry)}
+    state |= {"y": carry} if device.hops_block else {"rf": dict.fromkeys(sides(device, "f"), carry)}
     state |= {"aux": number} if stage.aux else {}
     state |= {"metrics": start_metrics(device)} if device.metrics else {}
     state |= {"clock": jnp.int32(0)} if device.clock else {}
@@ -51,10 +51,7 @@ def start(device: Device, params: Tree) -> dict:
         "dx": gradient,
         "residual": device.stash(list(stages.residuals.shapes), counts.residual, idles or not all(table.keeps)),
         "ends": device.zeros(_accumulators(device.ends)),
-        # One row per repeat, but no lone row: XLA adds to [1, ...] in a new buffer and copies it back.
-        "blocks": [
-            device.zeros(_accumulators(a.params, (a.num_rows,) if a.num_rows > 1 else ())) for a in stages.accumulators
-        ],
+        "blocks": block_sums(device),
     }
     if not table.gradient_direct:
         state["gradient"] = device.slots(stage.gradient, counts.gradient)
@@ -65,13 +62,23 @@ def start(device: Device, params: Tree) -> dict:
     return state
 
 
+def block_sums(device: Device) -> list[Tree]:
+    """Gradient accumulators of all blocks: one row per repeat, but no lone row.
+
+    XLA adds to [1, ...] in a new buffer and copies it back.
+    """
+    rows = [(a.num_rows,) if a.num_rows > 1 else () for a in device.stages.accumulators]
+    sums = zip(device.stages.accumulators, rows, strict=True)
+    return [device.zeros(_accumulators(a.params, lead)) for a, lead in sums]
+
+
 def tick(device: Device, state: dict, row: dict, phase: Phase) -> dict:
     """One turn of the loop; `row` holds one number of each column."""
     rf, rb, y, dy = state.get("rf", {}), {}, None, None
     if phase.backward:
-        rb = _hops(device, state["dx"], _sides(device, "b", phase.start, phase.stop))  # [1]
+        rb = hops(device, state["dx"], sides(device, "b", phase.start, phase.stop))  # [1]
     if phase.forward and device.hops_block:
-        rf = _hops(device, state["y"], _sides(device, "f", phase.start, phase.stop))
+        rf = hops(device, state["y"], sides(device, "f", phase.start, phase.stop))
         rf, rb = fence(rf, rb)
     if phase.forward:
         state, y, commit = forward_lane(device, state, row, rf)
@@ -81,7 +88,7 @@ def tick(device: Device, state: dict, row: dict, phase: Phase) -> dict:
             if phase.backward:
                 rb, (y, commit) = fence(rb, (y, commit))
             # [2] What the last tick of a phase sends arrives in the next one.
-            rf = rf | _hops(device, y, _sides(device, "f", phase.start + 1, phase.stop + 1))
+            rf = rf | hops(device, y, sides(device, "f", phase.start + 1, phase.stop + 1))
             state = commit(state) | {"rf": rf}
     if phase.head:
         run_head = vocab_lanes.head_lane if device.parts.cut else end_lanes.head_lane
@@ -98,13 +105,13 @@ def tick(device: Device, state: dict, row: dict, phase: Phase) -> dict:
     return state
 
 
-def _sides(device: Device, lane: str, start: int = 0, stop: int | None = None) -> list[str]:
+def sides(device: Device, lane: str, start: int = 0, stop: int | None = None) -> list[str]:
     """The sides from which something arrives for a lane in these ticks."""
     columns = {side: device.table.columns[name][start:stop] for side, name in ARRIVAL[lane].items()}
     return [side for side, rows in columns.items() if any(slot >= 0 for row in rows for slot in row)]
 
 
-def _hops(device: Device, values: Tree, sides: list[str]) -> dict[str, Tree]:
+def hops(device: Device, values: Tree, sides: list[str]) -> dict[str, Tree]:
     """What arrives from each side when every device sends `values`."""
     schedule = device.table.schedule
     ring = schedule.placement == "loop" and schedule.repeats > 1
@@ -115,7 +122,7 @@ def _hops(device: Device, values: Tree, sides: list[str]) -> dict[str, Tree]:
     return arrived
 
 
-def _zero(shape):
+def zero(shape):
     return jnp.zeros(shape.shape, shape.dtype)
 
 

@@ -8,13 +8,14 @@ read back then (`TickTable.forward_direct`).
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from jaxpipe.errors import ScheduleError
 from jaxpipe.schedule.costs import Costs
 from jaxpipe.schedule.ir import Schedule
 from jaxpipe.schedule.lockstep import lockstep_makespan
-from jaxpipe.schedule.pack import LANE, Packed, order_peak, packings
+from jaxpipe.schedule.pack import LANE, Packed, order_peak, pack, packings
 from jaxpipe.schedule.slots import KINDS, Interval, action_ticks, colour, lifetimes
 from jaxpipe.schedule.table import ARRIVAL, COLUMNS, SEND, ModelBytes, Phase, Slots, TickTable
 from jaxpipe.schedule.verify import verify
@@ -100,12 +101,31 @@ def _notes(schedule: Schedule, packed: Packed) -> tuple[str, ...]:
     )
 
 
-def tabulate(packed: Packed, notes: tuple[str, ...] = (), keeps: Sequence[bool] | None = None) -> TickTable:
-    """Fills the columns for actions whose ticks are known."""
+def lower_sweeps(schedule: Schedule, keeps: Sequence[bool]) -> TickTable:
+    """The tables of a schedule cut in two: all its forwards, and then, from gradients that are given, its backwards.
+
+    Args:
+        schedule: Any schedule; its forwards keep their order, and so do its backwards.
+        keeps: As in `lower`.
+
+    Returns:
+        A table with one action per tick, of which the last forward's tick comes before the first backward's.
+
+    Raises:
+        ScheduleError: The schedule does not verify.
+    """
+    order = tuple(tuple(sorted(actions, key=lambda a: a.phase != "F")) for actions in verify(schedule).order)
+    return tabulate(pack(replace(schedule, order=order), "single"), keeps=keeps, given=True)
+
+
+def tabulate(
+    packed: Packed, notes: tuple[str, ...] = (), keeps: Sequence[bool] | None = None, given: bool = False
+) -> TickTable:
+    """Fills the columns for actions whose ticks are known; `given` as in `lifetimes`."""
     schedule, ticks = packed.schedule, action_ticks(packed)
     keeps = (True,) * schedule.stages if keeps is None else tuple(map(bool, keeps))
     columns = {name: [[-1] * schedule.devices for _ in range(packed.ticks)] for name in COLUMNS}
-    lives = [lifetimes(packed, ticks, device, keeps) for device in range(schedule.devices)]
+    lives = [lifetimes(packed, ticks, device, keeps, given) for device in range(schedule.devices)]
     counts: dict[str, int] = dict.fromkeys(KINDS, 0)
     for device, live in enumerate(lives):
         slots: dict[str, dict[tuple[int, int], int]] = {}

@@ -38,7 +38,7 @@ def action_ticks(packed: Packed) -> Ticks:
 
 
 def lifetimes(
-    packed: Packed, ticks: Ticks, device: int, keeps: Sequence[bool] | None = None
+    packed: Packed, ticks: Ticks, device: int, keeps: Sequence[bool] | None = None, given: bool = False
 ) -> dict[str, list[Interval]]:
     """The values that rest on a device, by kind, each with its first and last tick.
 
@@ -47,6 +47,7 @@ def lifetimes(
         ticks: Of the same.
         device: Whose values.
         keeps: Per stage, whether it keeps residuals beside its input; by default all do.
+        given: The gradient of what leaves the last stage is there when it is wanted, and not made by its forward.
     """
     schedule = packed.schedule
     last = schedule.stages - 1
@@ -66,7 +67,8 @@ def lifetimes(
                 continue
             if keeps is None or keeps[s]:
                 live["residual"].append((now, max(used, ticks["W"][s][m]), value))
-            live["gradient"].append((gradient_tick(s + 1, m) + 1 if s < last else now, used, value))
+            made = used if given else now
+            live["gradient"].append((gradient_tick(s + 1, m) + 1 if s < last else made, used, value))
             if ticks["W"][s][m] >= 0:
                 live["weight_residual"].append((ticks["I"][s][m], ticks["W"][s][m], value))
     return live
