@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxpipe.errors import ConfigError
-from jaxpipe.runtime.model import Block, Embed, HeadLoss, Model, VocabEmbed, VocabHead
+from jaxpipe.nn.parts import blocks_of, embed_of, head_of
+from jaxpipe.runtime.model import Model, VocabEmbed, VocabHead
 from jaxpipe.runtime.tree import Tree
 
 Factory = Callable[[nnx.Rngs], nnx.Module]
@@ -86,9 +87,9 @@ def nnx_model(
     if (loss is None) != isinstance(head, VocabHead):
         raise ConfigError("loss=… goes with a head that is a factory, and only with one; try head=vocab_head(…)")
     return Model(
-        embed=embed if isinstance(embed, VocabEmbed) else _embed(embed, embed_call),
-        blocks=_blocks(block, num_layers, layers, block_call),
-        head_loss=head if isinstance(head, VocabHead) else _head(head, head_call, loss),
+        embed=embed if isinstance(embed, VocabEmbed) else embed_of(_Part("embed", embed, embed_call)),
+        blocks=blocks_of(block, num_layers, layers, {"block_call": block_call}, _block_part, noun="factory"),
+        head_loss=head if isinstance(head, VocabHead) else head_of(_Part("head", head, head_call), loss),
         tie=dict(tie or {}),
         aux_weight=aux_weight,
     )
@@ -143,51 +144,8 @@ def vocab_head(
     )
 
 
-def _embed(factory: Factory, call: Callable) -> Embed:
-    part = _Part("embed", factory, call)
-    return Embed(init=lambda key, mb: part.init(key), apply=lambda params, mb, key: part.apply(params, key, mb))
-
-
-def _head(factory: Factory, call: Callable, loss: Any) -> HeadLoss:
-    part = _Part("head", factory, call)
-    return HeadLoss(
-        init=lambda key, carry, mb: part.init(key),
-        apply=lambda params, carry, mb, key: loss(part.apply(params, key, carry, mb), mb),
-    )
-
-
-def _blocks(block, num_layers: int | None, layers: Sequence[str] | None, call) -> list[Block]:
-    """One `Block` per layer; those of a kind are the same object."""
-    if not isinstance(block, Mapping):
-        if num_layers is None or layers is not None or isinstance(call, Mapping):
-            raise ConfigError(
-                "block=… is one factory: it goes with num_layers=… and one block_call; try block={kind: …, …}"
-            )
-        return [_block("block", _Part("block", block, call or _call_plainly))] * num_layers
-    if layers is None or num_layers is not None:
-        raise ConfigError(f"block={{…}} has several kinds: it goes with layers=…; try layers={list(block)}")
-    if wrong := [kind for kind in layers if kind not in block]:
-        raise ConfigError(f"layers names the kind {wrong[0]!r} but block={{…}} has {', '.join(map(repr, block))}")
-    if unused := [kind for kind in block if kind not in layers]:
-        raise ConfigError(f"block={{…}} has the kind {unused[0]!r} but layers={list(layers)} does not name it")
-    calls = dict(call) if isinstance(call, Mapping) else dict.fromkeys(block, call or _call_plainly)
-    if wrong := [kind for kind in calls if kind not in block]:
-        raise ConfigError(f"block_call names the kind {wrong[0]!r} but block={{…}} has {', '.join(map(repr, block))}")
-    parts = {kind: _Part(kind, make, calls.get(kind, _call_plainly)) for kind, make in block.items()}
-    made = {kind: _block(kind, part) for kind, part in parts.items()}
-    return [made[kind] for kind in layers]
-
-
-def _block(kind: str, part: "_Part") -> Block:
-    return Block(
-        init=lambda key, carry: part.init(key),
-        apply=lambda params, carry, mb, key: part.apply(params, key, carry, mb),
-        kind=kind,
-    )
-
-
-def _call_plainly(module, carry: Tree, mb: Tree):
-    return module(carry)
+def _block_part(kind: str, factory: Factory, block_call: BlockCall | None) -> "_Part":
+    return _Part(kind, factory, block_call or (lambda module, carry, mb: module(carry)))
 
 
 class _Part:
@@ -206,8 +164,8 @@ class _Part:
         _refuse_state(name, graphdef, rest)
         self.graphdef, self.params, self.streams = graphdef, params, streams
 
-    def init(self, key) -> dict[str, Any]:
-        """The parameters of a new module, as nested dicts with string keys."""
+    def init(self, key, *inputs) -> dict[str, Any]:
+        """The parameters of a new module, as nested dicts with string keys; they do not depend on its inputs."""
         tree: dict[str, Any] = {}
         for path, variable in nnx.to_flat_state(nnx.state(self._make(nnx.Rngs(key)), nnx.Param)):
             *parents, leaf = map(str, path)
