@@ -2,5 +2,6 @@
 
 from jaxpipe.nn.linen import linen_model
 from jaxpipe.nn.nnx import nnx_model, vocab_embed, vocab_head
+from jaxpipe.nn.wrap import from_nnx
 
-__all__ = ["linen_model", "nnx_model", "vocab_embed", "vocab_head"]
+__all__ = ["from_nnx", "linen_model", "nnx_model", "vocab_embed", "vocab_head"]

@@ -166,14 +166,7 @@ class _Part:
 
     def init(self, key, *inputs) -> dict[str, Any]:
         """The parameters of a new module, as nested dicts with string keys; they do not depend on its inputs."""
-        tree: dict[str, Any] = {}
-        for path, variable in nnx.to_flat_state(nnx.state(self._make(nnx.Rngs(key)), nnx.Param)):
-            *parents, leaf = map(str, path)
-            node = tree
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[leaf] = variable.get_value()
-        return tree
+        return params_of(self._make(nnx.Rngs(key)))
 
     def apply(self, params, key, *inputs):
         """Calls the module with these parameters, and with random streams from `key`."""
@@ -204,6 +197,18 @@ class _Part:
                 value = jnp.zeros(like.shape, like.dtype)
             state.append((path, variable.replace(value)))
         return state
+
+
+def params_of(module: nnx.Module) -> dict[str, Any]:
+    """The parameters of a module, as nested dicts with string keys."""
+    tree: dict[str, Any] = {}
+    for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+        *parents, leaf = map(str, path)
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = variable.get_value()
+    return tree
 
 
 def _at(params, path, like):
