@@ -1,15 +1,33 @@
 """The pages of docs: their examples run, and users get the messages that they show."""
 
 import doctest
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from jaxpipe.cli import main
+
 DOCS = Path(__file__).parents[1] / "docs"
+PAGES = [("theory.md", 15), ("models.md", 60), ("choose-a-schedule.md", 40), ("performance.md", 4)]
+CHOOSE = (DOCS / "choose-a-schedule.md").read_text()
+DRAWN = re.findall(r"^jaxpipe (schedule .*--out) docs/(images/\S+)$", CHOOSE, flags=re.M)
 
 
-@pytest.mark.parametrize(("page", "examples"), [("theory.md", 15), ("models.md", 60), ("performance.md", 4)])
+@pytest.mark.parametrize(("page", "examples"), PAGES)
 def test_every_example_of_the_page_runs(page, examples):
     failed, tried = doctest.testfile(str(DOCS / page), module_relative=False)
     assert tried >= examples
     assert failed == 0
+
+
+def test_every_picture_has_its_command():
+    assert {name for _, name in DRAWN} == set(re.findall(r"!\[.*\]\((.*)\)", CHOOSE))
+
+
+@pytest.mark.parametrize(("command", "name"), DRAWN)
+def test_a_picture_is_what_its_command_draws(command, name, tmp_path):
+    drawn = tmp_path / "drawn.svg"
+    assert main([*shlex.split(command), str(drawn)]) == 0
+    assert drawn.read_text() == (DOCS / name).read_text()

@@ -19,7 +19,7 @@ def parse(printed: str) -> Schedule:
     The order is taken as it stands, right or wrong; `verify` says which.
 
     Args:
-        printed: A title line and one line of cells per device; `.` is an idle place.
+        printed: A title line and one line of cells per device; ``.`` is an idle place.
 
     Raises:
         ScheduleError: The title, the number of rows or a cell cannot be read.

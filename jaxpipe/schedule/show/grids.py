@@ -19,7 +19,7 @@ _TERMINAL = {"F": "48;5;24;38;5;231", "W": "48;5;29;38;5;231", "B": "48;5;214;38
 
 
 def text(schedule: Schedule) -> str:
-    """The order as a text grid: one row per device, one column per unit of time, `.` where a device is idle.
+    """The order as a text grid: one row per device, one column per unit of time, ``.`` where a device is idle.
 
     Example:
         >>> from jaxpipe.schedule import build
