@@ -9,20 +9,19 @@ Parameters are Linen's own nested dicts: ``{"attn": {"query": {"kernel": …}}, 
 """
 
 import inspect
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import jax
-from flax import core, errors
 from flax import linen as nn
-from jax.sharding import AbstractMesh
 
 from jaxpipe.errors import ConfigError
+from jaxpipe.nn.linen_part import LinenPart, call_with_flag, flags, parameters
+from jaxpipe.nn.linen_pipelined import Pipelined
 from jaxpipe.nn.parts import blocks_of, embed_of, head_of
 from jaxpipe.runtime.model import Model
 from jaxpipe.runtime.tree import Tree
+
+__all__ = ["BlockCall", "BlockInit", "Pipelined", "linen_model"]
 
 BlockCall = Callable[[Any, Tree, Tree, bool], Any]
 """``(module, carry, mb, deterministic) -> carry``, or ``-> (carry, aux)`` with a scalar that joins the loss."""
@@ -85,6 +84,7 @@ def linen_model(
             stream that it was not given.
 
     Example:
+        >>> import jax
         >>> import jax.numpy as jnp
         >>> model = linen_model(
         ...     embed=nn.Embed(10, 4),
@@ -102,15 +102,17 @@ def linen_model(
         raise ConfigError(f"rngs={rngs!r} must be a sequence of names; try rngs=({rngs!r},)")
     streams = tuple(rngs)
 
-    def block_part(kind: str, module: nn.Module, block_call: BlockCall | None, block_init: BlockInit | None) -> _Part:
+    def block_part(
+        kind: str, module: nn.Module, block_call: BlockCall | None, block_init: BlockInit | None
+    ) -> LinenPart:
         if block_init is None:
             _refuse_inputs(kind, module)
         make = block_init or (lambda module, carry: _call_plainly(module, carry, True))
-        return _Part(kind, module, make, block_call or _call_plainly, streams)
+        return LinenPart(kind, module, make, block_call or _call_plainly, streams)
 
-    def end_part(name: str, module: nn.Module, call: Callable | None) -> _Part:
+    def end_part(name: str, module: nn.Module, call: Callable | None) -> LinenPart:
         call = call or _call_plainly
-        return _Part(name, module, lambda module, *inputs: call(module, *inputs, True), call, streams)
+        return LinenPart(name, module, lambda module, *inputs: call(module, *inputs, True), call, streams)
 
     calls = {"block_call": block_call, "block_init": block_init}
     return Model(
@@ -122,71 +124,10 @@ def linen_model(
     )
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One module as two functions, see `jaxpipe.nn.parts.Part`.
-
-    Attributes:
-        name: What errors call it.
-        module: The module, unbound.
-        make: ``(module, *inputs)``, a call that makes the parameters.
-        call: ``(module, *inputs, deterministic)``.
-        streams: Names of its random streams.
-    """
-
-    name: str
-    module: nn.Module
-    make: Callable[..., Any]
-    call: Callable[..., Any]
-    streams: tuple[str, ...]
-
-    def init(self, key, *inputs) -> dict[str, Any]:
-        """The parameters of a new module, the numbers of ``module.init(key, …)``."""
-        rngs = {**self._rngs(key), "params": key}
-        # Within a mesh, Flax would place what is annotated, on axes that the pipeline's mesh need not have.
-        with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
-            variables = core.unfreeze(core.meta.unbox(self.module.init(rngs, *inputs, method=self.make)))
-        params = variables.pop("params", {})
-        _refuse_state(self.name, variables)
-        return params
-
-    def apply(self, params, key, *inputs):
-        """Calls the module with these parameters, and with random streams from `key`."""
-        deterministic = key is None
-        rngs = None if deterministic else self._rngs(key)
-        try:
-            return self.module.apply({"params": params}, *inputs, deterministic, rngs=rngs, method=self.call)
-        except errors.InvalidRngError as error:
-            stream = re.search('needs PRNG for "(.*?)"', str(error))
-            if stream is None:
-                raise
-            raise ConfigError(self._missing(stream[1], deterministic)) from error
-
-    def _rngs(self, key) -> dict[str, Any]:
-        return {name: jax.random.fold_in(key, number) for number, name in enumerate(self.streams)}
-
-    def _missing(self, stream: str, deterministic: bool) -> str:
-        draws = f"{self.name} draws from the random stream {stream!r}"
-        if deterministic:
-            return f"{draws} in a call without a key; try passing on what its call function gets as deterministic"
-        return f"{draws} but rngs={self.streams}; try rngs={(*self.streams, stream)}"
-
-
 def _call_plainly(module, value: Tree, *mb_and_deterministic):
     """Calls a module with one input, and with `deterministic` if it takes that."""
     *_, deterministic = mb_and_deterministic
-    takes = {parameter.name for parameter in _parameters(module)}
-    return module(value, **{name: flag for name, flag in _flags(deterministic).items() if name in takes})
-
-
-def _flags(deterministic: bool) -> dict[str, bool]:
-    """The parameters of a ``__call__`` that say whether it is deterministic."""
-    return {"deterministic": deterministic, "train": not deterministic, "training": not deterministic}
-
-
-def _parameters(module: nn.Module) -> list[inspect.Parameter]:
-    """What its ``__call__`` takes besides the module."""
-    return list(inspect.signature(type(module).__call__).parameters.values())[1:]
+    return call_with_flag(module, value, deterministic=deterministic)
 
 
 def _is_required(parameter: inspect.Parameter) -> bool:
@@ -196,21 +137,10 @@ def _is_required(parameter: inspect.Parameter) -> bool:
 
 def _refuse_inputs(kind: str, module: nn.Module):
     """Raises for a block that cannot be called with the carry alone."""
-    others = _parameters(module)[1:]
-    needed = [other.name for other in others if _is_required(other) and other.name not in _flags(True)]
+    others = parameters(module)[1:]
+    needed = [other.name for other in others if _is_required(other) and other.name not in flags(True)]
     if needed:
         raise ConfigError(
             f"{kind}.__call__ needs {needed[0]!r} besides the carry, but a block's parameters are made from the carry; "
             f"try block_init=lambda module, carry: module(carry, {needed[0]}=…)"
-        )
-
-
-def _refuse_state(name: str, collections: dict[str, Any]):
-    """Raises for the first leaf that is not a parameter."""
-    for path, _ in jax.tree.leaves_with_path(collections):
-        keys = [str(getattr(key, "key", getattr(key, "idx", key))) for key in path]
-        raise ConfigError(
-            f"{name}.{'/'.join(keys)} is in the collection {keys[0]!r}, but a pipeline's modules may hold only "
-            "'params'; try computing it in __call__, returning a loss instead of sowing it, or a layer without state "
-            "(LayerNorm for BatchNorm)"
         )
