@@ -402,7 +402,9 @@ class Sweeps:
             check_vma=False,
         )
         blocks, carry = self._relaid(given["params"]), [given["x"], given["riding"]]
-        return mapped(*places, columns, blocks, carry, resting, shared_floating, shared_others, key, dy, stash)
+        # jit, for a shard_map that leaves axes to the compiler cannot run without.
+        known = blocks, carry, resting, shared_floating, shared_others, key, dy, stash
+        return jax.jit(mapped)(*places, columns, *known)
 
 
 def _loop(table: TickTable, columns: dict, state: dict, tick: Callable, backwards: bool) -> dict:
@@ -425,7 +427,9 @@ def _whole_batch(slots: Tree) -> Tree:
 
     def join_rows(leaf):
         rows = leaf[:-1].reshape(-1, *leaf.shape[2:])
-        whole = lax.psum(rows.astype(jnp.int8) if rows.dtype == jnp.bool_ else rows, PIPE)
-        return whole.astype(rows.dtype)
+        # XLA for CPUs cannot add up half precision over devices, and none can add up truth values.
+        wide = jnp.int32 if rows.dtype == jnp.bool_ else jnp.promote_types(rows.dtype, jnp.float32)
+        floating = jnp.issubdtype(rows.dtype, jnp.inexact)
+        return lax.psum(rows.astype(wide) if floating or rows.dtype == jnp.bool_ else rows, PIPE).astype(rows.dtype)
 
     return jax.tree.map(join_rows, slots)
