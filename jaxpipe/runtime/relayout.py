@@ -218,10 +218,12 @@ class Layout:
             moved = [cut(jax.device_put(leaf, self.canonical_sharding(leaf.shape))) for leaf in leaves]
             for n, (repeat, p, _) in enumerate(held):
                 blocks[repeat][p] = jax.tree.unflatten(structure, [leaf[n] for leaf in moved])
-        ends = {
-            part: jax.tree.map(lambda x: jax.device_put(x, self.canonical_sharding(x.shape)), canonical[part])
-            for part in ("embed", "head")
-        }
+
+        def put(leaf):
+            # A leaf that is in place already would be the caller's own array, which a donation would delete.
+            return jax.device_put(leaf, self.canonical_sharding(leaf.shape), may_alias=False)
+
+        ends = {part: jax.tree.map(put, canonical[part]) for part in ("embed", "head")}
         return {**canonical, **ends, "blocks": blocks}
 
     def _held(self, kind: str) -> list[tuple[int, int, Position]]:

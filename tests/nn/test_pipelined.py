@@ -1,6 +1,7 @@
 """The drop-in NNX layer: outputs and gradients are those of a loop over the same blocks."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ bias = jax.random.normal(jax.random.key(3), (1, 1, D))
 
 def layer_of(pipe, *, data=1, num_layers=4, dropout=0.0, inputs=INPUTS, **options):
     mesh = jp.make_mesh(pipe=pipe, data=data)
-    options = {"microbatches": 2} | options if "schedule" not in options else options
+    options: Any = options if "schedule" in options else {"microbatches": 2} | options
     make = partial(Block, dropout=dropout)
     return Pipelined(make, num_layers=num_layers, mesh=mesh, inputs=inputs, rngs=nnx.Rngs(0, dropout=1), **options)
 
@@ -216,10 +217,10 @@ def test_half_precision_in_and_out():
     for pipe in (1, 2):
         layer = Pipelined(make, num_layers=4, mesh=jp.make_mesh(pipe=pipe), microbatches=2, rngs=nnx.Rngs(0))
 
-        def loss(layer, half):
+        def energy(layer, half):
             return (layer(half).astype(jnp.float32) ** 2).sum()
 
-        outs.append(nnx.jit(nnx.value_and_grad(loss, argnums=(0, 1)))(layer, half))
+        outs.append(nnx.jit(nnx.value_and_grad(energy, argnums=(0, 1)))(layer, half))
     (loss, (own, dx)), (wanted, (wanted_own, wanted_dx)) = outs[1], outs[0]
     assert dx.dtype == jnp.bfloat16 and own.blocks["kernel"].get_value().dtype == jnp.float32
     np.testing.assert_allclose(loss, wanted, rtol=2e-2)

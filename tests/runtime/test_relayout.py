@@ -73,3 +73,12 @@ def test_a_canonical_tree_of_another_depth_or_kind_is_refused():
     other = {**canonical, "blocks": {"decoder": canonical["blocks"]["block"]}}
     with pytest.raises(PartitionError, match=r"blocks=\['decoder'\] must be of the model's kinds; try \['block'\]"):
         pipe.from_canonical(other)
+
+
+def test_donated_parameters_leave_the_canonical_tree_valid():
+    pipe = toy_pipeline("gpipe", 1, 2, 1, blocks=2)
+    canonical = pipe.to_canonical(pipe.init(jax.random.key(0), toy_batch(4)))
+    kept = jax.tree.map(np.asarray, canonical)
+    params = pipe.from_canonical(canonical)
+    jax.block_until_ready(jax.jit(lambda tree: jax.tree.map(lambda x: 2 * x, tree), donate_argnums=0)(params))
+    jax.tree.map(np.testing.assert_array_equal, canonical, kept)
