@@ -19,7 +19,6 @@ FOLDER = Path(__file__).parents[1] / "examples"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
 MICROBATCHES, ROWS, WIDTH = 4, 8, 8
 
-SMALL = {"layers": 4, "width": WIDTH}
 entropy = optax.softmax_cross_entropy_with_integer_labels
 
 
@@ -61,7 +60,7 @@ def test_each_is_short_enough_to_read_at_once():
     "name, options",
     [
         ("vit_nnx", {"pipe": 2, "layers": 2, "steps": 12}),
-        ("gpt_linen", {"pipe": 2, "repeats": 2, "schedule": "interleaved_1f1b", "steps": 8}),
+        ("gpt_linen", {"pipe": 2, "layers": 2, "steps": 8}),
         ("functions", {"pipe": 2, "layers": 2, "steps": 8}),
         ("encoder_nnx", {"pipe": 2, "layers": 2, "steps": 12}),
     ],
@@ -72,10 +71,10 @@ def test_the_loss_falls(name, options):
     assert np.mean(losses[-2:]) < np.mean(losses[:2]) - 0.1, losses
 
 
-@pytest.mark.parametrize("pipe, repeats", [(2, 1), (4, 1)])
+@pytest.mark.parametrize("pipe, repeats", [(4, 1)])
 def test_gradients_of_the_vit_are_its_own(pipe, repeats):
     vit_nnx = example("vit_nnx")
-    vit, batch = vit_nnx.ViT(**SMALL, rngs=nnx.Rngs(0)), vit_nnx.make_batch(rows=ROWS)
+    vit, batch = vit_nnx.ViT(layers=pipe * repeats, width=WIDTH, rngs=nnx.Rngs(0)), vit_nnx.make_batch(rows=ROWS)
     wrapped = vit_nnx.wrap(vit, batch)
     pipe = pipeline(wrapped.model, pipe, repeats)
     loss, grads = jax.jit(pipe.value_and_grad)(pipe.from_canonical(wrapped.canonical()), batch)
@@ -91,26 +90,26 @@ def test_gradients_of_the_vit_are_its_own(pipe, repeats):
 
 @pytest.mark.parametrize("pipe, repeats", [(1, 1), (2, 2)])
 def test_gradients_of_the_gpt_are_its_own(pipe, repeats):
-    gpt_linen = example("gpt_linen")
+    gpt_linen, layers = example("gpt_linen"), max(2, pipe * repeats)
     batch = gpt_linen.make_batch(rows=ROWS, length=8)
     embed, block, head = gpt_linen.Embed(WIDTH), gpt_linen.Block(0.1), gpt_linen.Head()
 
     def mean_loss(canonical):
         table = canonical["embed"]["table"]["embedding"]
         x = embed.apply({"params": canonical["embed"]}, batch)
-        for number in range(SMALL["layers"]):
+        for number in range(layers):
             x = block.apply({"params": rows_of(canonical["blocks"]["block"], number)}, x, deterministic=True)
         logits = head.apply({"params": canonical["head"] | {"table": table}}, x)
         return entropy(logits, batch["targets"]).mean()
 
     schedule = "interleaved_1f1b" if repeats > 1 else "1f1b"
-    compare(pipeline(gpt_linen.make_model(**SMALL), pipe, repeats, schedule), batch, mean_loss)
+    compare(pipeline(gpt_linen.make_model(layers, WIDTH), pipe, repeats, schedule), batch, mean_loss)
 
 
 @pytest.mark.parametrize("pipe, repeats, schedule", [(1, 2, "interleaved_1f1b"), (2, 1, "zb_h1")])
 def test_gradients_of_the_functions_are_their_own(pipe, repeats, schedule):
     functions = example("functions")
-    model, batch = functions.make_model(**SMALL), functions.make_batch(rows=ROWS)
+    model, batch = functions.make_model(2, WIDTH), functions.make_batch(rows=ROWS)
 
     def mean_loss(canonical):
         x = model.embed.apply(canonical["embed"], batch, None)
@@ -135,7 +134,9 @@ def compare(pipe, batch, mean_loss):
 @pytest.mark.parametrize("pipe, repeats", [(1, 1), (2, 2)])
 def test_gradients_of_the_encoder_are_its_own(pipe, repeats):
     encoder_nnx = example("encoder_nnx")
-    encoder = encoder_nnx.Encoder(**SMALL, pipe=pipe, repeats=repeats, rngs=nnx.Rngs(0, dropout=1))
+    encoder = encoder_nnx.Encoder(
+        max(2, pipe * repeats), WIDTH, pipe=pipe, repeats=repeats, rngs=nnx.Rngs(0, dropout=1)
+    )
     encoder.eval()
     batch = encoder_nnx.make_batch(rows=ROWS)
     loss, grads = nnx.jit(nnx.value_and_grad(encoder_nnx.mean_loss))(encoder, batch)
