@@ -38,6 +38,7 @@ __all__ = [
     "VocabHead",
     "errors",
     "make_mesh",
+    "nn",
     "schedule",
     "sequential",
     "simulate_devices",
@@ -45,6 +46,8 @@ __all__ = [
 
 
 def __getattr__(name: str):
+    if name == "nn":
+        return import_module("jaxpipe.nn")
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'jaxpipe' has no attribute {name!r}")

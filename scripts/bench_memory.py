@@ -29,9 +29,7 @@ class Block(nnx.Module):
 
 def layer_bytes(microbatches: int) -> int:
     """Of a gradient step of a model with the layer in it."""
-    layer = Pipelined(
-        Block, num_layers=LAYERS, mesh=jp.make_mesh(pipe=2), microbatches=microbatches, rngs=nnx.Rngs(0)
-    )
+    layer = Pipelined(Block, num_layers=LAYERS, mesh=jp.make_mesh(pipe=2), microbatches=microbatches, rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(layer)
     x = jax.ShapeDtypeStruct((microbatches * ROWS, WIDTH), jnp.float32)
     step = jax.jit(jax.value_and_grad(lambda state, x: (nnx.merge(graphdef, state)(x) ** 2).mean()))

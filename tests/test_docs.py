@@ -10,7 +10,13 @@ import pytest
 from jaxpipe.cli import main
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = [("theory.md", 15), ("wrap-your-model.md", 40), ("models.md", 60), ("choose-a-schedule.md", 40), ("performance.md", 4)]
+PAGES = [
+    ("theory.md", 15),
+    ("wrap-your-model.md", 40),
+    ("models.md", 60),
+    ("choose-a-schedule.md", 40),
+    ("performance.md", 4),
+]
 CHOOSE = (DOCS / "choose-a-schedule.md").read_text()
 DRAWN = re.findall(r"^jaxpipe (schedule .*--out) docs/(images/\S+)$", CHOOSE, flags=re.M)
 

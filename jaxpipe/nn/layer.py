@@ -64,14 +64,14 @@ def make_sweeps(
             f"microbatches={microbatches} and repeats={repeats} must agree with the schedule's "
             f"{schedule.microbatches} and {schedule.repeats}; try leaving them out"
         )
-    remat = remat if isinstance(remat, str) or callable(remat) else tuple(remat)
+    kept: Any = remat if isinstance(remat, str) or callable(remat) else tuple(remat)
     stages = stages if stages is None or isinstance(stages, str) else tuple(stages)
 
     def block(params: Tree, x: Tree, inputs: Inputs, key: Any) -> Tree:
         found = {**inputs.riding, **inputs.resting, **inputs.shared}
         return apply(params, x, *(found[str(n)] for n in range(len(found))), key=key)
 
-    return Sweeps(block, num_layers, schedule, mesh, stages, remat, scan_blocks)
+    return Sweeps(block, num_layers, schedule, mesh, stages, kept, scan_blocks)
 
 
 def sort_inputs(declared: Sequence[str], given: Sequence[Tree]) -> Inputs:

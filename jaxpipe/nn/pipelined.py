@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpipe.errors import ConfigError
@@ -101,7 +102,7 @@ class Pipelined(nnx.Module):
         key = rngs.params()
         keys = jnp.stack([jax.random.fold_in(key, number) for number in range(num_layers)])
         self.blocks = self._variables(jax.vmap(part.init)(keys))
-        self.rngs = rngs["dropout"].fork() if part.streams else nnx.data(None)
+        self.rngs: Any = rngs["dropout"].fork() if part.streams else nnx.data(None)
 
     def __call__(self, x: Tree, *inputs: Tree, deterministic: bool | None = None) -> Tree:
         """The last block's output.
@@ -138,7 +139,7 @@ class Pipelined(nnx.Module):
         axis = PIPE if even else None
         for path, variable in self.part.params:
             value = _at(stacked, path)
-            if even and mesh.size > 1 and not isinstance(value, jax.core.Tracer):
+            if even and mesh.size > 1 and not isinstance(value, Tracer):
                 value = jax.device_put(value, NamedSharding(mesh, PartitionSpec(PIPE)))
             names = variable.get_metadata().get("out_sharding") or (None,) * (value.ndim - 1)
             with nnx.use_eager_sharding(False):

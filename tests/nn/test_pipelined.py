@@ -46,9 +46,9 @@ bias = jax.random.normal(jax.random.key(3), (1, 1, D))
 
 def layer_of(pipe, *, data=1, num_layers=4, dropout=0.0, inputs=INPUTS, **options):
     mesh = jp.make_mesh(pipe=pipe, data=data)
-    options: Any = options if "schedule" in options else {"microbatches": 2} | options
+    given: Any = options if "schedule" in options else {"microbatches": 2} | options
     make = partial(Block, dropout=dropout)
-    return Pipelined(make, num_layers=num_layers, mesh=mesh, inputs=inputs, rngs=nnx.Rngs(0, dropout=1), **options)
+    return Pipelined(make, num_layers=num_layers, mesh=mesh, inputs=inputs, rngs=nnx.Rngs(0, dropout=1), **given)
 
 
 def looped(blocks, x, shift, mask, bias):
