@@ -9,6 +9,7 @@ from jaxpipe import schedule as schedule
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from jaxpipe import nn as nn
     from jaxpipe.runtime.mesh import make_mesh, simulate_devices
     from jaxpipe.runtime.model import Block, Embed, HeadLoss, Model, VocabEmbed, VocabHead
     from jaxpipe.runtime.pipeline import Pipeline
