@@ -1,15 +1,21 @@
-"""The pages of docs: their examples run, and users get the messages that they show."""
+"""The pages of docs and the docstrings: their examples run, and users get the messages that they show."""
 
 import doctest
+import importlib
 import re
 import shlex
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import linen, nnx
 
 from jaxpipe.cli import main
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 PAGES = [
     ("theory.md", 15),
     ("wrap-your-model.md", 40),
@@ -26,6 +32,17 @@ def test_every_example_of_the_page_runs(page, examples):
     failed, tried = doctest.testfile(str(DOCS / page), module_relative=False)
     assert tried >= examples
     assert failed == 0
+
+
+SOURCES = [path.relative_to(ROOT) for path in sorted((ROOT / "jaxpipe").rglob("*.py")) if ">>> " in path.read_text()]
+IMPORTED = {"jax": jax, "jnp": jnp, "np": np, "nnx": nnx, "nn": linen}
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=str)
+def test_every_example_of_the_docstrings_runs(source):
+    module = importlib.import_module(".".join(source.with_suffix("").parts))
+    failed, tried = doctest.testmod(module, extraglobs=IMPORTED)
+    assert tried and failed == 0
 
 
 def test_every_picture_has_its_command():

@@ -12,20 +12,11 @@ members of an `nnx.List` are named "0", "1", ….
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
-
 from jaxpipe.errors import ConfigError
+from jaxpipe.nn.nnx_part import BlockCall, Factory, NNXPart, block_part
 from jaxpipe.nn.parts import blocks_of, embed_of, head_of
 from jaxpipe.runtime.model import Model, VocabEmbed, VocabHead
 from jaxpipe.runtime.tree import Tree
-
-Factory = Callable[[nnx.Rngs], nnx.Module]
-"""Makes a module from random streams."""
-
-BlockCall = Callable[[Any, Tree, Tree], Any]
-"""``(module, carry, mb) -> carry``, or ``-> (carry, aux)`` with a scalar that joins the loss."""
 
 
 def nnx_model(
@@ -87,9 +78,9 @@ def nnx_model(
     if (loss is None) != isinstance(head, VocabHead):
         raise ConfigError("loss=… goes with a head that is a factory, and only with one; try head=vocab_head(…)")
     return Model(
-        embed=embed if isinstance(embed, VocabEmbed) else embed_of(_Part("embed", embed, embed_call)),
-        blocks=blocks_of(block, num_layers, layers, {"block_call": block_call}, _block_part, noun="factory"),
-        head_loss=head if isinstance(head, VocabHead) else head_of(_Part("head", head, head_call), loss),
+        embed=embed if isinstance(embed, VocabEmbed) else embed_of(NNXPart("embed", embed, embed_call)),
+        blocks=blocks_of(block, num_layers, layers, {"block_call": block_call}, block_part, noun="factory"),
+        head_loss=head if isinstance(head, VocabHead) else head_of(NNXPart("head", head, head_call), loss),
         tie=dict(tie or {}),
         aux_weight=aux_weight,
     )
@@ -110,7 +101,7 @@ def vocab_embed(
         tokens: ``mb -> ids``.
         finish: How the rest of the module is called: ``(module, rows, mb) -> carry``. It must not use the table.
     """
-    part = _Part("embed", factory, finish)
+    part = NNXPart("embed", factory, finish)
     return VocabEmbed(
         init=lambda key, mb: part.init(key),
         table=table,
@@ -135,100 +126,10 @@ def vocab_head(
         features: How the rest of the module is called: ``(module, carry, mb) -> [rows, ..., D]``. It must not use the
             kernel.
     """
-    part = _Part("head", factory, features)
+    part = NNXPart("head", factory, features)
     return VocabHead(
         init=lambda key, carry, mb: part.init(key),
         kernel=kernel,
         features=lambda params, carry, mb, key: part.apply(params, key, carry, mb),
         targets=targets,
     )
-
-
-def _block_part(kind: str, factory: Factory, block_call: BlockCall | None) -> "_Part":
-    return _Part(kind, factory, block_call or (lambda module, carry, mb: module(carry)))
-
-
-class _Part:
-    """One module as two functions: `init` makes its parameters, `apply` calls it with given ones."""
-
-    def __init__(self, name: str, factory: Factory, call: Callable[..., Any]):
-        self.name, self.factory, self.call = name, factory, call
-        graphdef: Any = None
-
-        def split():
-            nonlocal graphdef
-            graphdef, *states = nnx.split(self._make(nnx.Rngs(0)), nnx.Param, nnx.RngState, ...)
-            return states
-
-        params, streams, rest = (list(nnx.to_flat_state(state)) for state in jax.eval_shape(split))
-        _refuse_state(name, graphdef, rest)
-        self.graphdef, self.params, self.streams = graphdef, params, streams
-
-    def init(self, key, *inputs) -> dict[str, Any]:
-        """The parameters of a new module, as nested dicts with string keys; they do not depend on its inputs."""
-        return params_of(self._make(nnx.Rngs(key)))
-
-    def apply(self, params, key, *inputs):
-        """Calls the module with these parameters, and with random streams from `key`."""
-        # A leaf that stays cut by vocabulary is not here; whoever reads it in spite of that finds no row.
-        state = [(path, variable.replace(_at(params, path, variable))) for path, variable in self.params]
-        module = nnx.merge(self.graphdef, nnx.from_flat_state(state + self._seeded(key)))
-        if key is None:
-            module.eval()
-        return self.call(module, *inputs)
-
-    def _make(self, rngs: nnx.Rngs):
-        """The module; where its parameters are placed is up to the pipeline, not to annotations in the module."""
-        with nnx.use_eager_sharding(False):
-            return self.factory(rngs)
-
-    def _seeded(self, key) -> list:
-        """The random streams with their counts at zero and a key of their own each."""
-        base = jax.random.key(0) if key is None else key
-        if not jnp.issubdtype(base.dtype, jax.dtypes.prng_key):
-            base = jax.random.wrap_key_data(base)
-        state = []
-        for number, (path, variable) in enumerate(self.streams):
-            like = variable.get_value()
-            if isinstance(variable, nnx.RngKey):
-                value = jax.random.fold_in(base, number)
-                value = jax.random.split(value, like.shape) if like.shape else value
-            else:
-                value = jnp.zeros(like.shape, like.dtype)
-            state.append((path, variable.replace(value)))
-        return state
-
-
-def params_of(module: nnx.Module) -> dict[str, Any]:
-    """The parameters of a module, as nested dicts with string keys."""
-    tree: dict[str, Any] = {}
-    for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
-        *parents, leaf = map(str, path)
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = variable.get_value()
-    return tree
-
-
-def _at(params, path, like):
-    for name in path:
-        if str(name) not in params:
-            return jnp.zeros((0, *like.get_value().shape[1:]), like.get_value().dtype)
-        params = params[str(name)]
-    return params
-
-
-def _refuse_state(name: str, graphdef, rest: list):
-    """Raises for the first leaf that is neither a parameter nor a random stream."""
-    found = [(".".join(map(str, path)), leaf) for path, leaf in rest]
-    # Made while tracing, an array that is a bare attribute ends up in the structure.
-    bare = [(key, getattr(at, "value", None)) for key, at in graphdef.attributes]
-    found += [(key, value) for key, value in bare if isinstance(value, jax.Array)]
-    if found:
-        path, leaf = found[0]
-        kind = type(leaf).__name__ if isinstance(leaf, nnx.Variable) else "array"
-        raise ConfigError(
-            f"{name}.{path} is of type {kind}, but a pipeline's modules may hold only nnx.Param and random streams; "
-            "try computing it in __call__, or a layer without state (LayerNorm for BatchNorm)"
-        )

@@ -66,7 +66,7 @@ def blocks_of(
                 f"block=… is one {noun}: it goes with num_layers=… and one {' and one '.join(calls)}; "
                 "try block={kind: …, …}"
             )
-        return [_block("block", make_part("block", block, **calls))] * num_layers
+        return [block_of("block", make_part("block", block, **calls))] * num_layers
     if layers is None or num_layers is not None:
         raise ConfigError(f"block={{…}} has several kinds: it goes with layers=…; try layers={list(block)}")
     if wrong := [kind for kind in layers if kind not in block]:
@@ -80,11 +80,12 @@ def blocks_of(
             raise ConfigError(f"{option} names the kind {wrong[0]!r} but block={{…}} has {', '.join(map(repr, block))}")
         for kind in block:
             by_kind[kind][option] = each.get(kind)
-    made = {kind: _block(kind, make_part(kind, makes, **by_kind[kind])) for kind, makes in block.items()}
+    made = {kind: block_of(kind, make_part(kind, makes, **by_kind[kind])) for kind, makes in block.items()}
     return [made[kind] for kind in layers]
 
 
-def _block(kind: str, part: Part) -> Block:
+def block_of(kind: str, part: Part) -> Block:
+    """A block: its inputs are ``(carry,)`` when it is made and ``(carry, mb)`` afterwards."""
     return Block(
         init=lambda key, carry: part.init(key, carry),
         apply=lambda params, carry, mb, key: part.apply(params, key, carry, mb),

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpipe.errors import ConfigError
 from jaxpipe.nn.layer import check_inputs, make_sweeps, sort_inputs
-from jaxpipe.nn.nnx import Factory, _Part
+from jaxpipe.nn.nnx_part import Factory, NNXPart
 from jaxpipe.runtime.mesh import PIPE
 from jaxpipe.runtime.model import Tree
 from jaxpipe.runtime.stage import Remat
@@ -84,7 +84,7 @@ class Pipelined(nnx.Module):
     ):
         if num_layers < 1:
             raise ConfigError(f"num_layers={num_layers} must be at least 1; try 1")
-        part = _Part("block", block, call)
+        part = NNXPart("block", block, call)
         self.part = part
         self.inputs = check_inputs(inputs)
         self.sweeps = make_sweeps(

@@ -18,8 +18,8 @@ from jax.interpreters import partial_eval
 
 from jaxpipe.errors import ConfigError
 from jaxpipe.nn.blocks import check_alike, find_blocks, take_out
-from jaxpipe.nn.nnx import BlockCall, _block_part, _Part, params_of
-from jaxpipe.nn.parts import _block, embed_of, head_of
+from jaxpipe.nn.nnx_part import BlockCall, NNXPart, block_part, params_of
+from jaxpipe.nn.parts import block_of, embed_of, head_of
 from jaxpipe.runtime.model import Block, Model
 from jaxpipe.runtime.tree import Tree, get_path, set_path, tie, untie
 
@@ -103,7 +103,7 @@ def from_nnx(
         check_alike([(n, block) for n, (_, block) in enumerate(items) if kinds[n] == kind], blocks)
     keys = [_slashed((*path, key)) for key, _ in items]
     ties = _shared(*take_out(module, blocks), keys, kinds)
-    before, after = (_Part("model", lambda rngs: take_out(module, blocks)[0], call) for call in (embed, head))
+    before, after = (NNXPart("model", lambda rngs: take_out(module, blocks)[0], call) for call in (embed, head))
     mb = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
     carry, used = _reads(before, mb)
     in_embed = {*used, *(home.removeprefix("embed/") for home in ties.values())}
@@ -190,7 +190,7 @@ class _End:
 
     module: nnx.Module
     blocks: str
-    part: _Part
+    part: NNXPart
     paths: Sequence[str]
 
     def init(self, key, *inputs) -> Tree:
@@ -211,11 +211,11 @@ class _End:
 
 def _blocks(items: Sequence[tuple[Any, nnx.Module]], kinds: Sequence[str], name: str, call) -> list[Block]:
     """One `Block` per layer, whose `init` gives the values that it has now; those of a kind run the same function."""
-    parts: dict[str, _Part] = {}
+    parts: dict[str, NNXPart] = {}
     for kind, (key, block) in zip(kinds, items, strict=True):
         if kind not in parts:
-            parts[kind] = _block_part(f"{name}.{key}", lambda rngs, block=block: block, call)
-    made = {kind: _block(kind, part) for kind, part in parts.items()}
+            parts[kind] = block_part(f"{name}.{key}", lambda rngs, block=block: block, call)
+    made = {kind: block_of(kind, part) for kind, part in parts.items()}
     return [
         replace(made[kind], init=lambda key, carry, block=block: params_of(block))
         for kind, (_, block) in zip(kinds, items, strict=True)
@@ -254,7 +254,7 @@ def _shared(around: nnx.Module, blocks: Sequence[nnx.Module], paths: Sequence[st
     return ties
 
 
-def _reads(part: _Part, *inputs: Tree) -> tuple[Tree, set[str]]:
+def _reads(part: NNXPart, *inputs: Tree) -> tuple[Tree, set[str]]:
     """The shapes that a part returns, and which parameters it reads, with or without a key."""
     shapes, out, read = _shapes(part), None, set()
     for key in (jax.random.key(0), None):
@@ -268,7 +268,7 @@ def _reads(part: _Part, *inputs: Tree) -> tuple[Tree, set[str]]:
     return out, read
 
 
-def _shapes(part: _Part) -> dict[str, Any]:
+def _shapes(part: NNXPart) -> dict[str, Any]:
     """Shapes of all parameters of a part, by path."""
     return {_slashed(path): variable.get_value() for path, variable in part.params}
 

@@ -13,7 +13,7 @@ What goes into the function comes in four kinds:
     shared    arrays for all rows, with gradients if they are floating-point: every device has them whole
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,41 +21,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxpipe.errors import ConfigError
-from jaxpipe.runtime import keys, slots
-from jaxpipe.runtime.build import build_stages, check_carry
+from jaxpipe.runtime import keys
+from jaxpipe.runtime.build import check_carry
 from jaxpipe.runtime.carry import join, part
-from jaxpipe.runtime.compile import Program
-from jaxpipe.runtime.device import Device
-from jaxpipe.runtime.ends import Ends, accumulator_dtype
 from jaxpipe.runtime.mesh import DATA, PIPE
-from jaxpipe.runtime.model import Block, Embed, HeadLoss, Model, Tree
+from jaxpipe.runtime.model import Tree
 from jaxpipe.runtime.options import stage_counts, stage_remats
 from jaxpipe.runtime.relayout import Layout
-from jaxpipe.runtime.stage import Context, Remat
-from jaxpipe.runtime.stage_lanes import backward_kinds, backward_lane, forward_lane, weight_lane
-from jaxpipe.runtime.tick import block_sums, hops, sides, zero
+from jaxpipe.runtime.stage import Remat
+from jaxpipe.runtime.sweep_loops import KIND, BlockCall, Inputs, Loops, make_loops
 from jaxpipe.schedule import Schedule, TickTable, lower
 from jaxpipe.schedule.lower import lower_sweeps
-
-KIND = "block"
-
-BlockCall = Callable[[Tree, Tree, "Inputs", Any], Tree]
-"""``(params, x, inputs, key) -> x``."""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a block reads beside its parameters and `x`: three trees, see the module."""
-
-    riding: Tree
-    resting: Tree
-    shared: Tree
-
-
-jax.tree_util.register_dataclass(Inputs)
 
 
 @dataclass(frozen=True)
@@ -183,253 +162,41 @@ class Sweeps:
 
     def _swept(self, given: dict, resting: Tree, key) -> Tree:
         """The last block's output, with one sweep for its value and another for the gradient of `given`."""
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
+        like = _shapes(given)
 
         @jax.custom_vjp
         def call(floating, others, resting, key):
-            return self._sweep(self.forward_table, join(like, floating, others), resting, key)[0]
+            known = join(like, floating, others), resting, key
+            return self._loops(self.forward_table, *known).forward(*known)[0]
 
         def forward(floating, others, resting, key):
-            y, stash = self._sweep(self.table, join(like, floating, others), resting, key)
+            known = join(like, floating, others), resting, key
+            y, stash = self._loops(self.table, *known).forward(*known)
             return y, (floating, others, resting, key, stash)
 
-        def backward(known, dy):
-            floating, others, resting, key, stash = known
-            gradients = self._sweep_back(join(like, floating, others), resting, key, stash, part(dy)[0])
+        def backward(residuals, dy):
+            floating, others, resting, key, stash = residuals
+            known = join(like, floating, others), resting, key
+            gradients = self._loops(self.table, *known).backward(*known, stash, part(dy)[0])
             cast = [g.astype(leaf.dtype) for g, leaf in zip(gradients, floating, strict=True)]
             return cast, None, None, None
 
         call.defvjp(forward, backward)
         return call(*part(given), resting, key)
 
-    def _model(self, shared: Tree) -> Model:
-        """The blocks as a model whose embedding hands over `x`, and which has no head."""
+    def _loops(self, table: TickTable, given: dict, resting: Tree, key) -> Loops:
+        """The compiled loops over a table for arrays of these shapes, made once."""
+        shapes = _shapes((given, resting))
+        leaves, structure = jax.tree.flatten(shapes)
+        signature = table is self.table, key is None, structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
+        if signature not in self._made:
+            self._made[signature] = make_loops(self.apply, table, self.layout, self.remats, *shapes, key is not None)
+        return self._made[signature]
 
-        def apply(params, carry, mb, key):
-            x, riding = carry
-            whole = [params["shared"][str(n)] for n in range(num_floating)]
-            known = Inputs(riding, mb["resting"], join(like, whole, mb["others"]))
-            return [self.apply(params["own"], x, known, key), riding]
-
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shared)
-        num_floating = len(part(shared)[0])
-        ties = {f"blocks/{KIND}/shared/{n}": f"embed/shared/{n}" for n in range(num_floating)}
-        block = Block(init=lambda key, carry: {}, apply=apply, kind=KIND)
-
-        def embed(params, mb, key):
-            return jax.tree.map(lambda leaf: leaf[mb["number"]], params["carry"])
-
-        return Model(
-            embed=Embed(init=lambda key, mb: {}, apply=embed),
-            blocks=[block] * self.num_layers,
-            head_loss=HeadLoss(init=lambda *_: {}, apply=lambda *_: (jnp.zeros(()), jnp.zeros(()))),
-            tie=ties,
-        )
-
-    def _program(self, table: TickTable, given: dict, resting: Tree, key) -> Program:
-        """What is fixed for arrays of these shapes."""
-        model = self._model(given["shared"])
-        given, resting = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (given, resting))
-
-        def group(tree: Tree) -> Tree:
-            rows = jax.tree.leaves(given["x"])[0].shape[0] // self.row_groups
-            return jax.tree.map(lambda s: jax.ShapeDtypeStruct((rows, *s.shape[1:]), s.dtype), tree)
-
-        floating, others = part(given["shared"])
-        carry = group([given["x"], given["riding"]])
-        mb = {"resting": group(resting), "number": jax.ShapeDtypeStruct((), jnp.int32), "others": others}
-        embed = {"shared": {str(n): s for n, s in enumerate(floating)}}
-        params = jax.eval_shape(self._relaid, given["params"])
-        a_key = None if key is None else jax.eval_shape(lambda: jax.random.key(0))
-        context = Context(mb, a_key, jax.ShapeDtypeStruct((), jnp.int32))
-        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        return Program(
-            model=model,
-            table=table,
-            layout=self.layout,
-            mesh=self.mesh,
-            stages=build_stages(
-                model, self.layout, self.remats, {"blocks": params, "embed": embed}, carry, context, walls=on_cpu
-            ),
-            ends=Ends(model, self.schedule.devices, {"embed": embed, "head": {}}, {}),
-            skip="loop" if on_cpu else "branch",
-            hops_block=on_cpu,
-        )
-
-    def _relaid(self, params: Tree) -> list:
-        """The blocks' parameters ``[num_layers, ...]`` in the layout of the loop."""
-        whole = {"embed": {}, "head": {}, "blocks": {KIND: {"own": params}}}
-        return self.layout.from_canonical(whole)["blocks"]
-
-    def _sweep(self, table: TickTable, given: dict, resting: Tree, key) -> tuple[Tree, dict]:
-        """The output and, where `table` has backwards, what they need: leaves ``[P, data, slots, ...]``."""
-        program = self._program(table, given, resting, key)
-        stash_names = ("activation", "residual") if program.trains else ()
-
-        def run(device: Device, columns: dict, *_):
-            stages, counts = program.stages, table.slots
-            carry = stages.stage.carry
-            state = {
-                "y": jax.tree.map(zero, carry),
-                "out": device.slots(carry[0], self.schedule.microbatches),
-                "activation": device.stash(carry, counts.activation),
-            }
-            if program.trains:
-                scratch = device.skip != "loop" or not all(table.keeps)
-                state["residual"] = device.stash(list(stages.residuals.shapes), counts.residual, scratch)
-
-            def tick(state, row, phase):
-                arrived = hops(device, state["y"], sides(device, "f", phase.start, phase.stop))
-                state, y, commit = forward_lane(device, state, row, arrived)
-                at = jnp.where(row["h_gradient"] >= 0, row["f_microbatch"], -1)
-                return commit(state) | {"y": y, "out": slots.put(state["out"], at, y[0])}
-
-            state = _loop(table, columns, state, tick, backwards=False)
-            stash = jax.tree.map(lambda leaf: leaf[None, None], {name: state[name] for name in stash_names})
-            return _whole_batch(state["out"]), stash
-
-        stash_specs = dict.fromkeys(stash_names, PartitionSpec(PIPE, DATA))
-        return self._on_devices(program, run, given, resting, key, [], {}, (PartitionSpec(DATA), stash_specs))
-
-    def _sweep_back(self, given: dict, resting: Tree, key, stash: dict, dy: list) -> list:
-        """The gradients of the floating-point leaves of `given`."""
-        table = self.table
-        program = self._program(table, given, resting, key)
-        num_riding = len(part(given["riding"])[0])
-
-        def run(device: Device, columns: dict, stash: dict, dy: list):
-            stages, counts = program.stages, table.slots
-            gradient = stages.stage.gradient
-            full, split = backward_kinds(table)
-            shared = device.ends["embed"]["shared"]
-            state = jax.tree.map(lambda leaf: leaf[0, 0], stash)
-            state |= {
-                "dx": [zero(s) for s in gradient],
-                "out": device.slots(gradient, self.schedule.microbatches),
-                "blocks": block_sums(device),
-                "ends": {
-                    "embed": {"shared": {n: jnp.zeros(x.shape, accumulator_dtype(x.dtype)) for n, x in shared.items()}}
-                },
-            }
-            if not table.gradient_direct:
-                state["gradient"] = device.slots(gradient, counts.gradient)
-            if split:
-                scratch = device.skip != "loop" or full
-                state["weight_residual"] = device.stash(
-                    list(stages.weight_residuals.shapes), counts.weight_residual, scratch
-                )
-            schedule = self.schedule
-            first, last = (_owns(schedule, stage) for stage in (0, schedule.stages - 1))
-
-            def tick(state, row, phase):
-                if phase.backward:
-                    arrived = hops(device, state["dx"], sides(device, "b", phase.start, phase.stop))
-                    microbatch = jnp.maximum(row["b_microbatch"], 0)
-                    own = [lax.dynamic_index_in_dim(leaf, microbatch, keepdims=False) for leaf in dy]
-                    own += [zero(s) for s in gradient[len(own) :]]
-                    if "gradient" in state:
-                        at = jnp.where(last(device, row), row["b_gradient"], -1)
-                        state = state | {"gradient": slots.put(state["gradient"], at, own)}
-                    state, dx, commit = backward_lane(device, state, row, arrived, own)
-                    at = jnp.where(first(device, row), row["b_microbatch"], -1)
-                    state = commit(state) | {"dx": dx, "out": slots.put(state["out"], at, dx)}
-                return weight_lane(device, state, row) if phase.weight else state
-
-            state = _loop(table, columns, state, tick, backwards=True)
-            shared = jax.tree.map(lambda leaf: lax.psum(leaf, (PIPE, DATA)), state["ends"]["embed"]["shared"])
-            return program.block_gradients(state["blocks"]), _whole_batch(state["out"]), shared
-
-        specs = PartitionSpec(PIPE), PartitionSpec(DATA), PartitionSpec()
-        blocks, carry, shared = self._on_devices(program, run, given, resting, key, dy, stash, specs)
-        canonical = self.layout.to_canonical({"embed": {}, "head": {}, "blocks": blocks})["blocks"][KIND]["own"]
-        split_at = len(carry) - num_riding
-        # [1] In the order of the leaves of `given`: params, riding, shared, x.
-        return [
-            *jax.tree.leaves(canonical),
-            *carry[split_at:],
-            *(shared[str(n)] for n in range(len(shared))),
-            *carry[:split_at],
-        ]
-
-    def _on_devices(
-        self, program: Program, run: Callable, given: dict, resting: Tree, key, dy: list, stash: dict, out_specs: Any
-    ) -> Any:
-        """Runs ``run(device, columns, stash, dy)`` on all devices; dy is ``[M, rows, ...]`` there."""
-        microbatches = self.schedule.microbatches
-        everywhere, rows, stacked = PartitionSpec(), PartitionSpec(DATA), PartitionSpec(PIPE)
-        columns = {name: jnp.asarray(numbers, jnp.int32) for name, numbers in program.table.columns.items()}
-        shared_floating, shared_others = part(given["shared"])
-
-        def body(place, shard, columns, blocks, carry, resting, shared, others, key, dy, stash):
-            def cut(tree):
-                return jax.tree.map(lambda leaf: leaf.reshape(microbatches, -1, *leaf.shape[1:]), tree)
-
-            batch = {
-                "resting": cut(resting),
-                "number": jnp.arange(microbatches, dtype=jnp.int32),
-                "others": [jnp.broadcast_to(x, (microbatches, *x.shape)) for x in others],
-            }
-            device = program.device(
-                place=place[0],
-                shard=shard[0],
-                batch=batch,
-                key=key,
-                blocks=program.weights(blocks),
-                ends={"embed": {"shared": {str(n): x for n, x in enumerate(shared)}, "carry": cut(carry)}, "head": {}},
-                seeds=(jnp.ones(()), jnp.zeros(())),
-            )
-            return run(device, {name: column[:, 0] for name, column in columns.items()}, stash, cut(dy))
-
-        places = [jnp.arange(self.mesh.shape[axis], dtype=jnp.int32) for axis in (PIPE, DATA)]
-        mapped: Any = jax.shard_map(
-            body,
-            mesh=self.mesh,
-            in_specs=(
-                stacked,
-                rows,
-                PartitionSpec(None, PIPE),
-                stacked,
-                rows,
-                rows,
-                everywhere,
-                everywhere,
-                everywhere,
-                rows,
-                PartitionSpec(PIPE, DATA),
-            ),
-            out_specs=out_specs,
-            axis_names={PIPE, DATA},
-            check_vma=False,
-        )
-        blocks, carry = self._relaid(given["params"]), [given["x"], given["riding"]]
-        # jit, for a shard_map that leaves axes to the compiler cannot run without.
-        known = blocks, carry, resting, shared_floating, shared_others, key, dy, stash
-        return jax.jit(mapped)(*places, columns, *known)
+    @cached_property
+    def _made(self) -> dict[Any, Loops]:
+        return {}
 
 
-def _loop(table: TickTable, columns: dict, state: dict, tick: Callable, backwards: bool) -> dict:
-    """Runs the ticks of one sweep."""
-    for phase in table.phases:
-        if phase.forward != backwards:
-            rows = {name: column[phase.start : phase.stop] for name, column in columns.items()}
-            state, _ = lax.scan(lambda s, row, phase=phase: (tick(s, row, phase), None), state, rows)
-    return state
-
-
-def _owns(schedule: Schedule, stage: int) -> Callable[[Device, dict], Any]:
-    """Whether a device runs the backward of a stage in a row of the table."""
-    where, repeat = schedule.device_of(stage), schedule.repeat_of(stage)
-    return lambda device, row: (device.place == where) & (row["b_repeat"] == repeat)
-
-
-def _whole_batch(slots: Tree) -> Tree:
-    """Slots ``[M + 1, rows, ...]`` that one device of the pipe filled and the others left zero, as ``[B, ...]``."""
-
-    def join_rows(leaf):
-        rows = leaf[:-1].reshape(-1, *leaf.shape[2:])
-        # XLA for CPUs cannot add up half precision over devices, and none can add up truth values.
-        wide = jnp.int32 if rows.dtype == jnp.bool_ else jnp.promote_types(rows.dtype, jnp.float32)
-        floating = jnp.issubdtype(rows.dtype, jnp.inexact)
-        return lax.psum(rows.astype(wide) if floating or rows.dtype == jnp.bool_ else rows, PIPE).astype(rows.dtype)
-
-    return jax.tree.map(join_rows, slots)
+def _shapes(tree: Tree) -> Tree:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)

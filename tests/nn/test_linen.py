@@ -1,7 +1,6 @@
 """The Linen adapter: against the oracle, against modules called in a row, and what it refuses."""
 
 import contextlib
-import doctest
 from functools import cache, partial
 from typing import Any
 
@@ -14,7 +13,6 @@ from flax import linen as nn
 from helpers import LENGTH, QUICK, ROWS, VOCAB, WIDTH, toy_batch, tree_allclose
 
 import jaxpipe as jp
-import jaxpipe.nn.linen
 from jaxpipe.errors import ConfigError, PartitionError
 from jaxpipe.nn import linen_model
 from jaxpipe.runtime.model import cross_entropy
@@ -406,8 +404,3 @@ def test_kinds_that_do_not_fit_together_are_refused(wrong, message):
 def test_no_layers_are_refused():
     with pytest.raises(PartitionError, match="at least one block"):
         small_model(nn.Dense(3), num_layers=0)
-
-
-def test_every_example_of_the_docstrings_runs():
-    failed, tried = doctest.testmod(jaxpipe.nn.linen)
-    assert tried >= 4 and failed == 0

@@ -158,9 +158,9 @@ def train_step(net, optimizer):
     return loss
 
 
-def trained(pipe, **options):
+def trained(pipe, tx=None, **options):
     net = Net(pipe, nnx.Rngs(0), **options)
-    optimizer = nnx.Optimizer(net, optax.adam(1e-2), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(net, tx or optax.adam(1e-2), wrt=nnx.Param)
     losses = [train_step(net, optimizer) for _ in range(3)]
     return net, np.array(losses)
 
@@ -171,6 +171,33 @@ def test_training_steps_are_those_of_one_device():
     assert wanted[-1] < wanted[0]
     np.testing.assert_allclose(losses, wanted, rtol=1e-5)
     tree_allclose(nnx.to_pure_dict(nnx.state(net, nnx.Param)), nnx.to_pure_dict(nnx.state(one, nnx.Param)))
+
+
+def test_a_mask_of_optax_freezes_what_it_names_and_decays_what_has_two_dims():
+    def trains(state):
+        return jax.tree.map_with_path(lambda path, _: "layers" not in jax.tree_util.keystr(path)[:10], state)
+
+    def frozen(state):
+        return jax.tree.map(lambda train: not train, trains(state))
+
+    tx = optax.chain(optax.masked(optax.adam(1e-2), trains), optax.masked(optax.set_to_zero(), frozen))
+    (one, wanted), (two, losses) = (trained(pipe, tx) for pipe in (1, 2))
+    np.testing.assert_allclose(losses, wanted, rtol=1e-5)
+    states = [nnx.to_pure_dict(nnx.state(net, nnx.Param)) for net in (Net(2, nnx.Rngs(0)), one, two)]
+    start, wanted, got = states
+    tree_allclose(got, wanted)
+    jax.tree.map(np.testing.assert_array_equal, got["layers"], start["layers"])
+    assert not np.array_equal(got["first"]["kernel"], start["first"]["kernel"])
+
+
+def test_calls_outside_of_jit_compile_once(caplog):
+    layer = layer_of(2)
+    with jax.log_compiles():
+        first = layer(x, shift, mask, bias)
+        assert "Compiling" in caplog.text
+        caplog.clear()
+        np.testing.assert_array_equal(layer(x, shift, mask, bias), first)
+        assert "Compiling" not in caplog.text
 
 
 def test_types_and_partitions_survive():
