@@ -147,7 +147,9 @@ class Loops:
         stashed = ("activation", "residual") if self.program.trains else ()
         out_specs = PartitionSpec(DATA), dict.fromkeys(stashed, PartitionSpec(PIPE, DATA))
         # jit, for a shard_map that leaves axes to the compiler cannot run without.
-        return jax.jit(lambda *known: self._on_devices(self._forward, *known, {}, [], out_specs))
+        return jax.jit(
+            lambda given, resting, key: self._on_devices(self._forward, given, resting, key, {}, [], out_specs)
+        )
 
     @cached_property
     def backward(self) -> Callable[[dict, Tree, Any, dict, list], list]:

@@ -190,7 +190,9 @@ class Sweeps:
         leaves, structure = jax.tree.flatten(shapes)
         signature = table is self.table, key is None, structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
         if signature not in self._made:
-            self._made[signature] = make_loops(self.apply, table, self.layout, self.remats, *shapes, key is not None)
+            self._made[signature] = make_loops(
+                self.apply, table, self.layout, self.remats, shapes[0], shapes[1], random=key is not None
+            )
         return self._made[signature]
 
     @cached_property
