@@ -1,6 +1,7 @@
 """What is measured, that the limit is one, that a trace misses nothing, and that a clock leaves no mark elsewhere."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import fields, replace
 from functools import cache
@@ -9,6 +10,7 @@ from xml.etree import ElementTree
 
 import jax
 import pytest
+from hlo import computations, hlo_text, holds_product
 
 from jaxpipe.cli import main
 from jaxpipe.errors import ConfigError, PartitionError, ScheduleError
@@ -87,6 +89,19 @@ def test_the_lanes_alone_do_the_arithmetic_of_every_microbatch(name, remat):
     microbatch = case.schedule.repeats * (forward + backward) + dot_flops(both, head, stage.carry, stage.context.mb)
     found = dot_flops(lambda *known: lanes_only(program, *known), *known)
     assert found == case.schedule.microbatches * microbatch
+
+
+def test_the_lanes_alone_compute_every_microbatch_inside_their_loop():
+    """A stage whose input is the same for all microbatches would be computed once, before it."""
+    sizes = ["model.num_layers=4", "model.d_model=64", "model.num_heads=1", "train.seq_len=32"]  # smaller is not tidied
+    schedule = build("interleaved_1f1b", devices=2, microbatches=4, repeats=2)
+    program, known = program_of(Case(workload_of(None, sizes), schedule, "none"))
+    text = hlo_text(jax.jit(lambda *known: lanes_only(program, *known)).lower(*known).compile())
+    parts = computations(text)
+    (entry,) = (lines for name, lines in parts.items() if re.search(rf"^ENTRY %?{re.escape(name)}\b", text, re.M))
+    loops = [line for line in entry if " while(" in line]
+    assert any(holds_product(line, parts) for line in loops)
+    assert not [line for line in entry if line not in loops and holds_product(line, parts)]
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])

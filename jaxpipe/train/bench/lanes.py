@@ -27,8 +27,8 @@ Known = tuple[Any, Any, Any, Any]
 def lanes_only(program: Program, params: Tree, batch: Tree) -> Outcome:
     """Runs the stages of every device for all microbatches: forward, head on the last stage, backward, or I and W.
 
-    Nothing is sent: a stage's input is the gradient of the one before, its output's gradient is the output itself. The
-    numbers mean nothing; the time does.
+    Nothing is sent: a stage's input is a number that changes with the microbatch, its output's gradient is the output
+    itself. The numbers mean nothing; the time does.
 
     Args:
         program: From `Pipeline.program`.
@@ -68,7 +68,7 @@ def _run(device: Device, state: dict) -> dict:
             dx, dw = _apart(never, (dx, stages.spread(branch, dw, device.zeros)))
             state = state | device.add(state, at, dw)
             state = embed_gradient_lane(device, state, row, dx)
-            x, _ = _apart(never, (carry, dx))
+            x, _ = _apart(never, (_varied(carry, m), dx))
         return (state, x), None
 
     sums = {name: state[name] for name in SUMS if name in state}
@@ -99,6 +99,12 @@ def _apart(never: Any, values: tuple) -> tuple:
     """The values as another lane finds them: what was computed beside them has to be computed again there."""
     floating, others = part(values)
     return join(values, wall(never, floating), others)
+
+
+def _varied(carry: Tree, m: Any) -> Tree:
+    """Another input for each microbatch: what does not change would be computed once, before the loop."""
+    floating, others = part(carry)
+    return join(carry, [x * (1 + 0.01 * m).astype(x.dtype) for x in floating], others)
 
 
 def _split(schedule: Schedule) -> list[list[list[bool]]]:
