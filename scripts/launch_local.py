@@ -85,8 +85,9 @@ def _pass_on_output(number: int, process: subprocess.Popen) -> threading.Thread:
     def pass_on() -> None:
         assert process.stdout is not None
         for line in process.stdout:
-            sys.stdout.write(f"[{number}] {line}")
-            sys.stdout.flush()
+            if not line.startswith("[Gloo] Rank "):  # one per device and collective, and nothing is wrong
+                sys.stdout.write(f"[{number}] {line}")
+                sys.stdout.flush()
 
     reader = threading.Thread(target=pass_on, daemon=True)
     reader.start()

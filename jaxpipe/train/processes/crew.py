@@ -129,9 +129,8 @@ class Crew:
         with self._news:
             self._news.wait_for(lambda: self._bye or self._over)
         self._thread.join()
+        self._close()
         _stop_jax()
-        for line in self._lines.values():
-            line.close()
 
     def _fail(self, error: BaseException) -> None:
         if isinstance(error, KeyboardInterrupt):
@@ -253,7 +252,12 @@ class Crew:
                 print(f"jaxpipe: error: {text}", file=sys.stderr, flush=True)
             if self._hub is not None:
                 self._wait_for_others()
+            self._close()
             self._leave_process(code)
+
+    def _close(self) -> None:
+        for line in self._lines.values():
+            line.close()
 
     def _wait_for_others(self, limit_s: float = 3.0) -> None:
         """Lets them read the news before the connections end: a reset would take it from them."""

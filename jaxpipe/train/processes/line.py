@@ -49,9 +49,14 @@ class Line:
         Raises:
             LineError: The connection ended, nothing came in time, or what came is no message.
         """
+        return self._read(timeout_s, one=False)
+
+    def _read(self, timeout_s: float, *, one: bool) -> list[Message]:
+        """Reads what is there, or not beyond the first message."""
         try:
             self._sock.settimeout(max(timeout_s, 0.001))
-            data = self._sock.recv(2**16)
+            seen = self._sock.recv(2**16, socket.MSG_PEEK)
+            data = self._sock.recv(seen.find(b"\n") + 1 or len(seen)) if one and seen else self._sock.recv(2**16)
             self._sock.settimeout(10.0)
         except OSError as error:
             raise LineError(f"the connection broke: {error}") from error
@@ -70,14 +75,14 @@ class Line:
         return messages
 
     def wait_for(self, timeout_s: float) -> Message:
-        """The first message that comes; those with it must not exist.
+        """The next message alone; what comes after it is left for `receive`.
 
         Raises:
             LineError: See `receive`; also when no whole message came in time.
         """
         end = time.monotonic() + timeout_s
-        while time.monotonic() < end:
-            for message in self.receive(end - time.monotonic()):
+        while (left := end - time.monotonic()) > 0:
+            for message in self._read(left, one=True):
                 return message
         raise LineError(f"nothing came within {timeout_s:g} s")
 

@@ -60,8 +60,10 @@ def answer(place: Place, timeout_s: float) -> tuple[dict[int, Line], dict[int, s
     try:
         reply = line.wait_for(timeout_s + 10.0)  # process 0 gives up first, and says why
     except LineError as error:
+        line.close()
         raise LineError(f"process 0 at {place.address} was lost while the processes came together: {error}") from error
     if reply.get("kind") != "welcome":
+        line.close()
         kind = ConfigError if reply.get("misfit") else LineError
         raise kind(str(reply.get("text", f"{place.address} is not process 0 of a run of jaxpipe")))
     return {0: line}, dict(enumerate(reply["hosts"]))
@@ -136,7 +138,7 @@ def _connect(place: Place, timeout_s: float) -> Line:
             time.sleep(min(0.2, max(0.0, end - time.monotonic())))
     raise LineError(
         f"process {place.number} could not reach process 0 at {place.address} within {timeout_s:g} s "
-        f"({error and error.strerror or error}); look at its output, at the address and at firewalls"
+        f"({(error and error.strerror) or error}); look at its output, at the address and at firewalls"
     ) from error
 
 
