@@ -129,6 +129,7 @@ def assemble(config: Config, model: Model | None = None) -> Assembly:
         idle=config.schedule.idle,
         packing=config.schedule.packing,
         memory=config.schedule.memory,
+        second_stream=config.gpu.second_stream,
     )
     vocab_size = config.model.vocab_size
     corpus = open_corpus(config.data, vocab_size=vocab_size)

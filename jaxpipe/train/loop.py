@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from jaxpipe.errors import ConfigError
+from jaxpipe.runtime.gpu import set_gpu_options
 from jaxpipe.train.assemble import Assembly, assemble
 from jaxpipe.train.config import Config
 from jaxpipe.train.folder import RunFolder
@@ -82,6 +83,7 @@ def train(
     lead = crew is None or crew.lead
     report = report if report and lead else Silent()
     folder = RunFolder(config.train.out, overwrite=config.train.overwrite, lead=lead)
+    gpus = set_gpu_options(config.gpu)
     run = assemble(config, model)
     check_crew(crew)
     if crew is not None:
@@ -91,7 +93,7 @@ def train(
     resolved = replace(config, train=replace(config.train, overwrite=False))  # whoever reruns it decides that anew
     folder.config.write_text(resolved.to_toml(), encoding="utf-8")
     folder.schedule.write_text(run.timetable_svg(), encoding="utf-8")
-    report.note(run.describe())
+    report.note("\n".join([run.describe(), *([f"gpus       {gpus}"] if gpus else [])]))
     log = MetricsLog(folder.metrics)
     try:
         with StopSignal(crew) as stop:

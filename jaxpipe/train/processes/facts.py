@@ -9,7 +9,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-from jaxpipe import __version__
+import jaxpipe
 from jaxpipe.train.config import Config
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
@@ -22,6 +22,6 @@ def facts_of(config: Config) -> dict[str, Any]:
         for section, table in asdict(config).items()
         for key, value in table.items()
     }
-    packages = {"jaxpipe": __version__, **{name: version(name) for name in PACKAGES}}
+    packages = {"jaxpipe": jaxpipe.__version__, **{name: version(name) for name in PACKAGES}}
     flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith("--xla_dump")]
     return {**keys, **packages, "python": platform.python_version(), "XLA_FLAGS": " ".join(sorted(flags))}

@@ -1,6 +1,6 @@
 """Which process of how many this is, and where process 0 is: from options, or as JAX reads it off a cluster.
 
-This file and no other touches parts of JAX that are not public: its cluster detection.
+JAX's cluster detection has no public name; it is called here and nowhere else.
 """
 
 import os
