@@ -21,17 +21,12 @@ OVERLAP = "--xla_gpu_experimental_parallel_collective_overlap_limit"
 COMMANDS = "--xla_gpu_enable_command_buffer"
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
+_BREAKS = "rewrites a loop that is pipelined already: compile errors and crashes were seen"
 FORBIDDEN: dict[str, tuple[str, tuple[str, ...]]] = {
-    "--xla_gpu_enable_pipelined_p2p": ("fails to compile or crashes with the loops of jaxpipe", ("false", "0")),
-    "--xla_gpu_experimental_pipeline_parallelism_opt_level": (
-        "rewrites loops that jaxpipe has already pipelined, and crashes on them",
-        ("PIPELINE_PARALLELISM_OPT_LEVEL_DISABLE",),
-    ),
-    "--xla_gpu_enable_while_loop_double_buffering": ("copies every buffer of the loop, or crashes", ("false", "0")),
-    "--xla_gpu_enable_while_loop_unrolling": (
-        "copies every buffer of the loop, or crashes",
-        ("WHILE_LOOP_UNROLLING_NO_UNROLL",),
-    ),
+    "--xla_gpu_enable_pipelined_p2p": (_BREAKS, ("false", "0")),
+    "--xla_gpu_experimental_pipeline_parallelism_opt_level": (_BREAKS, ("PIPELINE_PARALLELISM_OPT_LEVEL_DISABLE",)),
+    "--xla_gpu_enable_while_loop_double_buffering": (_BREAKS, ("false", "0")),
+    "--xla_gpu_enable_while_loop_unrolling": (_BREAKS, ("WHILE_LOOP_UNROLLING_NO_UNROLL",)),
     "--xla_gpu_disable_async_collectives": ("lets no hop fly while a lane computes", ()),
 }
 """Flags that jaxpipe refuses: why, and with which values they do no harm."""

@@ -39,6 +39,7 @@ class Crew:
 
     Attributes:
         place: As given.
+        silence_s: Likewise.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Crew:
         self.place = place
         self._lines, self._hub = lines, Hub(hosts) if place.number == 0 else None
         self._names = {number: f"process {number} ({host})" for number, host in hosts.items()}
-        self._patience_s, self._silence_s = patience_s, silence_s
+        self._patience_s, self.silence_s = patience_s, silence_s
         self._exit_code, self._leave_process = exit_code, leave_process
         self._deciding, self._steps = threading.Lock(), threading.Condition()
         self._begun, self._asked, self._last = 0, False, None
@@ -217,13 +218,13 @@ class Crew:
     def _look_around(self) -> None:
         """What is due without a message: beats, silence, signals."""
         now = time.monotonic()
-        if now - self._beat_at > self._silence_s / 4:
+        if now - self._beat_at > self.silence_s / 4:
             self._beat_at = now
             for line in self._lines.values():
                 line.send({"kind": "beat"})
         for number, line in self._lines.items():
-            if now - line.heard > self._silence_s:
-                self._lost(number, f"did not answer for {self._silence_s:g} s")
+            if now - line.heard > self.silence_s:
+                self._lost(number, f"did not answer for {self.silence_s:g} s")
         if self._wanted is not None and not self._asked:
             signal, self._wanted = self._wanted, None
             self._tell({"kind": "stop", "signal": signal})

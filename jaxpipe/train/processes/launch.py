@@ -9,9 +9,6 @@ from jaxpipe.train.processes.facts import facts_of
 from jaxpipe.train.processes.place import Place
 from jaxpipe.train.processes.roll_call import answer, gather
 
-JAX_SILENCE_S = 100
-"""When JAX's own service gives a process up. The crew is told sooner: a connection that ends says so at once."""
-
 
 def join(
     place: Place,
@@ -73,8 +70,9 @@ def start_jax(crew: Crew, config: Config, start_timeout_s: float = 300.0) -> Non
             local_device_ids=place.local_devices,
             cluster_detection_method="deactivate",
             initialization_timeout=max(1, int(start_timeout_s)),
-            heartbeat_timeout_seconds=JAX_SILENCE_S,
+            heartbeat_timeout_seconds=max(100, int(2 * crew.silence_s)),  # [1]
             shutdown_timeout_seconds=60,
         )
+    # [1] When JAX itself gives a process up, by aborting all others. The crew is to know sooner.
     except RuntimeError as error:
         raise ConfigError(f"JAX cannot start with several processes: {error}; try a new process") from error
