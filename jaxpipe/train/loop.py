@@ -83,7 +83,7 @@ def train(
     lead = crew is None or crew.lead
     report = report if report and lead else Silent()
     folder = RunFolder(config.train.out, overwrite=config.train.overwrite, lead=lead)
-    gpus = set_gpu_options(config.gpu)
+    gpus = "" if config.mesh.simulate else set_gpu_options(config.gpu)
     run = assemble(config, model)
     check_crew(crew)
     if crew is not None:

@@ -70,9 +70,8 @@ def start_jax(crew: Crew, config: Config, start_timeout_s: float = 300.0) -> Non
             local_device_ids=place.local_devices,
             cluster_detection_method="deactivate",
             initialization_timeout=max(1, int(start_timeout_s)),
-            heartbeat_timeout_seconds=max(100, int(2 * crew.silence_s)),  # [1]
+            heartbeat_timeout_seconds=max(100, int(2 * crew.silence_s)),  # then it aborts: the crew is to know sooner
             shutdown_timeout_seconds=60,
         )
-    # [1] When JAX itself gives a process up, by aborting all others. The crew is to know sooner.
     except RuntimeError as error:
         raise ConfigError(f"JAX cannot start with several processes: {error}; try a new process") from error

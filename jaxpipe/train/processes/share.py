@@ -50,10 +50,8 @@ def put_rows(read: Callable[[int, int], Rows], num_rows: int, sharding: NamedSha
         num_rows: Rows of the whole batch.
         sharding: How a leaf rests; only its first dim may be cut.
     """
-    spans: dict[jax.Device, tuple[int, int]] = {
-        device: index[0].indices(num_rows)[:2]
-        for device, index in sharding.addressable_devices_indices_map((num_rows,)).items()
-    }
+    indices: dict[Any, Any] = dict(sharding.addressable_devices_indices_map((num_rows,)))
+    spans: dict[Any, tuple[int, int]] = {device: rows.indices(num_rows)[:2] for device, (rows,) in indices.items()}
     read_once = {span: read(*span) for span in sorted(set(spans.values()))}
     names = next(iter(read_once.values()))
 
