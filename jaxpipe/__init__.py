@@ -10,12 +10,15 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from jaxpipe import nn as nn
+    from jaxpipe.runtime.gpu import GpuOptions, set_gpu_options
     from jaxpipe.runtime.mesh import make_mesh, simulate_devices
     from jaxpipe.runtime.model import Block, Embed, HeadLoss, Model, VocabEmbed, VocabHead
     from jaxpipe.runtime.pipeline import Pipeline
     from jaxpipe.runtime.sequential import sequential
 
 _LAZY = {
+    "GpuOptions": "jaxpipe.runtime.gpu",
+    "set_gpu_options": "jaxpipe.runtime.gpu",
     "make_mesh": "jaxpipe.runtime.mesh",
     "simulate_devices": "jaxpipe.runtime.mesh",
     "Block": "jaxpipe.runtime.model",
@@ -32,6 +35,7 @@ _LAZY = {
 __all__ = [
     "Block",
     "Embed",
+    "GpuOptions",
     "HeadLoss",
     "Model",
     "Pipeline",
@@ -42,6 +46,7 @@ __all__ = [
     "nn",
     "schedule",
     "sequential",
+    "set_gpu_options",
     "simulate_devices",
 ]
 

@@ -6,9 +6,13 @@ Exit codes: 0 done, 1 failed, 2 bad arguments or config, 3 stopped early by a si
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from jaxpipe import __version__, cli_bench, cli_schedule
+from jaxpipe import __version__, cli_bench, cli_processes, cli_schedule
 from jaxpipe.errors import JaxpipeError
+
+if TYPE_CHECKING:
+    from jaxpipe.train.processes import Crew
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 3
 
@@ -27,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options)
     except JaxpipeError as error:
         print(f"jaxpipe: error: {error}", file=sys.stderr)
-        return FAILED if _happened_in_training(error) else BAD_INPUT
+        return exit_code(error)
     except KeyboardInterrupt:
         print("jaxpipe: stopped by SIGINT", file=sys.stderr)
         return STOPPED
@@ -45,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("config", metavar="CONFIG", help="TOML file with sections model, data, mesh, schedule, …")
     train.add_argument("overrides", metavar="key=value", nargs="*", help="such as train.steps=100; the last one wins")
+    cli_processes.add_options(train)
     train.set_defaults(run=_train)
     cli_schedule.register(commands)
     cli_bench.register(commands)
@@ -52,12 +57,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from jaxpipe.train import load, train
-    from jaxpipe.train.terminal import terminal_report
+    crew = cli_processes.crew(options, exit_code)
+    if crew is None:
+        return _train_here(options)
+    with crew:
+        return _train_here(options, crew)
 
-    report = terminal_report()
+
+def _train_here(options: argparse.Namespace, crew: "Crew | None" = None) -> int:
+    from jaxpipe.train import load, train
+    from jaxpipe.train.terminal import Silent, terminal_report
+
+    report = terminal_report() if crew is None or crew.lead else Silent()
     config = load(options.config, options.overrides)
-    result = train(config, report=report)
+    if crew is not None:
+        cli_processes.start_jax(crew, config, options)
+    result = train(config, report=report, crew=crew)
     if result.stopped_by:
         report.note(
             f"stopped    by {result.stopped_by} after {result.step} steps; metrics and curves are in {result.out}, "
@@ -66,12 +81,18 @@ def _train(options: argparse.Namespace) -> int:
         return STOPPED
     if result.sample is not None:
         report.note(f"\n--- sample ---\n{result.sample}\n--------------\n")
+    if crew is not None and not crew.lead:
+        return DONE
     files = ", ".join(sorted(path.name for path in result.out.iterdir()))
     unit = config.data.unit
     report.note(f"done       validation loss {result.val_loss:.3f} nats per {unit}; {result.out} holds {files}")
     return DONE
 
 
-def _happened_in_training(error: JaxpipeError) -> bool:
-    track = sys.modules.get("jaxpipe.train.track")  # not loaded, and jax neither, if nothing was trained
-    return track is not None and isinstance(error, track.NonFiniteError)
+def exit_code(error: BaseException) -> int:
+    """Whether an error is one of the input or happened later, with input that was good."""
+    later = [("jaxpipe.train.track", "NonFiniteError"), ("jaxpipe.train.processes.line", "LineError")]
+    modules = [(sys.modules.get(module), name) for module, name in later]  # loaded only by those that need them
+    if not isinstance(error, JaxpipeError) or any(isinstance(error, getattr(m, name)) for m, name in modules if m):
+        return FAILED
+    return BAD_INPUT

@@ -22,6 +22,7 @@ PAGES = [
     ("models.md", 60),
     ("choose-a-schedule.md", 40),
     ("performance.md", 4),
+    ("gpus.md", 6),
 ]
 CHOOSE = (DOCS / "choose-a-schedule.md").read_text()
 DRAWN = re.findall(r"^jaxpipe (schedule .*--out) docs/(images/\S+)$", CHOOSE, flags=re.M)

@@ -3,10 +3,11 @@
 What is cheap to get wrong is looked at first; nothing is compiled and no weights exist when this is done.
 """
 
+import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import jax
-import numpy as np
 
 from jaxpipe.errors import ScheduleError
 from jaxpipe.runtime.mesh import make_mesh, simulate_devices
@@ -18,6 +19,7 @@ from jaxpipe.train.config import Config
 from jaxpipe.train.corpus import open_corpus
 from jaxpipe.train.data import Batches
 from jaxpipe.train.model import gpt_model
+from jaxpipe.train.processes.share import check_mesh, put_rows
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,20 @@ class Assembly:
         """Whether the devices are CPU devices, which share the host's threads."""
         return self.pipe.mesh.devices.flat[0].platform == "cpu"
 
-    def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """A batch on the devices, rows spread over the data axis."""
-        return jax.device_put(batch, self.pipe.batch_sharding)
+    def put(self, batches: Batches, index: int) -> dict[str, jax.Array]:
+        """Batch `index` on the devices, rows spread over the data axis; a process reads what its own devices hold."""
+        size = batches.batch_size
+
+        def read(first: int, stop: int):
+            return batches.rows(index * size + first, stop - first)
+
+        return put_rows(read, size, self.pipe.batch_sharding)
+
+    def facts(self) -> dict[str, Any]:
+        """What must be the same where several processes read the data."""
+        first = b"".join(self.train[0][name].tobytes() for name in ("tokens", "targets"))
+        counts = {"training windows": self.train.num_windows, "validation windows": self.val.num_windows}
+        return {**counts, "checksum of the first batch": zlib.crc32(first)}
 
     def timetable_svg(self) -> str:
         """The ticks that the compiled loop runs, drawn."""
@@ -54,11 +67,12 @@ class Assembly:
         config, pipe = self.config, self.pipe
         kind = pipe.mesh.devices.flat[0].device_kind if not self.on_cpu else "CPU"
         simulated = "simulated " if config.mesh.simulate else ""
+        processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
         sizes = " × ".join(f"{name}={size}" for name, size in pipe.mesh.shape.items())
         tokens = [sum(len(segment.ids) for segment in part.segments) for part in (self.train, self.val)]
         layout = f", stages {format_stages(pipe.stages)}" if len(set(pipe.stages)) > 1 else ""
         lines = [
-            f"devices    {pipe.mesh.size} × {simulated}{kind}, {sizes}",
+            f"devices    {pipe.mesh.size} × {simulated}{kind}, {sizes}{processes}",
             f"schedule   {config.schedule.name}, repeats={config.schedule.repeats}, "
             f"microbatches={config.schedule.microbatches}{layout}, {pipe.table.packing} packing, "
             f"{pipe.table.ticks} ticks",
@@ -100,9 +114,10 @@ def assemble(config: Config, model: Model | None = None) -> Assembly:
         raise ScheduleError(
             f"schedule.name={config.schedule.name!r} must have a backward to train with; try 'interleaved_1f1b'"
         )
-    if config.mesh.simulate:
+    if config.mesh.simulate and not jax.distributed.is_initialized():
         simulate_devices(config.mesh.simulate)
     mesh = make_mesh(pipe=config.mesh.pipe, data=config.mesh.data, tensor=config.mesh.tensor)
+    check_mesh(mesh)
     pipe = Pipeline(
         gpt_model(config.model) if model is None else model,
         schedule=schedule,
@@ -114,6 +129,7 @@ def assemble(config: Config, model: Model | None = None) -> Assembly:
         idle=config.schedule.idle,
         packing=config.schedule.packing,
         memory=config.schedule.memory,
+        second_stream=config.gpu.second_stream,
     )
     vocab_size = config.model.vocab_size
     corpus = open_corpus(config.data, vocab_size=vocab_size)

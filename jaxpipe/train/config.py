@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from jaxpipe.errors import ConfigError
 from jaxpipe.models.gpt import BYTES, PRESETS, GPTConfig
+from jaxpipe.runtime.gpu import GpuOptions
 from jaxpipe.train import toml
 from jaxpipe.train.sections import (
     DataConfig,
@@ -34,6 +35,7 @@ class Config:
     model: GPTConfig
     data: DataConfig = field(default_factory=DataConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    gpu: GpuOptions = field(default_factory=GpuOptions)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -107,6 +109,7 @@ def _model(table: dict[str, Any], data: DataConfig, train: TrainConfig) -> GPTCo
 _SECTIONS = {
     "data": DataConfig,
     "mesh": MeshConfig,
+    "gpu": GpuOptions,
     "schedule": ScheduleConfig,
     "optim": OptimConfig,
     "train": TrainConfig,

@@ -59,8 +59,15 @@ class Batches:
         Raises:
             DataError: A token id that the vocabulary does not hold.
         """
-        first = index * self.batch_size
-        rows = [self._window(*divmod(first + row, self.num_windows)) for row in range(self.batch_size)]
+        return self.rows(index * self.batch_size, self.batch_size)
+
+    def rows(self, first: int, count: int) -> dict[str, np.ndarray]:
+        """Rows `first` to ``first + count - 1`` of all batches one after the other, like those of a batch.
+
+        Raises:
+            DataError: A token id that the vocabulary does not hold.
+        """
+        rows = [self._window(*divmod(first + row, self.num_windows)) for row in range(count)]
         ids = np.stack(rows).astype(np.int32)  # [B, T + 1]
         return {"tokens": ids[:, :-1].copy(), "targets": ids[:, 1:].copy()}
 

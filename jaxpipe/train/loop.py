@@ -15,12 +15,15 @@ import numpy as np
 import optax
 
 from jaxpipe.errors import ConfigError
+from jaxpipe.runtime.gpu import set_gpu_options
 from jaxpipe.train.assemble import Assembly, assemble
 from jaxpipe.train.config import Config
 from jaxpipe.train.folder import RunFolder
 from jaxpipe.train.metrics import MetricsLog, plot_loss
 from jaxpipe.train.model import gpt_logits
 from jaxpipe.train.optim import adamw, learning_rate
+from jaxpipe.train.processes.crew import Crew
+from jaxpipe.train.processes.share import check_crew, here
 from jaxpipe.train.sample import continue_tokens
 from jaxpipe.train.signals import StopSignal
 from jaxpipe.train.step import TrainState, init_state, make_eval_step, make_train_step
@@ -57,6 +60,7 @@ def train(
     model=None,
     optimizer: optax.GradientTransformation | None = None,
     report: Report | None = None,
+    crew: Crew | None = None,
 ) -> Result:
     """Trains a model and writes metrics, loss curves, timetable and resolved config into ``config.train.out``.
 
@@ -65,6 +69,7 @@ def train(
         model: A `Model` to train in place of the config's GPT; it sees ``tokens`` and ``targets``, int32 ``[rows, T]``.
         optimizer: Any optax transformation in place of the config's AdamW; it sees logical layers.
         report: Who is told of progress; nobody by default.
+        crew: The processes that train together, see `jaxpipe.train.processes`. Process 0 writes and reports.
 
     Returns:
         The end of the run. A run that a signal ended returns too, with `Result.stopped_by` set.
@@ -75,22 +80,29 @@ def train(
     """
     if model is not None and config.sample.length:
         raise ConfigError(f"sample.length={config.sample.length} needs the config's own model; try sample.length=0")
-    report = report or Silent()
-    folder = RunFolder(config.train.out, overwrite=config.train.overwrite)
+    lead = crew is None or crew.lead
+    report = report if report and lead else Silent()
+    folder = RunFolder(config.train.out, overwrite=config.train.overwrite, lead=lead)
+    gpus = "" if config.mesh.simulate else set_gpu_options(config.gpu)
     run = assemble(config, model)
+    check_crew(crew)
+    if crew is not None:
+        crew.at_end(report.close)
+        crew.agree("the check of the data", run.facts())
     folder.make()
     resolved = replace(config, train=replace(config.train, overwrite=False))  # whoever reruns it decides that anew
     folder.config.write_text(resolved.to_toml(), encoding="utf-8")
     folder.schedule.write_text(run.timetable_svg(), encoding="utf-8")
-    report.note(run.describe())
+    report.note("\n".join([run.describe(), *([f"gpus       {gpus}"] if gpus else [])]))
     log = MetricsLog(folder.metrics)
     try:
-        with StopSignal() as stop:
+        with StopSignal(crew) as stop:
             return _run(run, optimizer, folder, log, report, stop)
     finally:
         report.close()
         log.close()
-        _plot(log, folder, report, config.data.unit)
+        if lead:
+            _plot(log, folder, report, config.data.unit)
 
 
 def _run(run: Assembly, optimizer, folder: RunFolder, log: MetricsLog, report: Report, stop: StopSignal) -> Result:
@@ -102,19 +114,19 @@ def _run(run: Assembly, optimizer, folder: RunFolder, log: MetricsLog, report: R
     def validate(step: int):
         count = min(config.train.eval_batches, max(1, run.val.num_windows // config.train.batch_size))
         track.validate(
-            step, lambda: float(np.mean([eval_step(state.params, run.put(run.val[i])) for i in range(count)]))
+            step, lambda: float(np.mean([eval_step(state.params, run.put(run.val, i)) for i in range(count)]))
         )
 
     tokens = config.train.batch_size * config.train.seq_len
     track = Track(log, report, steps=steps, tokens_per_step=tokens, log_every=config.train.log_every)
-    if not stop.name:
+    if not stop.reached(0):
         validate(0)
     in_flight = 0 if run.on_cpu else 1  # [1]
     waiting: deque[tuple[int, dict]] = deque()
     for step in range(1, steps + 1):
-        if stop.name:
+        if stop.reached(step - 1):
             break
-        state, metrics = train_step(state, run.put(run.train[step - 1]))
+        state, metrics = train_step(state, run.put(run.train, step - 1))
         waiting.append((step, metrics))
         due = step == steps or (config.train.eval_every and step % config.train.eval_every == 0)
         while len(waiting) > (0 if due else in_flight):
@@ -127,7 +139,7 @@ def _run(run: Assembly, optimizer, folder: RunFolder, log: MetricsLog, report: R
     # host's threads, and two programs with collectives in flight there can starve each other.
 
     sample = None
-    if config.sample.length and not stop.name:
+    if config.sample.length and not stop.reached(int(state.step)):
         sample = _sample(run, state, sample_key)
         folder.sample.write_text(sample, encoding="utf-8")
     return Result(
@@ -147,7 +159,7 @@ def _compile(run: Assembly, optimizer, report: Report, init_key, dropout_key):
     start = time.perf_counter()
     rate = None if optimizer else learning_rate(config.optim, steps=config.train.steps)
     tx = run.pipe.optimizer(optimizer or adamw(config.optim, steps=config.train.steps))
-    batch = run.put(run.train[0])
+    batch = run.put(run.train, 0)
     state = init_state(run.pipe, tx, init_key, batch)
     key = dropout_key if config.model.dropout else None
     train_step = make_train_step(run.pipe, tx, state, batch, rate, key, config.train.loss_scale)
@@ -162,7 +174,7 @@ def _sample(run: Assembly, state: TrainState, key) -> str:
     """Prompt and continuation; bytes that are no UTF-8, and control characters, become the replacement character."""
     config = run.config
     prompt = config.sample.prompt.encode()
-    params = jax.device_put(run.pipe.to_canonical(state.params), run.pipe.mesh.devices.flat[0])
+    params = here(run.pipe.to_canonical(state.params), run.pipe.mesh)
     drawn = continue_tokens(
         lambda params, tokens: gpt_logits(config.model, params, tokens),
         params,

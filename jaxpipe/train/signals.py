@@ -4,17 +4,24 @@ import signal
 import threading
 from types import FrameType
 
+from jaxpipe.train.processes.crew import Crew
+
 
 class StopSignal:
     """While entered, the first SIGINT or SIGTERM is noted and the next one acts as it always did.
 
     Handlers can only be set in the main thread; in another thread nothing is noted.
 
+    Args:
+        crew: Other processes, which all stop at the same step.
+
     Attributes:
-        name: ``SIGINT`` or ``SIGTERM`` once one has come, else None.
+        name: ``SIGINT`` or ``SIGTERM`` once one has come, else None. With a crew: signal and process, once it is
+            agreed and that step is reached.
     """
 
-    def __init__(self):
+    def __init__(self, crew: Crew | None = None):
+        self._crew = crew
         self.name: str | None = None
         self._before = {}
 
@@ -26,8 +33,17 @@ class StopSignal:
     def __exit__(self, *_):
         self._restore()
 
+    def reached(self, step: int) -> bool:
+        """Whether the run shall end after `step` steps. If not, the next one must begin."""
+        if self._crew is not None and self._crew.reached(step):
+            self.name = self._crew.stopped_by
+        return self.name is not None
+
     def _note(self, number: int, frame: FrameType | None):
-        self.name = signal.Signals(number).name
+        if self._crew is None:
+            self.name = signal.Signals(number).name
+        else:
+            self._crew.want_stop(signal.Signals(number).name)
         self._restore()
 
     def _restore(self):

@@ -13,7 +13,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.toml"
 
 def test_the_quickstart_step_is_one_loop_per_phase_with_hops_in_it():
     run = assemble(load(CONFIG, []))
-    pipe, batch = run.pipe, run.put(run.train[0])
+    pipe, batch = run.pipe, run.put(run.train, 0)
     assert pipe.mesh.shape["pipe"] == 4 and pipe.schedule.repeats == 2
     params = jax.eval_shape(pipe.init, jax.random.key(0), batch)
     placed = jax.tree.map(

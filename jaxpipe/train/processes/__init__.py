@@ -1,0 +1,12 @@
+"""Several processes that train one model, each with devices of its own.
+
+Reading order: `place` (which process is this), `line` (messages over TCP), `roll_call` (who is there), `hub` (what
+process 0 decides), `crew` (what every process does: start, agree, stop and fail together), `facts` (what must be the
+same in all), `launch` (from the command line to a running crew).
+"""
+
+from jaxpipe.train.processes.crew import Crew
+from jaxpipe.train.processes.launch import join, start_jax
+from jaxpipe.train.processes.place import Place, find_place
+
+__all__ = ["Crew", "Place", "find_place", "join", "start_jax"]

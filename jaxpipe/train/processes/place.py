@@ -1,0 +1,125 @@
+"""Which process of how many this is, and where process 0 is: from options, or as JAX reads it off a cluster.
+
+JAX's cluster detection has no public name; it is called here and nowhere else.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jaxpipe.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Place:
+    """A process among those of a run.
+
+    Attributes:
+        address: ``host:port`` of process 0, reachable from all; the port is free there.
+        count: Processes of the run.
+        number: This one, 0 to ``count - 1``.
+        local_devices: Which of the machine's accelerators are this process's; None means all that it sees.
+    """
+
+    address: str
+    count: int
+    number: int
+    local_devices: tuple[int, ...] | None = None
+
+    @property
+    def host(self) -> str:
+        """Host part of the address; an IPv6 address without its brackets."""
+        return self.address.rpartition(":")[0].strip("[]")
+
+    @property
+    def port(self) -> int:
+        """Port part of the address."""
+        return int(self.address.rpartition(":")[2])
+
+
+def find_place(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    timeout_s: float = 300.0,
+    environment: Mapping[str, str] = os.environ,
+) -> Place:
+    """Takes the place that is given, or asks the cluster: SLURM, Open MPI or Kubernetes, as JAX does.
+
+    All three are given, or none. ``JAX_LOCAL_DEVICE_IDS=0,1`` picks accelerators in either case; without it SLURM and
+    Open MPI give each process one, and everything else all.
+
+    Args:
+        coordinator: ``host:port`` of process 0.
+        num_processes: Processes of the run.
+        process_id: Number of this one.
+        timeout_s: How long the cluster may take to answer.
+        environment: Of this process.
+
+    Raises:
+        ConfigError: Some of the three are missing or wrong, or no cluster is found.
+    """
+    given = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return _detect(timeout_s, environment)
+    if missing:
+        have = ", ".join(f"{name} {value}" for name, value in given.items() if value is not None)
+        raise ConfigError(
+            f"{have} must come with {' and '.join(missing)}; give all three, or --distributed alone where SLURM, "
+            "Open MPI or Kubernetes starts the processes"
+        )
+    assert coordinator is not None and num_processes is not None and process_id is not None
+    return _checked(Place(coordinator, num_processes, process_id, _device_ids(environment)))
+
+
+def _checked(place: Place) -> Place:
+    if place.count < 1:
+        raise ConfigError(f"--num-processes {place.count} must be at least 1; try 2")
+    if not 0 <= place.number < place.count:
+        near = min(max(place.number, 0), place.count - 1)
+        raise ConfigError(
+            f"--process-id {place.number} must be from 0 to {place.count - 1} for --num-processes {place.count}; "
+            f"try {near}"
+        )
+    host, colon, port = place.address.rpartition(":")
+    if not (host and colon and port.isdecimal() and 0 < int(port) < 65536):
+        name = host if colon and host and not port.isdecimal() else place.address.strip(":") or "localhost"
+        raise ConfigError(
+            f"--coordinator {place.address!r} must have the form host:port with a port from 1 to 65535; "
+            f"try {name.partition(':')[0]}:55527"
+        )
+    return place
+
+
+def _device_ids(environment: Mapping[str, str]) -> tuple[int, ...] | None:
+    text = environment.get("JAX_LOCAL_DEVICE_IDS")
+    if not text:
+        return None
+    if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", text):
+        raise ConfigError(f"JAX_LOCAL_DEVICE_IDS={text!r} must be whole numbers with commas between; try 0,1")
+    return tuple(map(int, text.split(",")))
+
+
+def _detect(timeout_s: float, environment: Mapping[str, str]) -> Place:
+    from jax._src.clusters import ClusterEnv
+
+    try:
+        address, count, number, devices = ClusterEnv.auto_detect_unset_distributed_params(
+            environment.get("JAX_COORDINATOR_ADDRESS"), None, None, _device_ids(environment), None, int(timeout_s)
+        )
+    except Exception as error:  # of the cluster's client, which may be any
+        text = " ".join(str(error).split())
+        raise ConfigError(
+            f"--distributed: the cluster's place for this process cannot be read ({text}); {_BY_HAND}"
+        ) from error
+    if address is None or count is None or number is None:
+        raise ConfigError(
+            f"--distributed: neither SLURM (srun), Open MPI (mpirun) nor Kubernetes started this process; {_BY_HAND}"
+        )
+    return _checked(Place(address, count, number, None if devices is None else tuple(devices)))
+
+
+_BY_HAND = "try --coordinator host:port --num-processes N --process-id I"
