@@ -10,12 +10,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from jaxpipe import nn as nn
-    from jaxpipe.runtime.mesh import make_mesh, simulate_devices
+    from jaxpipe.runtime.mesh import describe, make_mesh, simulate_devices
     from jaxpipe.runtime.model import Block, Embed, HeadLoss, Model, VocabEmbed, VocabHead
     from jaxpipe.runtime.pipeline import Pipeline
     from jaxpipe.runtime.sequential import sequential
 
 _LAZY = {
+    "describe": "jaxpipe.runtime.mesh",
     "make_mesh": "jaxpipe.runtime.mesh",
     "simulate_devices": "jaxpipe.runtime.mesh",
     "Block": "jaxpipe.runtime.model",
@@ -37,6 +38,7 @@ __all__ = [
     "Pipeline",
     "VocabEmbed",
     "VocabHead",
+    "describe",
     "errors",
     "make_mesh",
     "nn",

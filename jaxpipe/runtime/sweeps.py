@@ -30,7 +30,7 @@ from jaxpipe.runtime.carry import join, part
 from jaxpipe.runtime.compile import Program
 from jaxpipe.runtime.device import Device
 from jaxpipe.runtime.ends import Ends, accumulator_dtype
-from jaxpipe.runtime.mesh import DATA, PIPE
+from jaxpipe.runtime.mesh import BATCH, MANUAL, PIPE, batch_shards, batch_text, check_axes
 from jaxpipe.runtime.model import Block, Embed, HeadLoss, Model, Tree
 from jaxpipe.runtime.options import stage_counts, stage_remats
 from jaxpipe.runtime.relayout import Layout
@@ -66,7 +66,7 @@ class Sweeps:
         apply: What one block computes: ``(params, x, inputs, key) -> x``, with `key` None for deterministic.
         num_layers: Number of blocks.
         schedule: Any schedule with backwards; its forwards keep their order, and so do its backwards.
-        mesh: With the axes `pipe` and `data`.
+        mesh: From `make_mesh`. Rows are split over `data` and `fsdp`; what `tensor` cuts is left to the compiler.
         stages: Blocks per stage, see `Pipeline`.
         remat: What forwards keep for backwards, see `Pipeline`.
         scan_blocks: See `Pipeline`.
@@ -81,11 +81,7 @@ class Sweeps:
     scan_blocks: bool = False
 
     def __post_init__(self):
-        for axis in (PIPE, DATA):
-            if axis not in self.mesh.shape:
-                raise ConfigError(
-                    f"mesh axes={tuple(self.mesh.shape)} must hold {axis!r}; try jaxpipe.make_mesh(pipe=…)"
-                )
+        check_axes(self.mesh)
         if self.mesh.shape[PIPE] != self.schedule.devices:
             raise ConfigError(
                 f"mesh.pipe={self.mesh.shape[PIPE]} must equal the schedule's devices={self.schedule.devices}; "
@@ -118,8 +114,8 @@ class Sweeps:
 
     @property
     def row_groups(self) -> int:
-        """Microbatches on all data shards."""
-        return self.schedule.microbatches * self.mesh.shape[DATA]
+        """Microbatches on all batch shards."""
+        return self.schedule.microbatches * batch_shards(self.mesh)
 
     def __call__(self, params: Tree, x: Tree, inputs: Inputs, key=None) -> Tree:
         """The last block's output.
@@ -144,7 +140,7 @@ class Sweeps:
         if rows % self.row_groups:
             raise ConfigError(
                 f"batch size {rows} must be a multiple of microbatches={self.schedule.microbatches} * "
-                f"data={self.mesh.shape[DATA]} = {self.row_groups}; "
+                f"{batch_text(self.mesh)} = {self.row_groups}; "
                 f"try {max(1, round(rows / self.row_groups)) * self.row_groups}"
             )
         if PIPE in jax.sharding.get_abstract_mesh().manual_axes:
@@ -251,7 +247,7 @@ class Sweeps:
             stages=build_stages(
                 model, self.layout, self.remats, {"blocks": params, "embed": embed}, carry, context, walls=on_cpu
             ),
-            ends=Ends(model, self.schedule.devices, {"embed": embed, "head": {}}, {}),
+            ends=Ends(model, self.schedule.devices, {"embed": embed, "head": {}}, {"embed": {}, "head": {}}),
             skip="loop" if on_cpu else "branch",
             hops_block=on_cpu,
         )
@@ -262,7 +258,7 @@ class Sweeps:
         return self.layout.from_canonical(whole)["blocks"]
 
     def _sweep(self, table: TickTable, given: dict, resting: Tree, key) -> tuple[Tree, dict]:
-        """The output and, where `table` has backwards, what they need: leaves ``[P, data, slots, ...]``."""
+        """The output and, where `table` has backwards, what they need: leaves ``[P, shards, slots, ...]``."""
         program = self._program(table, given, resting, key)
         stash_names = ("activation", "residual") if program.trains else ()
 
@@ -288,8 +284,8 @@ class Sweeps:
             stash = jax.tree.map(lambda leaf: leaf[None, None], {name: state[name] for name in stash_names})
             return _whole_batch(state["out"]), stash
 
-        stash_specs = dict.fromkeys(stash_names, PartitionSpec(PIPE, DATA))
-        return self._on_devices(program, run, given, resting, key, [], {}, (PartitionSpec(DATA), stash_specs))
+        stash_specs = dict.fromkeys(stash_names, PartitionSpec(PIPE, BATCH))
+        return self._on_devices(program, run, given, resting, key, [], {}, (PartitionSpec(BATCH), stash_specs))
 
     def _sweep_back(self, given: dict, resting: Tree, key, stash: dict, dy: list) -> list:
         """The gradients of the floating-point leaves of `given`."""
@@ -336,10 +332,11 @@ class Sweeps:
                 return weight_lane(device, state, row) if phase.weight else state
 
             state = _loop(table, columns, state, tick, backwards=True)
-            shared = jax.tree.map(lambda leaf: lax.psum(leaf, (PIPE, DATA)), state["ends"]["embed"]["shared"])
+            shared = jax.tree.map(lambda leaf: lax.psum(leaf, MANUAL), state["ends"]["embed"]["shared"])
             return program.block_gradients(state["blocks"]), _whole_batch(state["out"]), shared
 
-        specs = PartitionSpec(PIPE), PartitionSpec(DATA), PartitionSpec()
+        weights = jax.tree.map(lambda rest: rest.spec(MANUAL), program.rests)
+        specs = weights, PartitionSpec(BATCH), PartitionSpec()
         blocks, carry, shared = self._on_devices(program, run, given, resting, key, dy, stash, specs)
         canonical = self.layout.to_canonical({"embed": {}, "head": {}, "blocks": blocks})["blocks"][KIND]["own"]
         split_at = len(carry) - num_riding
@@ -356,7 +353,7 @@ class Sweeps:
     ) -> Any:
         """Runs ``run(device, columns, stash, dy)`` on all devices; dy is ``[M, rows, ...]`` there."""
         microbatches = self.schedule.microbatches
-        everywhere, rows, stacked = PartitionSpec(), PartitionSpec(DATA), PartitionSpec(PIPE)
+        everywhere, rows, stacked = PartitionSpec(), PartitionSpec(BATCH), PartitionSpec(PIPE)
         columns = {name: jnp.asarray(numbers, jnp.int32) for name, numbers in program.table.columns.items()}
         shared_floating, shared_others = part(given["shared"])
 
@@ -380,7 +377,7 @@ class Sweeps:
             )
             return run(device, {name: column[:, 0] for name, column in columns.items()}, stash, cut(dy))
 
-        places = [jnp.arange(self.mesh.shape[axis], dtype=jnp.int32) for axis in (PIPE, DATA)]
+        places = [jnp.arange(n, dtype=jnp.int32) for n in (self.mesh.shape[PIPE], batch_shards(self.mesh))]
         mapped: Any = jax.shard_map(
             body,
             mesh=self.mesh,
@@ -388,17 +385,17 @@ class Sweeps:
                 stacked,
                 rows,
                 PartitionSpec(None, PIPE),
-                stacked,
+                jax.tree.map(lambda rest: rest.spec(MANUAL), program.rests),
                 rows,
                 rows,
                 everywhere,
                 everywhere,
                 everywhere,
                 rows,
-                PartitionSpec(PIPE, DATA),
+                PartitionSpec(PIPE, BATCH),
             ),
             out_specs=out_specs,
-            axis_names={PIPE, DATA},
+            axis_names=set(MANUAL),
             check_vma=False,
         )
         blocks, carry = self._relaid(given["params"]), [given["x"], given["riding"]]
