@@ -15,9 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.core import spmd
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpipe.errors import ConfigError
 from jaxpipe.nn.parts import blocks_of, embed_of, head_of
+from jaxpipe.runtime.mesh import TENSOR
 from jaxpipe.runtime.model import Model, VocabEmbed, VocabHead
 from jaxpipe.runtime.tree import Tree
 
@@ -41,11 +44,16 @@ def nnx_model(
     embed_call: Callable[[Any, Tree], Tree] = lambda module, mb: module(mb),
     block_call: BlockCall | Mapping[str, BlockCall] | None = None,
     head_call: Callable[[Any, Tree, Tree], Any] = lambda module, carry, mb: module(carry),
+    divisible_by_tensor: Mapping[str, int] | None = None,
 ) -> Model:
     """Makes a model from NNX modules.
 
     A module is evaluated as it was built when there is a key, and in `nnx.Module.eval` mode when there is none. Every
     random stream in it (one per `nnx.Dropout`) starts anew at each call, from the key and its place in the module.
+
+    Where a parameter is annotated with the axis `tensor` (``nnx.with_partitioning(init, (None, "tensor"))``, or a name
+    that Flax's logical axis rules map to it), it lies cut over that axis of the pipeline's mesh; all else in
+    annotations is left to the pipeline.
 
     Args:
         embed: Factory of the embedding, or what `vocab_embed` makes.
@@ -63,6 +71,7 @@ def nnx_model(
         block_call: How a block is called: ``(module, carry, mb) -> carry``, or ``-> (carry, aux)``; `mb` for masks and
             positions. Or a function per kind. None, and for kinds left out: with the carry alone.
         head_call: How the head is called: ``(module, carry, mb) -> logits``.
+        divisible_by_tensor: What the mesh axis `tensor` must divide, see `Model`: ``{"num_heads": 12}``.
 
     Returns:
         The model, ready for `Pipeline` and `sequential`.
@@ -92,6 +101,7 @@ def nnx_model(
         head_loss=head if isinstance(head, VocabHead) else head_of(_Part("head", head, head_call), loss),
         tie=dict(tie or {}),
         aux_weight=aux_weight,
+        divisible_by_tensor=dict(divisible_by_tensor or {}),
     )
 
 
@@ -116,6 +126,7 @@ def vocab_embed(
         table=table,
         tokens=tokens,
         finish=lambda params, rows, mb, key: part.apply(params, key, rows, mb),
+        specs=part.specs,
     )
 
 
@@ -141,6 +152,7 @@ def vocab_head(
         kernel=kernel,
         features=lambda params, carry, mb, key: part.apply(params, key, carry, mb),
         targets=targets,
+        specs=part.specs,
     )
 
 
@@ -163,6 +175,7 @@ class _Part:
         params, streams, rest = (list(nnx.to_flat_state(state)) for state in jax.eval_shape(split))
         _refuse_state(name, graphdef, rest)
         self.graphdef, self.params, self.streams = graphdef, params, streams
+        self.specs = {"/".join(map(str, path)): spec for path, v in params if (spec := _tensor_spec(v))}
 
     def init(self, key, *inputs) -> dict[str, Any]:
         """The parameters of a new module, as nested dicts with string keys; they do not depend on its inputs."""
@@ -209,6 +222,18 @@ def params_of(module: nnx.Module) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[leaf] = variable.get_value()
     return tree
+
+
+def _tensor_spec(variable: nnx.Variable) -> PartitionSpec | None:
+    """What a parameter's annotation says of the axis `tensor`; other axes are the pipeline's to use."""
+    metadata = variable.get_metadata()
+    names: Any = metadata.get("out_sharding")
+    if not names:
+        return None
+    names = spmd.get_pspec(names, metadata.get("sharding_rules"))
+    names = names.spec if isinstance(names, NamedSharding) else names
+    cut = [TENSOR if TENSOR in (name if isinstance(name, tuple) else (name,)) else None for name in names]
+    return PartitionSpec(*cut) if TENSOR in cut else None
 
 
 def _at(params, path, like):

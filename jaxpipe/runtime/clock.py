@@ -53,8 +53,8 @@ class Note(NamedTuple):
 class Clock:
     """Notes of all runs since `notes` was last cleared.
 
-    A program takes it as its field `clock`; the mesh must have no axis that is left to the compiler, for a callback must
-    know its device.
+    A program takes it as its field `clock`; the mesh must have no axis that is left to the compiler, for a callback
+    must know its device.
 
     Attributes:
         notes: In the order in which they were made; complete after `jax.effects_barrier`.

@@ -1,8 +1,8 @@
 """Embedding and head: gathered once per step, their gradients reduced once.
 
-At rest their leaves are sharded over `pipe` and `fsdp` like everything else; only the first and the last stage compute with them,
-but every device runs the same program and so holds the gathered copy during a step. Leaves that are cut by vocabulary
-(``head="vocab_parallel"``) stay cut, and all devices compute with their rows.
+At rest their leaves are sharded over `pipe` and `fsdp` like everything else; only the first and the last stage compute
+with them, but every device runs the same program and so holds the gathered copy during a step. Leaves that are cut by
+vocabulary (``head="vocab_parallel"``) stay cut, and all devices compute with their rows.
 """
 
 from collections.abc import Callable, Mapping
@@ -72,7 +72,6 @@ class Ends:
             ends: Shards.
             place: This device's place on the pipe.
         """
-
         stored = (FSDP,) if self.shard == "params" else ()
 
         def whole(shape, rest, leaf):

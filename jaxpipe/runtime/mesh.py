@@ -105,7 +105,7 @@ def describe(mesh: Mesh, schedule: Schedule | None = None) -> str:
 
 def _listed(noun: str, numbers: Sequence[int]) -> str:
     plural = {"process": "processes"}.get(noun, f"{noun}s")
-    if noun == "process" and len(numbers) == 1 or noun == "stage" and len(numbers) == 1:
+    if (noun == "process" and len(numbers) == 1) or (noun == "stage" and len(numbers) == 1):
         plural = noun
     return f"{plural} {', '.join(map(str, numbers))}"
 
@@ -136,7 +136,7 @@ def _nearest(sizes: Sequence[int], available: int) -> str:
     need, found = math.prod(sizes), []
     for name, size in zip(AXES, sizes, strict=True):
         fits = min(size, available // (need // size))
-        if 1 < size and fits >= 1 and fits * (need // size) > 1:
+        if size > 1 and fits >= 1 and fits * (need // size) > 1:
             found.append((fits * (need // size), f"mesh.{name}={fits}"))
     return max(found, key=lambda pair: pair[0])[1] if found else ""
 

@@ -194,13 +194,18 @@ class Model:
     head_loss: Any
     tie: Mapping[str, str] = field(default_factory=dict)
     aux_weight: float = 1.0
-    carry_spec: Any = PartitionSpec()
+    carry_spec: PartitionSpec = field(default_factory=PartitionSpec)
     divisible_by_tensor: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self):
         object.__setattr__(self, "blocks", tuple(self.blocks))
         if not self.blocks:
             raise PartitionError("blocks=[] must hold at least one block; try one per transformer layer")
+        if not {axis for axis in self.carry_spec if axis} <= {"tensor"}:
+            raise PartitionError(
+                f"carry_spec={self.carry_spec} may name only the axis 'tensor', the others are the pipeline's; "
+                'try PartitionSpec(None, "tensor")'
+            )
         kinds = {f"blocks/{block.kind}/" for block in self.blocks}
         for user, source in self.tie.items():
             if not user.startswith(("head/", *kinds)) or not source.startswith("embed/"):
