@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from jaxpipe import nn as nn
     from jaxpipe.runtime.gpu import GpuOptions, set_gpu_options
-    from jaxpipe.runtime.mesh import make_mesh, simulate_devices
+    from jaxpipe.runtime.mesh import describe, make_mesh, simulate_devices
     from jaxpipe.runtime.model import Block, Embed, HeadLoss, Model, VocabEmbed, VocabHead
     from jaxpipe.runtime.pipeline import Pipeline
     from jaxpipe.runtime.sequential import sequential
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "GpuOptions": "jaxpipe.runtime.gpu",
     "set_gpu_options": "jaxpipe.runtime.gpu",
+    "describe": "jaxpipe.runtime.mesh",
     "make_mesh": "jaxpipe.runtime.mesh",
     "simulate_devices": "jaxpipe.runtime.mesh",
     "Block": "jaxpipe.runtime.model",
@@ -41,6 +42,7 @@ __all__ = [
     "Pipeline",
     "VocabEmbed",
     "VocabHead",
+    "describe",
     "errors",
     "make_mesh",
     "nn",

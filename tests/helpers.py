@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 import jaxpipe as jp
 from jaxpipe.runtime.model import cross_entropy
@@ -73,13 +74,15 @@ def toy_model(
         mask = mb["mask"].astype(ce.dtype)
         return (ce * mask).sum(), mask.sum()
 
+    columns, rows = PartitionSpec(None, "tensor"), PartitionSpec("tensor")
     return jp.Model(
         jp.Embed(
             lambda key, mb: {"table": normal(key, VOCAB, width)},
             lambda p, mb, key: drop(p["table"][mb["tokens"]], key),
+            specs={"table": rows},
         ),
-        [jp.Block(block_init, block)] * layers,
-        jp.HeadLoss(head_init, head),
+        [jp.Block(block_init, block, specs={"up": columns, "down": rows})] * layers,
+        jp.HeadLoss(head_init, head, specs={"kernel": rows, "out": {"bias": rows}}),
         tie={"head/kernel": "embed/table"} if tied else {},
     )
 
@@ -100,6 +103,9 @@ def toy_pipeline(
     *,
     blocks: int = 1,
     data: int = 1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    shard: Any = "params",
     remat: Any = "full",
     memory: Any = "ideal",
     dropout: float = 0.0,
@@ -110,7 +116,8 @@ def toy_pipeline(
     """The toy model with so many blocks per stage on a mesh of the first devices."""
     model = toy_model(blocks * devices * repeats, dropout, tied, dtype, width)
     schedule = build(name, devices=devices, microbatches=microbatches, repeats=repeats)
-    return jp.Pipeline(model, schedule=schedule, mesh=jp.make_mesh(devices, data), remat=remat, memory=memory)
+    mesh = jp.make_mesh(devices, data, fsdp, tensor)
+    return jp.Pipeline(model, schedule=schedule, mesh=mesh, remat=remat, memory=memory, shard=shard)
 
 
 @cache

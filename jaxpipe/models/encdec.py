@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxpipe.models.encdec_config import BYTES, PRESETS, T5_TOKENS, EncDecConfig, num_params
-from jaxpipe.models.layers import attend, linear, normal, rms_norm, rotate
+from jaxpipe.models.layers import attend, cut, linear, normal, rms_norm, rotate
 from jaxpipe.models.relative import RelativeBias
 
 __all__ = [
@@ -60,7 +60,7 @@ class Embed(nnx.Module):
 
     def __init__(self, cfg: EncDecConfig, *, rngs: nnx.Rngs):
         self.dtype = cfg.dtype
-        self.table = nnx.Param(normal(rngs, (cfg.vocab_size, cfg.d_model), std=1.0, dtype=cfg.param_dtype))
+        self.table = cut(normal(rngs, (cfg.vocab_size, cfg.d_model), std=1.0, dtype=cfg.param_dtype), dim=0)
         self.memory_norm = _norm(cfg, rngs=rngs)
         self.encoder_bias = _bias(cfg, bidirectional=True, rngs=rngs)
         self.decoder_bias = _bias(cfg, bidirectional=False, rngs=rngs)
@@ -99,7 +99,7 @@ class Attention(nnx.Module):
         query_std = (D * cfg.head_dim) ** -0.5 if cfg.positions == "relative" else D**-0.5
         self.q = _linear(cfg, D, inner, std=query_std, rngs=rngs)
         self.kv = _linear(cfg, D, 2 * inner, std=D**-0.5, rngs=rngs)
-        self.proj = _linear(cfg, inner, D, std=inner**-0.5, rngs=rngs)
+        self.proj = _linear(cfg, inner, D, std=inner**-0.5, rngs=rngs, rows=True)
 
     def __call__(self, x_BTD, memory_BSD, *, bias_1HTS=None, mask_BS=None):
         """[B, T, D] queries and [B, S, D] keys -> [B, T, D]."""
@@ -123,7 +123,7 @@ class MLP(nnx.Module):
         D, F = cfg.d_model, cfg.d_ff
         self.fc = _linear(cfg, D, F, std=D**-0.5, rngs=rngs)
         self.gate = _linear(cfg, D, F, std=D**-0.5, rngs=rngs) if cfg.mlp == "gated-gelu" else nnx.data(None)
-        self.proj = _linear(cfg, F, D, std=F**-0.5, rngs=rngs)
+        self.proj = _linear(cfg, F, D, std=F**-0.5, rngs=rngs, rows=True)
 
     def __call__(self, x_BTD):
         """[B, T, D] -> [B, T, D]."""
@@ -191,7 +191,7 @@ class Head(nnx.Module):
         self.scale = cfg.d_model**-0.5 if cfg.tied else 1.0
         self.norm = _norm(cfg, rngs=rngs)
         std = 1.0 if cfg.tied else cfg.d_model**-0.5
-        self.kernel = nnx.Param(normal(rngs, (cfg.vocab_size, cfg.d_model), std=std, dtype=cfg.param_dtype))
+        self.kernel = cut(normal(rngs, (cfg.vocab_size, cfg.d_model), std=std, dtype=cfg.param_dtype), dim=0)
 
     def __call__(self, carry):
         """The pair of streams -> logits [B, T, V], float32 or wider."""
@@ -248,8 +248,11 @@ def _bias(cfg: EncDecConfig, *, bidirectional: bool, rngs: nnx.Rngs):
     )
 
 
-def _linear(cfg: EncDecConfig, num_in: int, num_out: int, *, std: float, rngs: nnx.Rngs) -> nnx.Linear:
-    return linear(num_in, num_out, std=std, bias=False, dtype=cfg.dtype, param_dtype=cfg.param_dtype, rngs=rngs)
+def _linear(
+    cfg: EncDecConfig, num_in: int, num_out: int, *, std: float, rngs: nnx.Rngs, rows: bool = False
+) -> nnx.Linear:
+    dtypes = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+    return linear(num_in, num_out, std=std, bias=False, **dtypes, rngs=rngs, rows=rows)
 
 
 def _norm(cfg: EncDecConfig, *, rngs: nnx.Rngs) -> nnx.RMSNorm:

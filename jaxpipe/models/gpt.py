@@ -19,7 +19,7 @@ from flax import nnx
 
 from jaxpipe.errors import ConfigError
 from jaxpipe.models.gpt_config import BYTES, GPT2_TOKENS, PRESETS, GPTConfig, flops_per_token, num_params
-from jaxpipe.models.layers import attend, linear, normal, rms_norm, rotate
+from jaxpipe.models.layers import attend, cut, linear, normal, rms_norm, rotate
 from jaxpipe.models.moe import MoE
 
 __all__ = [
@@ -45,7 +45,7 @@ class Embed(nnx.Module):
 
     def __init__(self, cfg: GPTConfig, *, rngs: nnx.Rngs):
         self.dtype, self.param_dtype = cfg.dtype, cfg.param_dtype
-        self.table = nnx.Param(normal(rngs, (cfg.vocab_size, cfg.d_model), std=cfg.init_std, dtype=cfg.param_dtype))
+        self.table = cut(normal(rngs, (cfg.vocab_size, cfg.d_model), std=cfg.init_std, dtype=cfg.param_dtype), dim=0)
         self.positions = nnx.data(None)
         if cfg.positions == "learned":
             shape = (cfg.max_seq_len, cfg.d_model)
@@ -164,7 +164,7 @@ class Head(nnx.Module):
     def __init__(self, cfg: GPTConfig, *, rngs: nnx.Rngs):
         self.dtype, self.wide_dtype = cfg.dtype, cfg.wide_dtype
         self.norm = _norm(cfg, rngs=rngs)
-        self.kernel = nnx.Param(normal(rngs, (cfg.vocab_size, cfg.d_model), std=cfg.init_std, dtype=cfg.param_dtype))
+        self.kernel = cut(normal(rngs, (cfg.vocab_size, cfg.d_model), std=cfg.init_std, dtype=cfg.param_dtype), dim=0)
 
     def __call__(self, x_BTD):
         """[B, T, D] -> logits [B, T, V], float32 or wider."""
@@ -209,7 +209,7 @@ class GPT(nnx.Module):
 def _linear(cfg: GPTConfig, num_in: int, num_out: int, *, residual: bool = False, rngs: nnx.Rngs) -> nnx.Linear:
     std = cfg.residual_init_std if residual else cfg.init_std
     dtypes = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
-    return linear(num_in, num_out, std=std, bias=cfg.bias, **dtypes, rngs=rngs)
+    return linear(num_in, num_out, std=std, bias=cfg.bias, **dtypes, rngs=rngs, rows=residual)
 
 
 def _norm(cfg: GPTConfig, *, rngs: nnx.Rngs) -> nnx.LayerNorm | nnx.RMSNorm:

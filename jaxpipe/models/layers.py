@@ -1,5 +1,9 @@
 """What the layers of every model are made of: initial values, linear maps, attention, rotary positions.
 
+Weights carry Flax's own annotations of the mesh axis that they may be cut over: columns of what leads into heads or
+hidden dims, rows of what leads back (Shoeybi et al., 2019, "Megatron-LM"). They say where weights may lie and change
+nothing by themselves.
+
 Shape legend: B rows, T positions (queries), S positions (keys), H heads, d dims of a head.
 """
 
@@ -9,6 +13,16 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+TENSOR = "tensor"
+"""The mesh axis in annotations."""
+
+
+def cut(value: jax.Array, dim: int) -> nnx.Param:
+    """A parameter with an annotation: it may be cut over `TENSOR` in this dim."""
+    names = [None] * value.ndim
+    names[dim] = TENSOR
+    return nnx.Param(value, out_sharding=tuple(names), eager_sharding=False)
 
 
 def wide(dtype: Any) -> Any:
@@ -22,10 +36,21 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], *, std: float, dtype: Any) ->
 
 
 def linear(
-    num_in: int, num_out: int, *, std: float, bias: bool, dtype: Any, param_dtype: Any, rngs: nnx.Rngs
+    num_in: int,
+    num_out: int,
+    *,
+    std: float,
+    bias: bool,
+    dtype: Any,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+    rows: bool = False,
 ) -> nnx.Linear:
-    """A linear layer that starts with normal weights and no bias."""
-    return nnx.Linear(
+    """A linear layer that starts with normal weights and a bias of zeros.
+
+    Its kernel may be cut over `TENSOR` by columns, and the bias with it; or by rows, and the bias stays whole.
+    """
+    layer = nnx.Linear(
         num_in,
         num_out,
         use_bias=bias,
@@ -34,6 +59,10 @@ def linear(
         kernel_init=nnx.initializers.normal(std),
         rngs=rngs,
     )
+    layer.kernel = cut(layer.kernel.get_value(), dim=0 if rows else 1)
+    if layer.bias is not None and not rows:
+        layer.bias = cut(layer.bias.get_value(), dim=0)
+    return layer
 
 
 def rms_norm(dims: int, *, eps: float, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> nnx.RMSNorm:

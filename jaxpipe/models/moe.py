@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxpipe.models.gpt_config import GPTConfig
-from jaxpipe.models.layers import normal
+from jaxpipe.models.layers import cut, normal
 
 
 class MoE(nnx.Module):
@@ -35,15 +35,15 @@ class MoE(nnx.Module):
         D, E, F, std, dtype = cfg.d_model, cfg.num_experts, cfg.hidden_dim, cfg.init_std, cfg.param_dtype
         self.cfg = cfg
         self.router = nnx.Param(normal(rngs, (D, E), std=std, dtype=dtype))
-        self.fc = nnx.Param(normal(rngs, (E, D, F), std=std, dtype=dtype))
-        self.proj = nnx.Param(normal(rngs, (E, F, D), std=cfg.residual_init_std, dtype=dtype))
+        self.fc = cut(normal(rngs, (E, D, F), std=std, dtype=dtype), dim=2)
+        self.proj = cut(normal(rngs, (E, F, D), std=cfg.residual_init_std, dtype=dtype), dim=1)
         self.gate = self.fc_bias = self.gate_bias = self.proj_bias = nnx.data(None)
         if cfg.mlp == "swiglu":
-            self.gate = nnx.Param(normal(rngs, (E, D, F), std=std, dtype=dtype))
+            self.gate = cut(normal(rngs, (E, D, F), std=std, dtype=dtype), dim=2)
         if cfg.bias:
-            self.fc_bias, self.proj_bias = nnx.Param(jnp.zeros((E, F), dtype)), nnx.Param(jnp.zeros((E, D), dtype))
+            self.fc_bias, self.proj_bias = cut(jnp.zeros((E, F), dtype), dim=1), nnx.Param(jnp.zeros((E, D), dtype))
             if self.gate is not None:
-                self.gate_bias = nnx.Param(jnp.zeros((E, F), dtype))
+                self.gate_bias = cut(jnp.zeros((E, F), dtype), dim=1)
 
     def __call__(self, x_BTD):
         """[B, T, D] -> [B, T, D] and the auxiliary loss, a scalar, already weighted."""

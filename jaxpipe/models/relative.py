@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxpipe.models.layers import normal, wide
+from jaxpipe.models.layers import cut, normal, wide
 
 
 class RelativeBias(nnx.Module):
@@ -27,7 +27,7 @@ class RelativeBias(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.bidirectional, self.num_buckets, self.max_distance = bidirectional, num_buckets, max_distance
-        self.table = nnx.Param(normal(rngs, (num_buckets, num_heads), std=std, dtype=param_dtype))
+        self.table = cut(normal(rngs, (num_buckets, num_heads), std=std, dtype=param_dtype), dim=1)
 
     def __call__(self, num: int):
         """The bias of `num` queries on as many keys, [1, H, num, num], float32 or wider."""

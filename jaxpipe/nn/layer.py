@@ -7,7 +7,7 @@ import jax
 
 from jaxpipe.errors import ConfigError
 from jaxpipe.runtime.carry import part
-from jaxpipe.runtime.mesh import DATA, PIPE, make_mesh
+from jaxpipe.runtime.mesh import PIPE, check_axes, make_mesh
 from jaxpipe.runtime.model import Tree
 from jaxpipe.runtime.stage import Remat
 from jaxpipe.runtime.sweeps import Inputs, Sweeps
@@ -48,9 +48,7 @@ def make_sweeps(
         ScheduleError: The schedule does not fit.
     """
     mesh = make_mesh(pipe=1) if mesh is None else mesh
-    for axis in (PIPE, DATA):
-        if axis not in mesh.shape:
-            raise ConfigError(f"mesh axes={tuple(mesh.shape)} must hold {axis!r}; try jaxpipe.make_mesh(pipe=…)")
+    check_axes(mesh)
     devices = mesh.shape[PIPE]
     if schedule is None:
         if microbatches is None and devices > 1:

@@ -18,7 +18,7 @@ from jaxpipe.errors import ConfigError
 from jaxpipe.nn.linen_part import LinenPart, call_with_flag, flags, parameters
 from jaxpipe.nn.linen_pipelined import Pipelined
 from jaxpipe.nn.parts import blocks_of, embed_of, head_of
-from jaxpipe.runtime.model import Model
+from jaxpipe.runtime.model import Model, Specs
 from jaxpipe.runtime.tree import Tree
 
 __all__ = ["BlockCall", "BlockInit", "Pipelined", "linen_model"]
@@ -45,6 +45,8 @@ def linen_model(
     block_init: BlockInit | Mapping[str, BlockInit] | None = None,
     head_call: Callable[[Any, Tree, Tree, bool], Any] | None = None,
     rngs: Sequence[str] = ("dropout",),
+    specs: Mapping[str, Specs] | None = None,
+    divisible_by_tensor: Mapping[str, int] | None = None,
 ) -> Model:
     """Makes a model from Linen modules.
 
@@ -73,10 +75,14 @@ def linen_model(
             Or a function per kind. None, and for kinds left out: with the carry alone.
         head_call: How the head is called: ``(module, carry, mb, deterministic) -> logits``.
         rngs: Names of the random streams that the modules draw from.
+        specs: Which dims of which parameters lie cut over the mesh axis `tensor`, for ``embed``, ``head`` and the kinds
+            of block (``block`` where there is one): ``{"block": {"mlp": {"kernel": PartitionSpec(None, "tensor")}}}``,
+            or ``{"block": nn.get_partition_spec(variables)["params"]}`` where modules are annotated.
+        divisible_by_tensor: What `tensor` must divide, see `Model`: ``{"num_heads": 12}``.
 
     Returns:
         The model, ready for `Pipeline` and `sequential`. Its parameters are bare arrays: where they are placed is up to
-        the pipeline, not to annotations like `nn.with_partitioning`.
+        the pipeline and to `specs`, not to annotations like `nn.with_partitioning` themselves.
 
     Raises:
         ConfigError: Kinds that do not fit together, or a block that needs `block_init`. When parameters are made, a
@@ -100,7 +106,12 @@ def linen_model(
     """
     if isinstance(rngs, str):
         raise ConfigError(f"rngs={rngs!r} must be a sequence of names; try rngs=({rngs!r},)")
-    streams = tuple(rngs)
+    streams, specs = tuple(rngs), dict(specs or {})
+    kinds = list(block) if isinstance(block, Mapping) else ["block"]
+    if wrong := [name for name in specs if name not in ("embed", "head", *kinds)]:
+        raise ConfigError(
+            f"specs names {wrong[0]!r} but the model has {', '.join(map(repr, ('embed', *kinds, 'head')))}"
+        )
 
     def block_part(
         kind: str, module: nn.Module, block_call: BlockCall | None, block_init: BlockInit | None
@@ -108,11 +119,15 @@ def linen_model(
         if block_init is None:
             _refuse_inputs(kind, module)
         make = block_init or (lambda module, carry: _call_plainly(module, carry, True))
-        return LinenPart(kind, module, make, block_call or _call_plainly, streams)
+        return LinenPart(kind, module, make, block_call or _call_plainly, streams, specs=specs.get(kind, {}))
 
     def end_part(name: str, module: nn.Module, call: Callable | None) -> LinenPart:
         call = call or _call_plainly
-        return LinenPart(name, module, lambda module, *inputs: call(module, *inputs, True), call, streams)
+
+        def make(module, *inputs):
+            return call(module, *inputs, True)
+
+        return LinenPart(name, module, make, call, streams, specs=specs.get(name, {}))
 
     calls = {"block_call": block_call, "block_init": block_init}
     return Model(
@@ -121,6 +136,7 @@ def linen_model(
         head_loss=head_of(end_part("head", head, head_call), loss),
         tie=dict(tie or {}),
         aux_weight=aux_weight,
+        divisible_by_tensor=dict(divisible_by_tensor or {}),
     )
 
 

@@ -3,7 +3,7 @@
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from flax import linen as nn
 from jax.sharding import AbstractMesh
 
 from jaxpipe.errors import ConfigError
+from jaxpipe.runtime.model import Specs
 from jaxpipe.runtime.tree import Tree
 
 
@@ -25,6 +26,7 @@ class LinenPart:
         make: ``(module, *inputs)``, a call that makes the parameters.
         call: ``(module, *inputs, deterministic)``.
         streams: Names of its random streams.
+        specs: Which dims of its parameters lie on the mesh axis `tensor`.
         advice: What an error says of a random stream that is drawn from in a call without a key.
     """
 
@@ -33,6 +35,7 @@ class LinenPart:
     make: Callable[..., Any]
     call: Callable[..., Any]
     streams: tuple[str, ...]
+    specs: Specs = field(default_factory=dict, hash=False)
     advice: str = "try passing on what its call function gets as deterministic"
 
     def init(self, key, *inputs) -> dict[str, Any]:

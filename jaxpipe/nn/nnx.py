@@ -32,11 +32,16 @@ def nnx_model(
     embed_call: Callable[[Any, Tree], Tree] = lambda module, mb: module(mb),
     block_call: BlockCall | Mapping[str, BlockCall] | None = None,
     head_call: Callable[[Any, Tree, Tree], Any] = lambda module, carry, mb: module(carry),
+    divisible_by_tensor: Mapping[str, int] | None = None,
 ) -> Model:
     """Makes a model from NNX modules.
 
     A module is evaluated as it was built when there is a key, and in `nnx.Module.eval` mode when there is none. Every
     random stream in it (one per `nnx.Dropout`) starts anew at each call, from the key and its place in the module.
+
+    Where a parameter is annotated with the axis `tensor` (``nnx.with_partitioning(init, (None, "tensor"))``, or a name
+    that Flax's logical axis rules map to it), it lies cut over that axis of the pipeline's mesh; all else in
+    annotations is left to the pipeline.
 
     Args:
         embed: Factory of the embedding, or what `vocab_embed` makes.
@@ -54,6 +59,7 @@ def nnx_model(
         block_call: How a block is called: ``(module, carry, mb) -> carry``, or ``-> (carry, aux)``; `mb` for masks and
             positions. Or a function per kind. None, and for kinds left out: with the carry alone.
         head_call: How the head is called: ``(module, carry, mb) -> logits``.
+        divisible_by_tensor: What the mesh axis `tensor` must divide, see `Model`: ``{"num_heads": 12}``.
 
     Returns:
         The model, ready for `Pipeline` and `sequential`.
@@ -83,6 +89,7 @@ def nnx_model(
         head_loss=head if isinstance(head, VocabHead) else head_of(NNXPart("head", head, head_call), loss),
         tie=dict(tie or {}),
         aux_weight=aux_weight,
+        divisible_by_tensor=dict(divisible_by_tensor or {}),
     )
 
 
@@ -107,6 +114,7 @@ def vocab_embed(
         table=table,
         tokens=tokens,
         finish=lambda params, rows, mb, key: part.apply(params, key, rows, mb),
+        specs=part.specs,
     )
 
 
@@ -132,4 +140,5 @@ def vocab_head(
         kernel=kernel,
         features=lambda params, carry, mb, key: part.apply(params, key, carry, mb),
         targets=targets,
+        specs=part.specs,
     )

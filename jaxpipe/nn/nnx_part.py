@@ -6,8 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.core import spmd
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpipe.errors import ConfigError
+from jaxpipe.runtime.mesh import TENSOR
 from jaxpipe.runtime.tree import Tree
 
 Factory = Callable[[nnx.Rngs], nnx.Module]
@@ -32,6 +35,7 @@ class NNXPart:
         params, streams, rest = (list(nnx.to_flat_state(state)) for state in jax.eval_shape(split))
         _refuse_state(name, graphdef, rest)
         self.graphdef, self.params, self.streams = graphdef, params, streams
+        self.specs = {"/".join(map(str, path)): spec for path, v in params if (spec := _tensor_spec(v))}
 
     def init(self, key, *inputs) -> dict[str, Any]:
         """The parameters of a new module, as nested dicts with string keys; they do not depend on its inputs."""
@@ -83,6 +87,18 @@ def params_of(module: nnx.Module) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[leaf] = variable.get_value()
     return tree
+
+
+def _tensor_spec(variable: nnx.Variable) -> PartitionSpec | None:
+    """What a parameter's annotation says of the axis `tensor`; other axes are the pipeline's to use."""
+    metadata = variable.get_metadata()
+    names: Any = metadata.get("out_sharding")
+    if not names:
+        return None
+    names = spmd.get_pspec(names, metadata.get("sharding_rules"))
+    names = names.spec if isinstance(names, NamedSharding) else names
+    cut = [TENSOR if TENSOR in (name if isinstance(name, tuple) else (name,)) else None for name in names]
+    return PartitionSpec(*cut) if TENSOR in cut else None
 
 
 def _at(params, path, like):

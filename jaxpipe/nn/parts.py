@@ -8,12 +8,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from jaxpipe.errors import ConfigError
-from jaxpipe.runtime.model import Block, Embed, HeadLoss
+from jaxpipe.runtime.model import Block, Embed, HeadLoss, Specs
 from jaxpipe.runtime.tree import Tree
 
 
 class Part(Protocol):
-    """One module as two functions."""
+    """One module as two functions, and how its parameters may be cut.
+
+    Attributes:
+        specs: Partition specs over the mesh axis `tensor`, see `jaxpipe.runtime.model.Model`.
+    """
+
+    specs: Specs
 
     def init(self, key: Any, *inputs: Tree) -> dict[str, Any]:
         """The parameters of a new module, as nested dicts with string keys."""
@@ -26,7 +32,11 @@ class Part(Protocol):
 
 def embed_of(part: Part) -> Embed:
     """The embedding: its inputs are ``(mb,)``."""
-    return Embed(init=lambda key, mb: part.init(key, mb), apply=lambda params, mb, key: part.apply(params, key, mb))
+    return Embed(
+        init=lambda key, mb: part.init(key, mb),
+        apply=lambda params, mb, key: part.apply(params, key, mb),
+        specs=part.specs,
+    )
 
 
 def head_of(part: Part, loss: Any) -> HeadLoss:
@@ -34,6 +44,7 @@ def head_of(part: Part, loss: Any) -> HeadLoss:
     return HeadLoss(
         init=lambda key, carry, mb: part.init(key, carry, mb),
         apply=lambda params, carry, mb, key: loss(part.apply(params, key, carry, mb), mb),
+        specs=part.specs,
     )
 
 
@@ -90,4 +101,5 @@ def block_of(kind: str, part: Part) -> Block:
         init=lambda key, carry: part.init(key, carry),
         apply=lambda params, carry, mb, key: part.apply(params, key, carry, mb),
         kind=kind,
+        specs=part.specs,
     )

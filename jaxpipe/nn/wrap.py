@@ -193,6 +193,11 @@ class _End:
     part: NNXPart
     paths: Sequence[str]
 
+    @property
+    def specs(self) -> dict[str, Any]:
+        """The annotations of its own parameters."""
+        return {path: spec for path, spec in self.part.specs.items() if path in self.paths}
+
     def init(self, key, *inputs) -> Tree:
         """The values that the user's model has now."""
         path, items = find_blocks(self.module, self.blocks)

@@ -11,6 +11,7 @@ from jaxpipe.runtime.casts import cast_dtypes
 from jaxpipe.runtime.ends import accumulator_dtype, shared_leaves
 from jaxpipe.runtime.model import Block, Model, Tree, carry_and_aux, is_scalar
 from jaxpipe.runtime.relayout import Layout
+from jaxpipe.runtime.rest import check_specs, tensor_dims
 from jaxpipe.runtime.stage import Context, Remat, Run, Stage
 from jaxpipe.runtime.stages import Accumulator, Branch, Stages
 from jaxpipe.runtime.tree import tie
@@ -37,6 +38,10 @@ def build_stages(
     kinds = {block.kind: block for block in model.blocks}
     shared = shared_leaves(model, params["embed"])
     one_block = _one_of_each(layout, params)
+    for part in ("embed", "head"):
+        check_annotations(model, layout, part, params.get(part, {}))
+    for kind in kinds:
+        check_annotations(model, layout, f"blocks/{kind}", one_block[kind])
     has_aux = [
         check_block(model, kind, tie(one_block[kind], params["embed"], model.block_tie(kind)), carry, context)
         for kind in kinds
@@ -146,6 +151,43 @@ def check_kinds(model: Model) -> None:
                 f"blocks {first} and {number} are of kind={block.kind!r} but have different apply functions; "
                 f"try the same function for both, or kind='{block.kind}{number}' for block {number}"
             )
+        if (own := _dims(block)) != (others := _dims(other)):
+            raise PartitionError(
+                f"blocks {first} and {number} are of kind={block.kind!r} but cut {others} and {own} over 'tensor'; "
+                f"try the same specs for both, or kind='{block.kind}{number}' for block {number}"
+            )
+
+
+def annotations(model: Model, cut: Mapping[str, str]) -> dict[str, dict[str, int]]:
+    """The dims that lie on the axis `tensor`, for `Layout`.
+
+    Args:
+        model: The model.
+        cut: Leaves of embedding and head that are cut by vocabulary over `pipe`, and so not over `tensor`.
+    """
+    ends = {part: dict(_dims(end)) for part, end in (("embed", model.embed), ("head", model.head_loss))}
+    for part, path in cut.items():
+        ends[part].pop(path, None)
+    return ends | {f"blocks/{block.kind}": _dims(block) for block in model.blocks}
+
+
+def check_annotations(model: Model, layout: Layout, part: str, params: Tree) -> None:
+    """Raises PartitionError where annotations do not fit the parameters.
+
+    Args:
+        model: The model.
+        layout: Where they live.
+        part: ``embed``, ``head`` or ``blocks/KIND``.
+        params: Shapes of its parameters, of one block.
+    """
+    kind = part.removeprefix("blocks/")
+    tied = {"embed": (), "head": model.head_tie}.get(part, model.block_tie(kind))
+    must_divide = 1 if part in ("embed", "head") else layout.sizes.tensor
+    check_specs(part, layout.tensor.get(part, {}), params, tuple(tied), must_divide)
+
+
+def _dims(part: Any) -> dict[str, int]:
+    return tensor_dims(getattr(part, "specs", {}))
 
 
 def _text(leaf: Any) -> str:

@@ -53,7 +53,7 @@ class Note(NamedTuple):
 class Clock:
     """Notes of all runs since `notes` was last cleared.
 
-    A program takes it as its field `clock`; the mesh must have no other axes than `pipe` and `data`, for a callback
+    A program takes it as its field `clock`; the mesh must have no axis that is left to the compiler, for a callback
     must know its device.
 
     Attributes:

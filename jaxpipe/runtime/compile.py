@@ -1,6 +1,6 @@
 """From tick tables to one program: the loop that every device runs over its own column of the table.
 
-One `shard_map`, manual over `pipe` and `data`; inside it one `lax.scan` per phase of the table. The tick:
+One `shard_map`, manual over `pipe`, `data` and `fsdp`; inside it one `lax.scan` per phase of the table. The tick:
 
     rb = hop(dx)            [1] the last backward lane's gradient flies ...
     y  = F lane             ... while the forward lane computes
@@ -14,11 +14,14 @@ What a lane makes besides passes its fence too. Otherwise the scheduler hides th
 after the lane and starts it when the lane is done.
 
 Idle lanes skip (`lax.switch`), and permutes stay outside the conditionals.
+
+Before the loop parameters that are cut over `fsdp` are gathered, once; after it gradients are reduced, once: where they
+are cut, to each device's part. In it nothing crosses `data` or `fsdp`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -27,12 +30,14 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxpipe.runtime.clock import Clock
+from jaxpipe.runtime.collect import gather, reduce
 from jaxpipe.runtime.device import Device
 from jaxpipe.runtime.ends import Ends, batch_weight
 from jaxpipe.runtime.lane import Skip
-from jaxpipe.runtime.mesh import DATA, PIPE
+from jaxpipe.runtime.mesh import BATCH, FSDP, MANUAL, PIPE, batch_shards
 from jaxpipe.runtime.model import Model, Tree
 from jaxpipe.runtime.relayout import Layout
+from jaxpipe.runtime.rest import Rest
 from jaxpipe.runtime.stages import Stages
 from jaxpipe.runtime.tick import start, tick
 from jaxpipe.schedule import TickTable
@@ -95,8 +100,8 @@ class Program:
 
     @property
     def row_groups(self) -> int:
-        """Microbatches on all data shards."""
-        return self.table.schedule.microbatches * self.mesh.shape[DATA]
+        """Microbatches on all batch shards."""
+        return self.table.schedule.microbatches * batch_shards(self.mesh)
 
     def __call__(
         self, params: Tree, batch: Tree, key: Any, loss_scale: Any = 1.0, loop: Callable | None = None
@@ -110,9 +115,11 @@ class Program:
             loss_scale: What backwards start from, a scalar.
             loop: ``(device, state) -> state`` in place of the table's loop, for measurements.
         """
-        specs = self.layout.specs(params)
+        layout = self.layout
+        rests = layout.rests(params)
+        specs = jax.tree.map(lambda rest: layout.param_spec(rest, MANUAL), rests)
         columns = {name: jnp.asarray(rows, jnp.int32) for name, rows in self.table.columns.items()}
-        everywhere, rows = PartitionSpec(), PartitionSpec(DATA)
+        everywhere, rows = PartitionSpec(), PartitionSpec(BATCH)
         body: Any = jax.shard_map(
             partial(self._device, loop),
             mesh=self.mesh,
@@ -122,16 +129,18 @@ class Program:
                 weight=everywhere,
                 aux=everywhere if self.stages.stage.aux else None,
                 metrics=jax.tree.map(lambda s: rows if s.shape else everywhere, self.metrics),
-                gradient=specs if self.trains else None,
+                gradient=jax.tree.map(lambda rest: rest.spec(MANUAL), rests) if self.trains else None,
             ),
-            axis_names={PIPE, DATA},
+            axis_names=set(MANUAL),
             check_vma=False,
         )
-        places = (jnp.arange(self.mesh.shape[axis], dtype=jnp.int32) for axis in (PIPE, DATA))
-        return body(*places, columns, params, batch, key, jnp.asarray(loss_scale, jnp.float32))
+        places = (jnp.arange(n, dtype=jnp.int32) for n in (self.mesh.shape[PIPE], batch_shards(self.mesh)))
+        params = layout.constrain(params, layout.param_spec)
+        out = body(*places, columns, params, batch, key, jnp.asarray(loss_scale, jnp.float32))
+        return out._replace(gradient=layout.constrain(out.gradient, Rest.spec)) if self.trains else out
 
     def _device(self, loop, place, shard, columns: dict, params: Tree, batch: Tree, key, loss_scale) -> Outcome:
-        """What one device does. Local shapes: place [1], shard [1], columns [ticks, 1], batch [B / data, ...]."""
+        """What one device does. Local shapes: place [1], shard [1], columns [ticks, 1], batch [B / shards, ...]."""
         columns = {name: column[:, 0] for name, column in columns.items()}
         batch = jax.tree.map(lambda x: x.reshape(self.table.schedule.microbatches, -1, *x.shape[1:]), batch)
         ends = self.ends.gather(params, place[0])
@@ -150,7 +159,7 @@ class Program:
         for phase in self.table.phases if loop is None else ():
             rows = {name: column[phase.start : phase.stop] for name, column in columns.items()}
             state, _ = lax.scan(lambda s, row, phase=phase: (tick(device, s, row, phase), None), state, rows)
-        everywhere = partial(lax.psum, axis_name=(PIPE, DATA))
+        everywhere = partial(lax.psum, axis_name=MANUAL)
         return Outcome(
             loss=everywhere(state["loss"]),
             weight=everywhere(state["weight"]),
@@ -180,44 +189,51 @@ class Program:
         if not self.stages.stage.aux or not self.trains:
             return jnp.zeros(())
         weight = batch_weight(self.model, self.ends.head(ends), self.stages.stage.carry, batch)
-        return self.model.aux_weight * lax.psum(weight, DATA) / self.row_groups
+        return self.model.aux_weight * lax.psum(weight, BATCH) / self.row_groups
 
     def _metric(self, kept):
         """A metric of the whole local batch, on every device of the pipe; numbers summed over all row groups."""
         if kept.ndim == 0:
-            return lax.psum(kept, (PIPE, DATA))
+            return lax.psum(kept, MANUAL)
         rows = kept[: self.table.schedule.microbatches]
         return lax.psum(rows.reshape(-1, *rows.shape[2:]), PIPE)
 
     def weights(self, blocks: Tree) -> list:
-        """The stages' weights of this device, in the dtypes that the lanes compute with."""
-        return [
-            [
-                jax.tree.map(lambda x, s: x[0].astype(s.dtype), tree, shapes)
-                for tree, shapes in zip(trees, weights, strict=True)
-            ]
-            for trees, weights in zip(blocks, self.stages.weights, strict=True)
-        ]
+        """The stages' weights of this device, whole, in the dtypes that the lanes compute with."""
+        axes = (FSDP,) if self.layout.shard == "params" else ()
+
+        def leaf(x, shape, rest):
+            return gather(x.astype(shape.dtype), rest, axes)[0]
+
+        return jax.tree.map(leaf, blocks, self.stages.weights, self.rests)
 
     def block_gradients(self, accumulators: list) -> list:
-        """The accumulators of this device's blocks as gradients ``[1, ...]``, summed over data shards."""
+        """The accumulators of this device's blocks as gradients ``[1, ...]``, summed over batch shards."""
 
-        def of(repeat: int, number: int, weights: Tree) -> Tree:
+        def of(repeat: int, number: int, weights: Tree, rests: Tree) -> Tree:
             accumulator = self.stages.accumulators[number]
             row = accumulator.rows[repeat]
 
-            def leaf(sums, like):
+            def leaf(sums, like, rest):
                 own = sums if accumulator.num_rows == 1 else sums[row]
                 own = own if own.shape == like.shape else own[: like.shape[0]]
-                return lax.psum(own[None], DATA)
+                return reduce(own[None], rest, self.mesh, BATCH)
 
-            return jax.tree.map(leaf, accumulators[number], weights)
+            return jax.tree.map(leaf, accumulators[number], weights, rests)
 
+        known = zip(self.stages.places, self.stages.weights, self.rests, strict=True)
         return [
-            [of(repeat, number, shapes) for number, shapes in zip(places, weights, strict=True)]
-            for repeat, (places, weights) in enumerate(zip(self.stages.places, self.stages.weights, strict=True))
+            [of(repeat, *each) for each in zip(places, weights, rests, strict=True)]
+            for repeat, (places, weights, rests) in enumerate(known)
         ]
+
+    @cached_property
+    def rests(self) -> list:
+        """How the gradients of the blocks' weights rest, by repeat and position."""
+        devices = self.table.schedule.devices
+        shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct((devices, *s.shape), s.dtype), self.stages.weights)
+        return self.layout.rests({"blocks": shapes})["blocks"]
 
     def _reduce(self, state: dict) -> Tree:
         """Local accumulators to gradients: the one reduction per step."""
-        return {**self.ends.reduce(state["ends"]), "blocks": self.block_gradients(state["blocks"])}
+        return {**self.ends.reduce(state["ends"], self.mesh), "blocks": self.block_gradients(state["blocks"])}

@@ -7,11 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpipe.runtime import keys, slots
 from jaxpipe.runtime.clock import Clock
 from jaxpipe.runtime.ends import Ends, accumulate, shared_leaves
 from jaxpipe.runtime.lane import Commit, Lane, Skip, run_lane
+from jaxpipe.runtime.mesh import TENSOR
 from jaxpipe.runtime.model import Model, Tree
 from jaxpipe.runtime.stage import Context
 from jaxpipe.runtime.stages import Stages
@@ -131,6 +133,30 @@ class Device:
         scalars = [jnp.minimum(self.place + k, 0) for k in range(len(leaves))]
         filled = [jnp.full(s.shape, x.astype(s.dtype)) for s, x in zip(leaves, scalars, strict=True)]
         return jax.tree.unflatten(tree, filled)
+
+    def lay(self, values: Tree) -> Tree:
+        """A carry, or its gradient, as it lies over `tensor` between blocks; leaves that do not divide stay whole."""
+        return self._constrain(values, self.model.carry_spec)
+
+    def whole(self, values: Tree) -> Tree:
+        """The same, whole on each device of `tensor`: what embedding and head see.
+
+        They look up and slice in ways that XLA would do by a permute if a sequence were cut. Permutes are a meeting of
+        all devices, and in a lane that not all of them run there would be no end to it.
+        """
+        return self._constrain(values, PartitionSpec())
+
+    def _constrain(self, values: Tree, spec: PartitionSpec) -> Tree:
+        mesh = jax.sharding.get_abstract_mesh()
+        tensor = mesh.shape.get(TENSOR, 1)
+        if tensor == 1:
+            return values
+
+        def place(x):
+            fits = x.ndim >= len(spec) and not any(x.shape[n] % tensor for n, axis in enumerate(spec) if axis)
+            return lax.with_sharding_constraint(x, NamedSharding(mesh, spec if fits else PartitionSpec()))
+
+        return jax.tree.map(place, values)
 
     def context(self, microbatch, repeat) -> Context:
         """What a lane needs to know of the microbatch and stage it works on; anything valid where it is idle."""

@@ -21,9 +21,9 @@ def embed_lane(device: Device, arrived: Tree, context: Context, row: dict) -> Tr
     first = (device.place == 0) & (row["f_repeat"] == 0)
     embed, key = device.model.embed.apply, keys.embed_key(context.group)
     if device.skip == "mask":
-        x = embed(device.ends["embed"], context.mb, key)
+        x = device.whole(embed(device.ends["embed"], context.mb, key))
         return jax.tree.map(lambda a, b: jnp.where(first, a, b), x, arrived)
-    return lax.cond(first, lambda: embed(device.ends["embed"], context.mb, key), lambda: arrived)
+    return lax.cond(first, lambda: device.whole(embed(device.ends["embed"], context.mb, key)), lambda: arrived)
 
 
 def head_lane(device: Device, state: dict, row: dict, y: Tree) -> tuple[dict, list, Commit]:
@@ -41,16 +41,18 @@ def head_lane(device: Device, state: dict, row: dict, y: Tree) -> tuple[dict, li
 
     def evaluate(given):
         head, floating, others, context, _ = given
+        floating = device.whole(floating)
         total, (weight, metrics) = loss(head, floating, others, context)
         return floating, (total, weight, metrics, None)
 
     def train(given):
         head, floating, others, context, seed = given
+        floating = device.whole(floating)
         total, vjp, (weight, metrics) = jax.vjp(
             lambda head, floating: loss(head, floating, others, context), head, floating, has_aux=True
         )
         dhead, dy = vjp(seed.astype(dtype))
-        return dy, (total, weight, metrics, dhead)
+        return device.whole(dy), (total, weight, metrics, dhead)
 
     branch, given = train if device.trains else evaluate, (head, floating, others, context, device.seeds[0])
     return run_head(device, state, row, jnp.minimum(row["h_gradient"], 0), branch, given, label=("h", row), rare=True)
@@ -94,7 +96,7 @@ def embed_gradient_lane(device: Device, state: dict, row: dict, dx: list) -> dic
     def run(given):
         embed, context, dx = given
         _, vjp = jax.vjp(lambda p: part(apply(p, context.mb, keys.embed_key(context.group)))[0], embed)
-        return (), vjp(dx)[0]
+        return (), vjp(device.whole(dx))[0]
 
     def commit(state, gradient):
         return {"ends": state["ends"] | {"embed": accumulate(state["ends"]["embed"], gradient)}}

@@ -1,8 +1,8 @@
 """Embedding and head: gathered once per step, their gradients reduced once.
 
-At rest their leaves are sharded over `pipe` like everything else; only the first and the last stage compute with them,
-but every device runs the same program and so holds the gathered copy during a step. Leaves that are cut by vocabulary
-(``head="vocab_parallel"``) stay cut, and all devices compute with their rows.
+At rest their leaves are sharded over `pipe` and `fsdp` like everything else; only the first and the last stage compute
+with them, but every device runs the same program and so holds the gathered copy during a step. Leaves that are cut by
+vocabulary (``head="vocab_parallel"``) stay cut, and all devices compute with their rows.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.interpreters import partial_eval
+from jax.sharding import Mesh
 
 from jaxpipe.errors import ConfigError
-from jaxpipe.runtime.mesh import DATA, PIPE
+from jaxpipe.runtime.collect import gather, reduce
+from jaxpipe.runtime.mesh import BATCH, FSDP, MANUAL, PIPE
 from jaxpipe.runtime.model import Model, Tree, loss_and_metrics
-from jaxpipe.runtime.relayout import sharded_dim
+from jaxpipe.runtime.relayout import Shard
 from jaxpipe.runtime.tree import drop_path, get_path, set_path, tie, untie
 from jaxpipe.runtime.vocab import give_rows, rows_per_device, take_rows
 
@@ -29,12 +31,16 @@ class Ends:
         model: The model.
         devices: P.
         shapes: ``{"embed", "head"}`` with the global shapes, dtypes as the lanes compute with them.
+        rests: How the gradients of the leaves rest, a tree like `shapes`.
+        shard: Whether parameters are cut over `fsdp` too, see `Pipeline`.
         cut: Leaves ``[V, D]`` that stay cut by vocabulary: ``{"embed": path, "head": path}``, or some of these.
     """
 
     model: Model
     devices: int
     shapes: Mapping[str, Tree]
+    rests: Mapping[str, Tree]
+    shard: Shard = "params"
     cut: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -50,8 +56,8 @@ class Ends:
     def moved(self) -> list:
         """Shapes of those of `local` that are not already there, as they rest."""
         cut = self._map(lambda _: False, lambda _: True, self.shapes)
-        leaves = zip(*map(jax.tree.leaves, (cut, self.shapes, self.local)), strict=True)
-        return [held for is_cut, whole, held in leaves if not is_cut or sharded_dim(whole.shape, self.devices) != 0]
+        leaves = zip(*map(jax.tree.leaves, (cut, self.rests, self.local)), strict=True)
+        return [held for is_cut, rest, held in leaves if not is_cut or rest.pipe != 0 or rest.fsdp is not None]
 
     @property
     def vocab_size(self) -> int:
@@ -66,31 +72,27 @@ class Ends:
             ends: Shards.
             place: This device's place on the pipe.
         """
+        stored = (FSDP,) if self.shard == "params" else ()
 
-        def gather(shape, leaf):
-            dim = sharded_dim(shape.shape, self.devices)
-            leaf = leaf.astype(shape.dtype)
-            return leaf if dim is None else lax.all_gather(leaf, PIPE, axis=dim, tiled=True)
+        def whole(shape, rest, leaf):
+            return gather(leaf.astype(shape.dtype), rest, (*stored, PIPE))
 
-        def rows(shape, leaf):
-            return take_rows(leaf.astype(shape.dtype), shape.shape, self.devices, place)
+        def rows(shape, rest, leaf):
+            leaf = gather(leaf.astype(shape.dtype), rest, stored)
+            return take_rows(leaf, rest.pipe, shape.shape, self.devices, place)
 
-        return self._map(gather, rows, self.shapes, ends)
+        return self._map(whole, rows, self.shapes, self.rests, ends)
 
-    def reduce(self, gradients: Tree) -> Tree:
+    def reduce(self, gradients: Tree, mesh: Mesh) -> Tree:
         """This device's shards of the summed gradients."""
 
-        def reduce(shape, leaf):
-            leaf = lax.psum(leaf, DATA)
-            dim = sharded_dim(shape.shape, self.devices)
-            if dim is None:
-                return lax.psum(leaf, PIPE)
-            return lax.psum_scatter(leaf, PIPE, scatter_dimension=dim, tiled=True)
+        def whole(shape, rest, leaf):
+            return reduce(leaf, rest, mesh, MANUAL)
 
-        def rows(shape, leaf):
-            return give_rows(lax.psum(leaf, DATA), shape.shape, self.devices)
+        def rows(shape, rest, leaf):
+            return reduce(give_rows(leaf, rest.pipe, shape.shape, self.devices), rest, mesh, BATCH)
 
-        return self._map(reduce, rows, self.shapes, gradients)
+        return self._map(whole, rows, self.shapes, self.rests, gradients)
 
     def _map(self, whole: Callable, cut: Callable, *trees: Tree) -> Tree:
         """A function of whole leaves, another of those cut by vocabulary."""

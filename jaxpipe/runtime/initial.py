@@ -5,11 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from jaxpipe.runtime import keys
-from jaxpipe.runtime.build import check_params
-from jaxpipe.runtime.mesh import PIPE
+from jaxpipe.runtime.build import check_annotations, check_params
 from jaxpipe.runtime.model import Model
 from jaxpipe.runtime.relayout import Layout, Position
 from jaxpipe.runtime.tree import Tree, untie
@@ -37,22 +36,26 @@ def init_params(model: Model, layout: Layout, key: Any, mb: Tree) -> Tree:
         return {"embed": embed, "head": head}, carry
 
     ends, carry = jax.eval_shape(make_ends)
-    shardings = jax.tree.map(lambda s: layout.canonical_sharding(s.shape), ends)
-    params = jax.jit(lambda: make_ends()[0], out_shardings=shardings)()
+    for part, tree in ends.items():
+        check_annotations(model, layout, part, tree)
+    params = jax.jit(lambda: make_ends()[0], out_shardings=layout.shardings(ends))()
     make = _block_maker(model, layout, block_keys, _zeros(carry))
-    params = {**params, "blocks": [[make(position) for position in row] for row in layout.positions]}
+    blocks = [
+        [make(position, (repeat, p)) for p, position in enumerate(row)] for repeat, row in enumerate(layout.positions)
+    ]
+    params = {**params, "blocks": blocks}
     check_params(params)
     return params
 
 
-def _block_maker(model: Model, layout: Layout, block_keys: Any, carry: Tree) -> Callable[[Position], Tree]:
-    """Makes the blocks of a position; positions that are made alike are compiled once."""
-    sharding, compiled = NamedSharding(layout.mesh, PartitionSpec(PIPE)), {}
+def _block_maker(model: Model, layout: Layout, block_keys: Any, carry: Tree) -> Callable[..., Tree]:
+    """Makes the blocks of a position at ``(repeat, number)``; positions that are made alike are compiled once."""
+    compiled = {}
     blocks: dict[str, list[int]] = {}
     for number, kind in enumerate(layout.kinds):
         blocks.setdefault(kind, []).append(number)
 
-    def make(position: Position) -> Tree:
+    def make(position: Position, at: tuple[int, int]) -> Tree:
         numbers = [blocks[position.kind][max(row, 0)] for rows in position.rows for row in position.padded(rows, -1)]
         inits = tuple(model.blocks[number].init for number in numbers)
         alike = all(init == inits[0] for init in inits)
@@ -71,9 +74,16 @@ def _block_maker(model: Model, layout: Layout, block_keys: Any, carry: Tree) -> 
 
             return jax.tree.map(place, untie(made, ties))
 
+        def rests(path, leaf):
+            where = jax.tree_util.DictKey("blocks"), *map(jax.tree_util.SequenceKey, at), *path
+            return NamedSharding(layout.mesh, layout.param_spec(layout.rest(where, leaf.shape)))
+
         key = position.kind, inits, shape
         if key not in compiled:
-            compiled[key] = jax.jit(run, out_shardings=sharding)
+            shapes = jax.eval_shape(run, block_keys[jnp.asarray(numbers)], position.real.reshape(-1))
+            one = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[position.lead :], s.dtype), shapes)
+            check_annotations(model, layout, f"blocks/{position.kind}", one)
+            compiled[key] = jax.jit(run, out_shardings=jax.tree.map_with_path(rests, shapes))
         return compiled[key](block_keys[jnp.asarray(numbers)], jnp.asarray(position.real.reshape(-1)))
 
     return make

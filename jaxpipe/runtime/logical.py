@@ -13,12 +13,14 @@ leaves, equation by equation:
                                        with the same operation first, so that every layer counts
     everything else                    is global and runs once
 
-No equation moves a layer to another device.
+No equation moves a layer to another device. Leaves may be cut over `fsdp` and `tensor` besides: the compiler sees to
+that, and every value is the global one.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -27,12 +29,12 @@ import numpy as np
 import optax
 from jax.core import eval_jaxpr
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from jaxpipe.errors import ConfigError
-from jaxpipe.runtime.mesh import PIPE
 from jaxpipe.runtime.model import Tree
-from jaxpipe.runtime.relayout import Layout, Position, end_spec
+from jaxpipe.runtime.relayout import Layout, Position
+from jaxpipe.runtime.rest import Rest, block_rest, end_rest
 
 REDUCTIONS: dict[str, Callable] = {
     "add": jnp.sum,
@@ -87,25 +89,28 @@ def logical_optimizer(
         layout: Where the layers live.
 
     Returns:
-        A transformation whose `init` and `update` take pipeline trees. Its state is sharded like the parameters.
+        A transformation whose `init` and `update` take pipeline trees. Its state is sharded like the gradients.
 
     Raises:
         ConfigError: From `init` or `update`, where `tx` joins leaves in a way that is not a reduction to a scalar.
     """
     inner = optax.with_extra_args_support(tx)
 
-    def run(function: Callable, *trees) -> Tree:
-        paths = _block_paths(trees[0])
+    def run(function: Callable, *trees, gives_updates: bool = False) -> Tree:
+        paths, known = _block_paths(trees[0]), dict(jax.tree.leaves_with_path(trees[0]))
         leaves, structure = jax.tree.flatten_with_path(trees)
         values = [_as_lanes(path, leaf, paths, layout) for path, leaf in leaves]
         one_lane = [jax.ShapeDtypeStruct(v.array.shape[v.laned :], v.array.dtype) for v in values]
         closed, out = jax.make_jaxpr(function, return_shape=True)(*jax.tree.unflatten(structure, one_lane))
         results = _run(closed.jaxpr, closed.consts, values)
         shapes, out_structure = jax.tree.flatten_with_path(out)
-        placed = [
-            _place(path, shape, result, paths, mesh, layout)
-            for (path, shape), result in zip(shapes, results, strict=True)
-        ]
+        placed = []
+        for (path, shape), result in zip(shapes, results, strict=True):
+            array, rest = _place(path, shape, result, paths, known, layout)
+            # Updates lie where parameters do, state where gradients do.
+            is_update = gives_updates and path[0] == jax.tree_util.SequenceKey(0)
+            spec = layout.param_spec(rest) if is_update else rest.spec()
+            placed.append(jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec)))
         return jax.tree.unflatten(out_structure, placed)
 
     @jax.jit
@@ -113,7 +118,8 @@ def logical_optimizer(
         return run(inner.init, params)
 
     def update(updates: Tree, state: Tree, params: Tree | None = None, **extra: Any) -> tuple[Tree, Tree]:
-        return run(lambda u, s, p, e: inner.update(u, s, p, **e), updates, state, params, extra)
+        step = partial(run, lambda u, s, p, e: inner.update(u, s, p, **e), gives_updates=True)
+        return step(updates, state, params, extra)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -236,18 +242,32 @@ def _bind(jaxpr: Jaxpr, eqn: JaxprEqn, arrays: Sequence) -> list:
     return eval_jaxpr(program, (), *(array for _, array in given))
 
 
-def _place(path: tuple, shape: Any, result: Lanes, paths: set[tuple], mesh: Mesh, layout: Layout):
-    """An output in its place: with lanes exactly where a block leaf's output belongs, sharded like the parameters."""
+def _place(
+    path: tuple, shape: Any, result: Lanes, paths: set[tuple], known: Mapping, layout: Layout
+) -> tuple[Any, Rest]:
+    """An output, with lanes exactly where a block leaf's output belongs, and how it rests: like the leaf if it has the
+    leaf's shape.
+
+    Args:
+        path: Of the output.
+        shape: Of one lane.
+        result: The output.
+        paths: Of the block leaves.
+        known: All leaves of the pipeline tree by path.
+        layout: Where the layers live.
+    """
     found = _find(path, paths)
-    if found is None:
-        if result.laned:
-            raise ConfigError(
-                f"the optimizer's state at {jax.tree_util.keystr(path)} depends on layers but is not stored per leaf; "
-                "try a transformation whose state has the tree structure of the parameters"
-            )
-        array, spec = result.array, end_spec(shape.shape, mesh.shape[PIPE])
-    else:
+    if found is not None:
         lanes = _position(found, layout).real.shape
         array = result.array if result.laned else jnp.broadcast_to(result.array, (math.prod(lanes), *shape.shape))
-        array, spec = array.reshape(*lanes, *shape.shape), PartitionSpec(PIPE)
-    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
+        array = array.reshape(*lanes, *shape.shape)
+        alike = array.shape == known[found].shape
+        return array, layout.rest(found, array.shape) if alike else block_rest(array.shape, len(lanes), layout.sizes)
+    if result.laned:
+        raise ConfigError(
+            f"the optimizer's state at {jax.tree_util.keystr(path)} depends on layers but is not stored per leaf; "
+            "try a transformation whose state has the tree structure of the parameters"
+        )
+    tag = _end_tag(path)
+    alike = tag in known and known[tag].shape == shape.shape
+    return result.array, layout.rest(tag, shape.shape) if tag and alike else end_rest(shape.shape, layout.sizes)

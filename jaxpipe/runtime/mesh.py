@@ -1,6 +1,7 @@
 """The device mesh: which devices form the pipeline, and devices simulated on the CPU."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -8,53 +9,159 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from jaxpipe.errors import ConfigError
+from jaxpipe.schedule import Schedule
 
 PIPE = "pipe"
 DATA = "data"
+FSDP = "fsdp"
 TENSOR = "tensor"
-AXES = (PIPE, DATA, TENSOR)
+AXES = (PIPE, DATA, FSDP, TENSOR)
+BATCH = (DATA, FSDP)
+"""The axes that share the batch: row groups are numbered over them, `data` first."""
+MANUAL = (PIPE, DATA, FSDP)
+"""The axes that the compiled loop handles itself; `tensor` is left to the compiler."""
 
 
-def make_mesh(pipe: int = 1, data: int = 1, tensor: int = 1, *, devices=None) -> Mesh:
-    """Makes a mesh with the axes ``pipe``, ``data`` and ``tensor``.
+def make_mesh(pipe: int = 1, data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices=None) -> Mesh:
+    """Makes a mesh with the axes ``pipe``, ``data``, ``fsdp`` and ``tensor``.
 
-    `tensor` is innermost (neighbouring devices, the fastest links), then `data`; `pipe` is outermost.
+    `tensor` is innermost (neighbouring devices, the fastest links), then `fsdp` and `data`; `pipe` is outermost and so
+    the first to cross hosts. On accelerators the order within a host follows the links, as JAX knows them.
 
     Args:
         pipe: P, devices that stages are spread over.
         data: Replicas that share the batch.
+        fsdp: Devices that share the batch too, and among them weights, gradients and optimizer state.
         tensor: Devices that share one stage; what is sharded over them is left to the compiler.
         devices: The devices to use, in order; by default the first that JAX has.
 
     Returns:
-        A mesh of ``pipe * data * tensor`` devices, all axes of type Auto.
+        A mesh of ``pipe * data * fsdp * tensor`` devices, all axes of type Auto.
 
     Raises:
-        ConfigError: A size below 1, or more devices asked for than there are.
+        ConfigError: A size below 1, more devices asked for than there are, or with several processes fewer.
     """
-    sizes = (pipe, data, tensor)
+    sizes = (pipe, data, fsdp, tensor)
     for name, size in zip(AXES, sizes, strict=True):
         if not isinstance(size, int) or size < 1:
             raise ConfigError(f"mesh.{name}={size!r} must be a whole number of at least 1; try 1")
-    need = math.prod(sizes)
     given = jax.devices() if devices is None else list(devices)
-    if need > len(given):
-        asked = " * ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True) if size > 1)
-        raise ConfigError(
-            f"mesh {asked} needs {need} devices but there {'is' if len(given) == 1 else 'are'} {len(given)} "
-            f"({given[0].platform}); try {_nearest(pipe, data * tensor, len(given))}mesh.simulate={need} "
-            "to simulate them on the CPU"
-        )
+    _check_number(sizes, given)
+    need = math.prod(sizes)
     if devices is None and need == len(given) and given[0].platform != "cpu":
-        grid = mesh_utils.create_device_mesh(sizes, given)
+        grid = _by_links(sizes, given)
     else:
         grid = np.asarray(given[:need]).reshape(sizes)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _nearest(pipe: int, rest: int, available: int) -> str:
-    fits = available // rest
-    return f"mesh.pipe={min(pipe, fits)} or " if fits >= 1 and min(pipe, fits) > 1 else ""
+def check_axes(mesh: Mesh) -> None:
+    """Raises ConfigError for a mesh without the axes that the loop handles."""
+    for axis in MANUAL:
+        if axis not in mesh.shape:
+            raise ConfigError(f"mesh axes={tuple(mesh.shape)} must hold {axis!r}; try jaxpipe.make_mesh(pipe=…)")
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """How many parts the batch is cut into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def batch_text(mesh: Mesh) -> str:
+    """The axes that share the batch, with their sizes, for messages."""
+    used = [axis for axis in BATCH if mesh.shape[axis] > 1] or [DATA]
+    return " * ".join(f"{axis}={mesh.shape[axis]}" for axis in used)
+
+
+def describe(mesh: Mesh, schedule: Schedule | None = None) -> str:
+    """Which processes and devices hold which part of the pipeline, as text.
+
+    Args:
+        mesh: From `make_mesh`.
+        schedule: What runs, to say stages; without it only places on the axis `pipe` are said.
+
+    Example:
+        >>> from jaxpipe.schedule import build
+        >>> print(describe(make_mesh(pipe=2, data=2), build("interleaved_1f1b", devices=2, microbatches=2, repeats=2)))
+        mesh       pipe=2 × data=2 × fsdp=1 × tensor=1, 4 devices, 1 process
+        pipe 0     stages 0, 2   process 0   devices 0, 1
+        pipe 1     stages 1, 3   process 0   devices 2, 3
+    """
+    processes = {device.process_index for device in mesh.devices.flat}
+    sizes = " × ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    plural = "" if len(processes) == 1 else "es"
+    rows = [[f"{'mesh':<10} {sizes}, {mesh.size} devices, {len(processes)} process{plural}"]]
+    pipe = mesh.axis_names.index(PIPE)
+    for place in range(mesh.shape[PIPE]):
+        held = np.take(mesh.devices, place, axis=pipe).reshape(-1)
+        stages = [] if schedule is None else [schedule.stage_at(place, c) for c in range(schedule.repeats)]
+        owners = sorted({device.process_index for device in held})
+        parts = [("stage", sorted(stages)), ("process", owners), ("device", [device.id for device in held])]
+        rows.append(
+            [f"{f'pipe {place}':<10} " + "   ".join(_listed(noun, numbers) for noun, numbers in parts if numbers)]
+        )
+    return "\n".join(line for (line,) in rows)
+
+
+def _listed(noun: str, numbers: Sequence[int]) -> str:
+    plural = {"process": "processes"}.get(noun, f"{noun}s")
+    if (noun == "process" and len(numbers) == 1) or (noun == "stage" and len(numbers) == 1):
+        plural = noun
+    return f"{plural} {', '.join(map(str, numbers))}"
+
+
+def _check_number(sizes: Sequence[int], given: Sequence) -> None:
+    """Raises ConfigError where the devices are too few, or where processes would be left over."""
+    need, have = math.prod(sizes), len(given)
+    asked = " * ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True) if size > 1) or "pipe=1"
+    if need > have:
+        near = _nearest(sizes, have)
+        raise ConfigError(
+            f"mesh {asked} needs {need} devices but there {'is' if have == 1 else 'are'} {have} "
+            f"({given[0].platform}); try {f'{near} or ' if near else ''}mesh.simulate={need} "
+            "to simulate them on the CPU"
+        )
+    processes = len({device.process_index for device in given})
+    if need < have and processes > 1:
+        grow = have // need
+        near = f"mesh.data={sizes[1] * grow}" if need * grow == have else (_nearest(sizes, have) or f"mesh.pipe={have}")
+        raise ConfigError(
+            f"mesh {asked} uses {need} devices but the {processes} processes have {have}, and none may be left over; "
+            f"try {near}"
+        )
+
+
+def _nearest(sizes: Sequence[int], available: int) -> str:
+    """The one axis to shrink that leaves most devices in use, as ``mesh.axis=size``; empty if none does."""
+    need, found = math.prod(sizes), []
+    for name, size in zip(AXES, sizes, strict=True):
+        fits = min(size, available // (need // size))
+        if size > 1 and fits >= 1 and fits * (need // size) > 1:
+            found.append((fits * (need // size), f"mesh.{name}={fits}"))
+    return max(found, key=lambda pair: pair[0])[1] if found else ""
+
+
+def _by_links(sizes: Sequence[int], devices: Sequence) -> np.ndarray:
+    """Devices of accelerators in the order of their links; over several hosts the outer axes cross them."""
+    granule = next((name for name in ("slice_index", "process_index") if _several(devices, name)), None)
+    if granule is not None:
+        rest, across = len({getattr(device, granule) for device in devices}), []
+        for size in sizes:
+            across.append(math.gcd(size, rest))
+            rest //= across[-1]
+        if rest == 1:
+            within = [size // cut for size, cut in zip(sizes, across, strict=True)]
+            return mesh_utils.create_hybrid_device_mesh(
+                within, across, devices, process_is_granule=granule == "process_index"
+            )
+    return mesh_utils.create_device_mesh(sizes, devices)
+
+
+def _several(devices: Sequence, name: str) -> bool:
+    """Whether devices differ in an attribute by equal shares of more than one."""
+    values = [getattr(device, name, None) for device in devices]
+    counts = {values.count(value) for value in set(values)}
+    return len(set(values)) > 1 and len(counts) == 1 and counts != {1}
 
 
 def simulate_devices(count: int) -> None:

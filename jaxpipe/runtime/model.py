@@ -13,9 +13,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jaxpipe.errors import PartitionError
 from jaxpipe.runtime.tree import Tree, drop_path, get_path
+
+Specs = Mapping[str, Any]
+"""Partition specs by slash-separated path, or a tree of them like the parameters."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +29,12 @@ class Embed:
     Attributes:
         init: ``(key, mb) -> params``.
         apply: ``(params, mb, key) -> carry``.
+        specs: Which dims lie cut over the mesh axis `tensor`: partition specs by path, see `Model`.
     """
 
     init: Callable[[Any, Tree], Tree]
     apply: Callable[[Tree, Tree, Any], Tree]
+    specs: Specs = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -40,12 +46,14 @@ class Block:
         apply: ``(params, carry, mb, key) -> carry``, or ``-> (carry, aux)`` with a scalar `aux` that joins the loss
             (see `Model`). Integer leaves of the carry (masks, positions, segment ids) travel along and have no
             gradient.
-        kind: Blocks of equal kind have parameters of equal structure, and the same `apply`.
+        kind: Blocks of equal kind have parameters of equal structure, and the same `apply` and `specs`.
+        specs: Which dims lie cut over the mesh axis `tensor`: partition specs by path, see `Model`.
     """
 
     init: Callable[[Any, Tree], Tree]
     apply: Callable[[Tree, Tree, Tree, Any], Any]
     kind: str = "block"
+    specs: Specs = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -59,10 +67,12 @@ class HeadLoss:
             that any mask gives the unpipelined mean. `weight` is a constant for differentiation. `metrics` is a tree of
             arrays for ``value_and_grad(…, has_aux=True)``: leaves ``[rows, …]`` come back for the whole batch
             ``[B, …]``, scalars summed over row groups.
+        specs: Which dims lie cut over the mesh axis `tensor`: partition specs by path, see `Model`.
     """
 
     init: Callable[[Any, Tree, Tree], Tree]
     apply: Callable[[Tree, Tree, Tree, Any], tuple]
+    specs: Specs = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -74,12 +84,14 @@ class VocabEmbed:
         table: Path of the table in `params`, a leaf ``[V, D]``.
         tokens: ``mb -> ids``, an array of integers in [0, V) or a tree of them.
         finish: ``(params without the table, rows, mb, key) -> carry``, with `rows` like `ids` but ``[..., D]``.
+        specs: Which dims lie cut over the mesh axis `tensor`: partition specs by path, see `Model`.
     """
 
     init: Callable[[Any, Tree], Tree]
     table: str
     tokens: Callable[[Tree], Tree]
     finish: Callable[[Tree, Tree, Tree, Any], Tree]
+    specs: Specs = field(default_factory=dict, hash=False)
 
     def apply(self, params: Tree, mb: Tree, key: Any) -> Tree:
         """Embeds with the whole table; NaN where a token is out of range."""
@@ -101,12 +113,14 @@ class VocabHead:
         features: ``(params without the kernel, carry, mb, key) -> [rows, ..., D]``, in the dtype of the product.
         targets: ``mb -> (ids, weights)``: integers ``[rows, ...]`` in [0, V), and a float each. Where the weight is 0
             the target may be anything; elsewhere one out of range gives NaN.
+        specs: Which dims lie cut over the mesh axis `tensor`: partition specs by path, see `Model`.
     """
 
     init: Callable[[Any, Tree, Tree], Tree]
     kernel: str
     features: Callable[[Tree, Tree, Tree, Any], Any]
     targets: Callable[[Tree], tuple[Any, Any]]
+    specs: Specs = field(default_factory=dict, hash=False)
 
     def apply(self, params: Tree, carry: Tree, mb: Tree, key: Any) -> tuple:
         """``(loss_sum, weight, metrics)`` with the whole matrix."""
@@ -161,6 +175,15 @@ class Model:
             kind. Who uses such a leaf sees it in its own place; its gradients add up.
         aux_weight: What the blocks' `aux` count. The loss of a batch is the mean of the head's plus `aux_weight` times
             the mean over row groups of the sum of all `aux`. The head's `weight` may then depend on `mb` only.
+        carry_spec: How what passes from block to block lies over `tensor`: by default whole on each of its devices.
+            ``PartitionSpec(None, "tensor")`` cuts the sequence of carries ``[rows, sequence, …]``: norms and
+            elementwise work are shared then, and slots and hops are smaller.
+        divisible_by_tensor: What `tensor` must divide for its devices to share work evenly, by name:
+            ``{"num_heads": 12}``.
+
+    Leaves that name no axis in their part's `specs` are whole on each device of `tensor`, and so are leaves of
+    embedding and head whose dim it does not divide. ``{"up": PartitionSpec(None, "tensor"), "down":
+    PartitionSpec("tensor")}`` is Megatron's MLP: what the blocks compute follows from where their weights lie.
 
     Raises:
         PartitionError: No blocks, or a tie with other paths.
@@ -171,11 +194,18 @@ class Model:
     head_loss: Any
     tie: Mapping[str, str] = field(default_factory=dict)
     aux_weight: float = 1.0
+    carry_spec: PartitionSpec = field(default_factory=PartitionSpec)
+    divisible_by_tensor: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self):
         object.__setattr__(self, "blocks", tuple(self.blocks))
         if not self.blocks:
             raise PartitionError("blocks=[] must hold at least one block; try one per transformer layer")
+        if not {axis for axis in self.carry_spec if axis} <= {"tensor"}:
+            raise PartitionError(
+                f"carry_spec={self.carry_spec} may name only the axis 'tensor', the others are the pipeline's; "
+                'try PartitionSpec(None, "tensor")'
+            )
         kinds = {f"blocks/{block.kind}/" for block in self.blocks}
         for user, source in self.tie.items():
             if not user.startswith(("head/", *kinds)) or not source.startswith("embed/"):

@@ -7,6 +7,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxpipe.errors import ConfigError, PartitionError
+from jaxpipe.runtime.mesh import TENSOR
 from jaxpipe.runtime.model import Model, VocabEmbed, VocabHead
 from jaxpipe.runtime.stage import Remat
 from jaxpipe.schedule import Costs, Schedule
@@ -131,3 +132,16 @@ def check_offload(mesh: Mesh) -> bool:
             f"{', '.join(sorted(kinds))}; try offload=False"
         )
     return True
+
+
+def check_tensor(model: Model, mesh: Mesh) -> None:
+    """Raises ConfigError where the axis `tensor` does not divide what the model says that it must."""
+    tensor = mesh.shape.get(TENSOR, 1)
+    for name, number in model.divisible_by_tensor.items():
+        if number % tensor:
+            near = [n for n in range(1, number + 1) if number % n == 0]
+            below, above = max(n for n in near if n < tensor), [n for n in near if n > tensor][:1]
+            raise ConfigError(
+                f"{name}={number} must be divisible by mesh.tensor={tensor}; "
+                f"try mesh.tensor={' or '.join(map(str, [below, *above]))}"
+            )

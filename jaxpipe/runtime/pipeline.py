@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +11,24 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpipe.errors import ConfigError, ScheduleError
-from jaxpipe.runtime.build import build_stages, check_kinds, check_params
+from jaxpipe.runtime.build import annotations, build_stages, check_kinds, check_params
 from jaxpipe.runtime.casts import end_dtypes
 from jaxpipe.runtime.compile import Outcome, Program
 from jaxpipe.runtime.ends import Ends, check_weight, metric_shapes
 from jaxpipe.runtime.initial import init_params
 from jaxpipe.runtime.lane import Skip
 from jaxpipe.runtime.logical import logical_optimizer
-from jaxpipe.runtime.mesh import DATA, PIPE
+from jaxpipe.runtime.mesh import BATCH, PIPE, batch_shards, batch_text, check_axes
 from jaxpipe.runtime.model import Model, Tree
-from jaxpipe.runtime.options import check_offload, relative_costs, stage_counts, stage_remats, vocab_leaves
-from jaxpipe.runtime.relayout import Layout
+from jaxpipe.runtime.options import (
+    check_offload,
+    check_tensor,
+    relative_costs,
+    stage_counts,
+    stage_remats,
+    vocab_leaves,
+)
+from jaxpipe.runtime.relayout import Layout, Shard
 from jaxpipe.runtime.sizes import model_bytes
 from jaxpipe.runtime.stage import Context, Remat
 from jaxpipe.schedule import Costs, ModelBytes, Schedule, TickTable, lower
@@ -57,6 +64,9 @@ class Pipeline:
             its own, so that both fly while the other lane computes. It rests on an undocumented hint to XLA, was read
             off compiled programs only, and is unverified with tensor parallelism, where two collectives in flight on
             different streams may deadlock NCCL. Without effect on the placement ``loop``, which has one hop per lane.
+        shard: What lies cut over the mesh axis `fsdp`. ``params``: parameters, gradients and optimizer state; a step
+            gathers the parameters once, before the loop. ``optimizer``: gradients and optimizer state only (ZeRO-1);
+            parameters rest whole on each of its devices, and updates are gathered instead.
 
     Attributes:
         table: The tick table that runs.
@@ -83,12 +93,13 @@ class Pipeline:
         memory: Literal["ideal", "strict"] = "ideal",
         costs: Costs | None = None,
         second_stream: bool = False,
+        shard: Shard = "params",
     ):
         if idle not in ("skip", "mask"):
             raise ConfigError(f"idle={idle!r} must be 'skip' or 'mask'; try 'skip'")
-        for axis in (PIPE, DATA):
-            if axis not in mesh.shape:
-                raise ConfigError(f"mesh axes={tuple(mesh.shape)} must hold {axis!r}; try jaxpipe.make_mesh(pipe=…)")
+        check_axes(mesh)
+        if shard not in get_args(Shard):
+            raise ConfigError(f"shard={shard!r} must be 'params' or 'optimizer'; try 'params'")
         if mesh.shape[PIPE] != schedule.devices:
             raise ConfigError(
                 f"mesh.pipe={mesh.shape[PIPE]} must equal the schedule's devices={schedule.devices}; "
@@ -106,6 +117,7 @@ class Pipeline:
                 stacklevel=2,
             )
         check_kinds(model)
+        check_tensor(model, mesh)
         self._cut = vocab_leaves(model, head)
         self.offload = offload and check_offload(mesh)
         counts = stage_counts(stages, len(model.blocks), schedule)
@@ -114,7 +126,8 @@ class Pipeline:
         self.remats = stage_remats(remat, schedule.stages)
         costs = costs or relative_costs(counts, self.remats, schedule)
         self.table = lower(schedule, packing, costs, memory, keeps=[kept != "full" for kept in self.remats])
-        self.layout = Layout(mesh, schedule, tuple(block.kind for block in model.blocks), counts, scan_blocks)
+        kinds, tensor = tuple(block.kind for block in model.blocks), annotations(model, self._cut)
+        self.layout = Layout(mesh, schedule, kinds, counts, scan_blocks, tensor, shard)
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -123,8 +136,8 @@ class Pipeline:
 
     @property
     def batch_sharding(self) -> NamedSharding:
-        """How a batch leaf ``[B, ...]`` rests: split over the data axis, a copy on every stage."""
-        return NamedSharding(self.mesh, PartitionSpec(DATA))
+        """How a batch leaf ``[B, ...]`` rests: split over the axes `data` and `fsdp`, a copy on every stage."""
+        return NamedSharding(self.mesh, PartitionSpec(BATCH))
 
     def init(self, key, batch: Tree) -> Tree:
         """Makes parameters, sharded on the mesh. The numbers do not depend on mesh or schedule.
@@ -145,7 +158,7 @@ class Pipeline:
 
         Args:
             params: From `init` or `from_canonical`.
-            batch: Leaves ``[B, ...]`` with B a multiple of microbatches times data shards.
+            batch: Leaves ``[B, ...]`` with B a multiple of microbatches times data times fsdp.
             key: A `jax.random` key for dropout, or None for deterministic.
             has_aux: Also return the head's metrics (see `HeadLoss`): ``((loss, metrics), grads)``.
             loss_scale: A number that backwards start from instead of 1, for half precision; gradients are divided by it
@@ -232,12 +245,12 @@ class Pipeline:
             raise ConfigError(
                 f"batch leaves have leading sizes {sorted(map(str, sizes))} but must share one; try [B, …]"
             )
-        rows, groups = sizes.pop(), self.schedule.microbatches * self.mesh.shape[DATA]
+        rows, groups = sizes.pop(), self.schedule.microbatches * batch_shards(self.mesh)
         if rows % groups or not rows:
             near = max(groups, round(rows / groups) * groups)
             raise ConfigError(
                 f"batch size {rows} must be a multiple of microbatches={self.schedule.microbatches} * "
-                f"data={self.mesh.shape[DATA]} = {groups}; try {near}"
+                f"{batch_text(self.mesh)} = {groups}; try {near}"
             )
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows // groups, *x.shape[1:]), x.dtype), batch)
 
@@ -270,7 +283,7 @@ class Pipeline:
         stages = build_stages(model, self.layout, self.remats, params, carry, context, walls=self._on_cpu)
         ends = {"embed": params["embed"], "head": params["head"]}
         ends = _with_dtypes(ends, end_dtypes(model, ends, carry, mb, key))
-        ends = Ends(model, self.schedule.devices, ends, self._cut)
+        ends = Ends(model, self.schedule.devices, ends, self.layout.rests(ends), self.layout.shard, self._cut)
         head = jax.eval_shape(ends.head, dict(ends.shapes))
         if stages.stage.aux:
             check_weight(model, head, carry, mb)

@@ -10,33 +10,28 @@ that nobody reads. With ``scan`` a position is a run of equal blocks, leaves ``[
 arrays because the compiled loop must never slice a stack of weights: that copies them every tick.
 
 Embedding and head are the same in both: each leaf sharded over `pipe` on its first dim that P divides, else replicated.
+Over `fsdp` and `tensor` every leaf of either is cut further, see `jaxpipe.runtime.rest`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import accumulate, groupby
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from jaxpipe.errors import PartitionError
-from jaxpipe.runtime.mesh import PIPE
+from jaxpipe.runtime.mesh import FSDP, PIPE, TENSOR
 from jaxpipe.runtime.model import Tree
+from jaxpipe.runtime.rest import Rest, Sizes, block_rest, end_rest, slashed
 from jaxpipe.schedule import Schedule
 
-
-def sharded_dim(shape: tuple[int, ...], devices: int) -> int | None:
-    """The first dim that the pipe size divides, or None."""
-    return next((dim for dim, size in enumerate(shape) if size and size % devices == 0), None) if devices > 1 else None
-
-
-def end_spec(shape: tuple[int, ...], devices: int) -> PartitionSpec:
-    """How a leaf of the embedding or the head rests, and a leaf of a canonical tree too."""
-    dim = sharded_dim(shape, devices)
-    return PartitionSpec() if dim is None else PartitionSpec(*[None] * dim, PIPE)
+Shard = Literal["params", "optimizer"]
+"""What lies cut over `fsdp`, see `Pipeline`."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +50,11 @@ class Position:
     index: int
     rows: tuple[tuple[int, ...], ...]
     count: int | None
+
+    @property
+    def lead(self) -> int:
+        """Dims of a leaf before the block's own."""
+        return 1 if self.count is None else 2
 
     @property
     def room(self) -> int:
@@ -82,6 +82,8 @@ class Layout:
         kinds: The kind of each block, in model order.
         counts: Blocks per stage, in stage order.
         scan: Whether equal neighbours in a stage are stacked.
+        tensor: The dims that lie on the axis `tensor`, by path, for ``embed``, ``head`` and ``blocks/KIND``.
+        shard: Whether parameters are cut over `fsdp`, or gradients and optimizer state only.
     """
 
     mesh: Mesh
@@ -89,6 +91,8 @@ class Layout:
     kinds: tuple[str, ...]
     counts: tuple[int, ...]
     scan: bool = False
+    tensor: Mapping[str, Mapping[str, int]] = field(default_factory=dict, hash=False)
+    shard: Shard = "params"
 
     @cached_property
     def first(self) -> tuple[int, ...]:
@@ -155,19 +159,60 @@ class Layout:
         """The stages of a repeat, by device."""
         return [self.schedule.stage_at(device, repeat) for device in range(self.schedule.devices)]
 
+    @property
+    def sizes(self) -> Sizes:
+        """The sizes of the axes that leaves are cut over."""
+        return Sizes(self.schedule.devices, self.mesh.shape[FSDP], self.mesh.shape.get(TENSOR, 1))
+
+    def rest(self, path: Sequence[Any], shape: Sequence[int]) -> Rest:
+        """How a leaf of the pipeline tree rests, its gradient and what an optimizer keeps for it.
+
+        Args:
+            path: JAX's keys.
+            shape: Of the whole leaf.
+        """
+        part = path[0].key
+        if part != "blocks":
+            return end_rest(shape, self.sizes, self._tensor_dim(part, path[1:]))
+        position = self.positions[path[1].idx][path[2].idx]
+        return block_rest(shape, position.lead, self.sizes, self._tensor_dim(f"blocks/{position.kind}", path[3:]))
+
+    def rests(self, params: Tree) -> Tree:
+        """`rest` of all leaves of a pipeline tree (arrays or shapes), or of some of its parts."""
+        return jax.tree.map_with_path(lambda path, x: self.rest(path, x.shape), params)
+
     def specs(self, params: Tree) -> Tree:
-        """Partition specs of a pipeline tree (arrays or shapes)."""
-        devices = self.schedule.devices
-        ends = {part: jax.tree.map(lambda x: end_spec(x.shape, devices), params[part]) for part in ("embed", "head")}
-        return ends | {"blocks": jax.tree.map(lambda _: PartitionSpec(PIPE), params["blocks"])}
+        """Partition specs of a pipeline tree (arrays or shapes) of parameters."""
+        return jax.tree.map(self.param_spec, self.rests(params))
+
+    def param_spec(self, rest: Rest, axes: Sequence[str] = (PIPE, FSDP, TENSOR)):
+        """The partition spec, of some axes, of a parameter whose gradient rests so."""
+        return rest.spec([axis for axis in axes if axis != FSDP or self.shard == "params"])
 
     def shardings(self, params: Tree) -> Tree:
         """`specs` as shardings on the mesh."""
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self.specs(params))
 
-    def canonical_sharding(self, shape: tuple[int, ...]) -> NamedSharding:
-        """How a canonical leaf rests on the mesh."""
-        return NamedSharding(self.mesh, end_spec(shape, self.schedule.devices))
+    def constrain(self, tree: Tree, spec: Callable[[Rest], Any]) -> Tree:
+        """A pipeline tree, inside `jax.jit`, with each leaf as ``spec(its rest)`` says."""
+
+        def place(path, leaf):
+            rests = NamedSharding(self.mesh, spec(self.rest(path, leaf.shape)))
+            return jax.lax.with_sharding_constraint(leaf, rests)
+
+        return jax.tree.map_with_path(place, tree)
+
+    def canonical_sharding(self, path: Sequence[Any], shape: Sequence[int]) -> NamedSharding:
+        """How a leaf of a canonical tree rests on the mesh."""
+        part, below = path[0].key, path[1:]
+        dim = self._tensor_dim(part, below)
+        if part == "blocks":
+            dim = self._tensor_dim(f"blocks/{below[0].key}", below[1:])
+            dim = None if dim is None else dim + 1
+        return NamedSharding(self.mesh, end_rest(shape, self.sizes, dim).spec())
+
+    def _tensor_dim(self, part: str, path: Sequence[Any]) -> int | None:
+        return self.tensor.get(part, {}).get(slashed(path))
 
     def to_canonical(self, params: Tree) -> Tree:
         """The canonical tree of pipeline parameters, leaf by leaf on the devices.
@@ -179,14 +224,14 @@ class Layout:
         for kind in dict.fromkeys(self.kinds):
             held = self._held(kind)
             trees = [params["blocks"][repeat][p] for repeat, p, _ in held]
+            positions = tuple(position for *_, position in held)
             leaves = zip(*map(jax.tree.leaves, trees), strict=True)
-
-            @jax.jit
-            def stack(leaves, positions=tuple(position for *_, position in held)):
-                out = _stack(positions, leaves)
-                return jax.lax.with_sharding_constraint(out, self.canonical_sharding(out.shape))
-
-            stacked[kind] = jax.tree.unflatten(jax.tree.structure(trees[0]), [stack(leaf) for leaf in leaves])
+            flat, structure = jax.tree.flatten_with_path({"blocks": {kind: trees[0]}})
+            moved = []
+            for own, (path, leaf) in zip(leaves, flat, strict=True):
+                shape = self.kinds.count(kind), *leaf.shape[positions[0].lead :]
+                moved.append(_stack(positions, own, self.canonical_sharding(path, shape)))
+            stacked[kind] = jax.tree.unflatten(structure, moved)["blocks"][kind]
         return {**params, "blocks": stacked}
 
     def from_canonical(self, canonical: Tree) -> Tree:
@@ -210,20 +255,26 @@ class Layout:
                         f"{leaf.shape[0]} blocks"
                     )
         blocks: list[list[Tree]] = [[None] * len(row) for row in self.positions]
-        on_blocks = NamedSharding(self.mesh, PartitionSpec(PIPE))
         for kind in kinds:
             held = self._held(kind)
-            leaves, structure = jax.tree.flatten(canonical["blocks"][kind])
-            cut = jax.jit(partial(_cut, [position for *_, position in held]), out_shardings=on_blocks)
-            moved = [cut(jax.device_put(leaf, self.canonical_sharding(leaf.shape))) for leaf in leaves]
+            positions = tuple(position for *_, position in held)
+            first = [jax.tree_util.SequenceKey(n) for n in held[0][:2]]
+            flat, structure = jax.tree.flatten_with_path({"blocks": {kind: canonical["blocks"][kind]}})
+            moved = []
+            for path, leaf in flat:
+                shape = (*positions[0].real.shape, *leaf.shape[1:])
+                spec = self.param_spec(self.rest((path[0], *first, *path[2:]), shape))
+                leaf = jax.device_put(leaf, self.canonical_sharding(path, leaf.shape))
+                moved.append(_cut(positions, leaf, NamedSharding(self.mesh, spec)))
             for n, (repeat, p, _) in enumerate(held):
-                blocks[repeat][p] = jax.tree.unflatten(structure, [leaf[n] for leaf in moved])
+                blocks[repeat][p] = jax.tree.unflatten(structure, [leaf[n] for leaf in moved])["blocks"][kind]
 
-        def put(leaf):
+        def put(path, leaf):
             # A leaf that is in place already would be the caller's own array, which a donation would delete.
-            return jax.device_put(leaf, self.canonical_sharding(leaf.shape), may_alias=False)
+            rests = NamedSharding(self.mesh, self.param_spec(self.rest(path, leaf.shape)))
+            return jax.device_put(leaf, rests, may_alias=False)
 
-        ends = {part: jax.tree.map(put, canonical[part]) for part in ("embed", "head")}
+        ends = jax.tree.map_with_path(put, {part: canonical[part] for part in ("embed", "head")})
         return {**canonical, **ends, "blocks": blocks}
 
     def _held(self, kind: str) -> list[tuple[int, int, Position]]:
@@ -236,16 +287,19 @@ class Layout:
         ]
 
 
-def _stack(positions: Sequence[Position], leaves: Sequence):
+@partial(jax.jit, static_argnums=(0, 2))
+def _stack(positions: Sequence[Position], leaves: Sequence, sharding: NamedSharding):
     """Leaves ``[P, ...]`` of the positions of a kind as one ``[L_kind, ...]``."""
-    rest = leaves[0].shape[1 if positions[0].count is None else 2 :]
+    rest = leaves[0].shape[positions[0].lead :]
     flat = jnp.concatenate([leaf.reshape(-1, *rest) for leaf in leaves])
     rows = [row for position in positions for rows in position.rows for row in position.padded(rows, -1)]
     place = {row: at for at, row in enumerate(rows)}
-    return flat[np.array([place[row] for row in range(len(place) - (-1 in place))])]
+    out = flat[np.array([place[row] for row in range(len(place) - (-1 in place))])]
+    return jax.lax.with_sharding_constraint(out, sharding)
 
 
-def _cut(positions: Sequence[Position], leaf) -> list:
+@partial(jax.jit, static_argnums=(0, 2))
+def _cut(positions: Sequence[Position], leaf, sharding: NamedSharding) -> list:
     """One leaf ``[L_kind, ...]`` as those of the positions of the kind, ``[P, ...]`` each."""
     outs = []
     for position in positions:
@@ -254,4 +308,4 @@ def _cut(positions: Sequence[Position], leaf) -> list:
         if (order < 0).any():
             rows = jnp.where((order >= 0).reshape(*order.shape, *[1] * (leaf.ndim - 1)), rows, 0)
         outs.append(rows[:, 0] if position.count is None else rows)
-    return outs
+    return jax.lax.with_sharding_constraint(outs, sharding)

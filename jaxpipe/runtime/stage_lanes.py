@@ -29,12 +29,13 @@ def forward_lane(device: Device, state: dict, row: dict, arrived: Any) -> tuple[
         x = vocab_lanes.embed_lane(device, arrived, row)
     else:
         x = end_lanes.embed_lane(device, arrived, context, row)
+    x = device.lay(x)
     kept = device.keep(kept, jnp.where(repeat >= 0, row["f_activation"], -1), x)
 
     def run(branch: Branch, given):
         blocks, shared, x, context = given
         y, aux, residuals = branch.stage.forward(stages.params(branch, blocks, shared), x, context)
-        return y, (aux, stages.residuals.fill(residuals, device.zeros) if device.trains else [])
+        return device.lay(y), (aux, stages.residuals.fill(residuals, device.zeros) if device.trains else [])
 
     def commit(state: dict, kept) -> dict:
         aux, residuals = kept
@@ -54,6 +55,7 @@ def backward_lane(device: Device, state: dict, row: dict, rb: Any, dy: list | No
     """Runs B or I of a stage on the gradient that arrived or that the head made."""
     stages, repeat = device.stages, row["b_repeat"]
     state, gradient = _arriving_gradient(device, state, row, rb, dy)
+    gradient = device.lay(gradient)
     full, split = backward_kinds(device.table)
 
     def run(branch: Branch, input_only: bool, given):
@@ -65,10 +67,10 @@ def backward_lane(device: Device, state: dict, row: dict, rb: Any, dy: list | No
         if input_only:
             dx, crossing = stage.backward_input(*arguments)
             crossing = stages.weight_residuals.fill(crossing, device.zeros)
-            return dx, (device.zeros(stages.gradients) if full else None, crossing)
+            return device.lay(dx), (device.zeros(stages.gradients) if full else None, crossing)
         dw, dx = stage.backward(*arguments)
         crossing = device.zeros(list(stages.weight_residuals.shapes)) if split else None
-        return dx, (stages.spread(branch, dw, device.zeros), crossing)
+        return device.lay(dx), (stages.spread(branch, dw, device.zeros), crossing)
 
     def commit(state: dict, kept) -> dict:
         dw, crossing = kept

@@ -20,7 +20,7 @@ from jaxpipe.runtime.carry import join, part
 from jaxpipe.runtime.compile import Program
 from jaxpipe.runtime.device import Device
 from jaxpipe.runtime.ends import Ends, accumulator_dtype
-from jaxpipe.runtime.mesh import DATA, PIPE
+from jaxpipe.runtime.mesh import BATCH, MANUAL, PIPE, batch_shards
 from jaxpipe.runtime.model import Block, Embed, HeadLoss, Model, Tree
 from jaxpipe.runtime.relayout import Layout
 from jaxpipe.runtime.stage import Context, Remat
@@ -71,7 +71,7 @@ def make_loops(
     """
     schedule, mesh = layout.schedule, layout.mesh
     model = _model(apply, len(layout.kinds), given["shared"])
-    row_groups = schedule.microbatches * mesh.shape[DATA]
+    row_groups = schedule.microbatches * batch_shards(mesh)
 
     def group(tree: Tree) -> Tree:
         rows = jax.tree.leaves(given["x"])[0].shape[0] // row_groups
@@ -91,7 +91,7 @@ def make_loops(
         layout=layout,
         mesh=mesh,
         stages=build_stages(model, layout, remats, params, carry, context, walls=on_cpu),
-        ends=Ends(model, schedule.devices, {"embed": embed, "head": {}}, {}),
+        ends=Ends(model, schedule.devices, {"embed": embed, "head": {}}, {"embed": {}, "head": {}}),
         skip="loop" if on_cpu else "branch",
         hops_block=on_cpu,
     )
@@ -142,10 +142,10 @@ class Loops:
     def forward(self) -> Callable[[dict, Tree, Any], tuple[Tree, dict]]:
         """``(given, resting, key) -> (output, stash)``.
 
-        The stash is empty for a table without backwards; leaves ``[P, data, slots, ...]``.
+        The stash is empty for a table without backwards; leaves ``[P, shards, slots, ...]``.
         """
         stashed = ("activation", "residual") if self.program.trains else ()
-        out_specs = PartitionSpec(DATA), dict.fromkeys(stashed, PartitionSpec(PIPE, DATA))
+        out_specs = PartitionSpec(BATCH), dict.fromkeys(stashed, PartitionSpec(PIPE, BATCH))
         # jit, for a shard_map that leaves axes to the compiler cannot run without.
         return jax.jit(
             lambda given, resting, key: self._on_devices(self._forward, given, resting, key, {}, [], out_specs)
@@ -157,7 +157,7 @@ class Loops:
 
         `dy` is the gradient of the output's floating-point leaves.
         """
-        out_specs = PartitionSpec(PIPE), PartitionSpec(DATA), PartitionSpec()
+        out_specs = self._rest, PartitionSpec(BATCH), PartitionSpec()
 
         def run(given: dict, resting: Tree, key, stash: dict, dy: list) -> list:
             out = self._on_devices(self._backward, given, resting, key, stash, dy, out_specs)
@@ -173,6 +173,11 @@ class Loops:
             ]
 
         return jax.jit(run)
+
+    @property
+    def _rest(self) -> Tree:
+        """How weights and their gradients rest."""
+        return jax.tree.map(lambda rest: rest.spec(MANUAL), self.program.rests)
 
     @property
     def _microbatches(self) -> int:
@@ -222,7 +227,7 @@ class Loops:
             return weight_lane(device, state, row) if phase.weight else state
 
         state = _loop(table, columns, self._start_backward(device, stash), tick, backwards=True)
-        shared = jax.tree.map(lambda leaf: lax.psum(leaf, (PIPE, DATA)), state["ends"]["embed"]["shared"])
+        shared = jax.tree.map(lambda leaf: lax.psum(leaf, MANUAL), state["ends"]["embed"]["shared"])
         return self.program.block_gradients(state["blocks"]), _whole_batch(state["out"]), shared
 
     def _start_backward(self, device: Device, stash: dict) -> dict:
@@ -249,7 +254,7 @@ class Loops:
     def _on_devices(self, run: Callable, given: dict, resting: Tree, key, stash: dict, dy: list, out_specs: Any) -> Any:
         """Runs ``run(device, columns, stash, dy)`` on all devices; dy is ``[M, rows, ...]`` there."""
         program, mesh = self.program, self.program.mesh
-        everywhere, rows, stacked = PartitionSpec(), PartitionSpec(DATA), PartitionSpec(PIPE)
+        everywhere, rows = PartitionSpec(), PartitionSpec(BATCH)
         columns = {name: jnp.asarray(numbers, jnp.int32) for name, numbers in program.table.columns.items()}
         shared_floating, shared_others = part(given["shared"])
 
@@ -275,23 +280,23 @@ class Loops:
 
         specs_and_values = [
             (PartitionSpec(None, PIPE), columns),
-            (stacked, _relaid(program.layout, given["params"])),
+            (self._rest, _relaid(program.layout, given["params"])),
             (rows, [given["x"], given["riding"]]),
             (rows, resting),
             (everywhere, shared_floating),
             (everywhere, shared_others),
             (everywhere, key),
             (rows, dy),
-            (PartitionSpec(PIPE, DATA), stash),
+            (PartitionSpec(PIPE, BATCH), stash),
         ]
         specs, values = zip(*specs_and_values, strict=True)
-        places = [jnp.arange(mesh.shape[axis], dtype=jnp.int32) for axis in (PIPE, DATA)]
+        places = [jnp.arange(count, dtype=jnp.int32) for count in (mesh.shape[PIPE], batch_shards(mesh))]
         mapped: Any = jax.shard_map(
             body,
             mesh=mesh,
-            in_specs=(stacked, rows, *specs),
+            in_specs=(PartitionSpec(PIPE), rows, *specs),
             out_specs=out_specs,
-            axis_names={PIPE, DATA},
+            axis_names=set(MANUAL),
             check_vma=False,
         )
         return mapped(*places, *values)

@@ -27,7 +27,7 @@ from jaxpipe.errors import ConfigError
 from jaxpipe.runtime import keys
 from jaxpipe.runtime.build import check_carry
 from jaxpipe.runtime.carry import join, part
-from jaxpipe.runtime.mesh import DATA, PIPE
+from jaxpipe.runtime.mesh import PIPE, batch_shards, batch_text, check_axes
 from jaxpipe.runtime.model import Tree
 from jaxpipe.runtime.options import stage_counts, stage_remats
 from jaxpipe.runtime.relayout import Layout
@@ -45,7 +45,7 @@ class Sweeps:
         apply: What one block computes: ``(params, x, inputs, key) -> x``, with `key` None for deterministic.
         num_layers: Number of blocks.
         schedule: Any schedule with backwards; its forwards keep their order, and so do its backwards.
-        mesh: With the axes `pipe` and `data`.
+        mesh: From `make_mesh`. Rows are split over `data` and `fsdp`; what `tensor` cuts is left to the compiler.
         stages: Blocks per stage, see `Pipeline`.
         remat: What forwards keep for backwards, see `Pipeline`.
         scan_blocks: See `Pipeline`.
@@ -60,11 +60,7 @@ class Sweeps:
     scan_blocks: bool = False
 
     def __post_init__(self):
-        for axis in (PIPE, DATA):
-            if axis not in self.mesh.shape:
-                raise ConfigError(
-                    f"mesh axes={tuple(self.mesh.shape)} must hold {axis!r}; try jaxpipe.make_mesh(pipe=…)"
-                )
+        check_axes(self.mesh)
         if self.mesh.shape[PIPE] != self.schedule.devices:
             raise ConfigError(
                 f"mesh.pipe={self.mesh.shape[PIPE]} must equal the schedule's devices={self.schedule.devices}; "
@@ -97,8 +93,8 @@ class Sweeps:
 
     @property
     def row_groups(self) -> int:
-        """Microbatches on all data shards."""
-        return self.schedule.microbatches * self.mesh.shape[DATA]
+        """Microbatches on all batch shards."""
+        return self.schedule.microbatches * batch_shards(self.mesh)
 
     def __call__(self, params: Tree, x: Tree, inputs: Inputs, key=None) -> Tree:
         """The last block's output.
@@ -123,7 +119,7 @@ class Sweeps:
         if rows % self.row_groups:
             raise ConfigError(
                 f"batch size {rows} must be a multiple of microbatches={self.schedule.microbatches} * "
-                f"data={self.mesh.shape[DATA]} = {self.row_groups}; "
+                f"{batch_text(self.mesh)} = {self.row_groups}; "
                 f"try {max(1, round(rows / self.row_groups)) * self.row_groups}"
             )
         if PIPE in jax.sharding.get_abstract_mesh().manual_axes:

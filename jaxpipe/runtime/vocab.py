@@ -10,7 +10,6 @@ from jax import lax
 
 from jaxpipe.runtime.mesh import PIPE
 from jaxpipe.runtime.model import Tree, vocab_logits
-from jaxpipe.runtime.relayout import sharded_dim
 
 
 def rows_per_device(size: int, devices: int) -> int:
@@ -18,16 +17,17 @@ def rows_per_device(size: int, devices: int) -> int:
     return -(-size // devices)
 
 
-def take_rows(leaf, shape: tuple[int, ...], devices: int, place):
+def take_rows(leaf, dim: int | None, shape: tuple[int, ...], devices: int, place):
     """This device's rows of a leaf ``[V, D]`` from the shard in which it rests.
 
     Args:
         leaf: The shard.
+        dim: The dim that it is sharded on.
         shape: Of the whole leaf.
         devices: P.
         place: This device's place on the pipe.
     """
-    dim, rows = sharded_dim(shape, devices), rows_per_device(shape[0], devices)
+    rows = rows_per_device(shape[0], devices)
     if dim == 0 or devices == 1:
         return leaf
     padded = jnp.pad(leaf, ((0, rows * devices - shape[0]), (0, 0)))
@@ -36,9 +36,8 @@ def take_rows(leaf, shape: tuple[int, ...], devices: int, place):
     return lax.dynamic_slice_in_dim(padded, place * rows, rows)
 
 
-def give_rows(rows, shape: tuple[int, ...], devices: int):
+def give_rows(rows, dim: int | None, shape: tuple[int, ...], devices: int):
     """The way back: the shard in which a leaf rests from the rows of all devices."""
-    dim = sharded_dim(shape, devices)
     if dim == 0 or devices == 1:
         return rows
     if dim == 1:

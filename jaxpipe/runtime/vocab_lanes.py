@@ -35,7 +35,7 @@ def embed_lane(device: Device, arrived: Tree, row: dict) -> Tree:
 
         def finish():
             rest = drop_path(params, embed.table)
-            return embed.finish(rest, rows, context.mb, keys.embed_key(context.group))
+            return device.whole(embed.finish(rest, rows, context.mb, keys.embed_key(context.group)))
 
         return lax.cond(first, finish, lambda: arrived), ()
 
@@ -57,6 +57,7 @@ def head_lane(device: Device, state: dict, row: dict, y: Tree) -> tuple[dict, li
 
     def run(given):
         (rest, kernel), floating, others, context, seed = given
+        floating = device.whole(floating)
 
         def features(rest, floating):
             key = keys.head_key(context.group, len(device.model.blocks))
@@ -93,6 +94,7 @@ def embed_gradient_lane(device: Device, state: dict, row: dict, dx: list) -> dic
 
     def run(given):
         params, context, dx = given
+        dx = device.whole(dx)
         rest, rows = drop_path(params, embed.table), _look_up(device, params, context.mb)
 
         def finish(rest, rows):

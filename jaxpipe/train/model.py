@@ -53,6 +53,7 @@ def gpt_model(cfg: GPTConfig) -> Model:
             targets=targets,
         ),
         tie={"head/kernel": "embed/table"} if cfg.tied else {},
+        divisible_by_tensor={"num_heads": cfg.num_heads, "d_ff": cfg.hidden_dim},
     )
 
 
@@ -90,6 +91,7 @@ def encdec_model(cfg: EncDecConfig) -> Model:
         ),
         tie=encdec.shared(cfg),
         block_call=lambda module, carry, mb: module(carry, mb.get("encoder_mask")),
+        divisible_by_tensor={"num_heads": cfg.num_heads, "d_ff": cfg.d_ff},
     )
 
 

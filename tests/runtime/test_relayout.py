@@ -7,7 +7,7 @@ from helpers import toy_batch, toy_model, toy_pipeline, tree_allclose
 
 import jaxpipe as jp
 from jaxpipe.errors import PartitionError
-from jaxpipe.runtime.relayout import sharded_dim
+from jaxpipe.runtime.rest import first_dim
 
 SPLITS = [
     ("1f1b", 1, 1, 8),
@@ -61,7 +61,7 @@ def test_each_device_holds_its_own_blocks_and_a_share_of_the_ends():
     [((50257, 768), 4, 1), ((8, 6), 4, 0), ((3, 5), 4, None), ((), 4, None), ((8,), 1, None)],
 )
 def test_a_leaf_is_sharded_on_its_first_dim_that_divides(shape, devices, dim):
-    assert sharded_dim(shape, devices) == dim
+    assert first_dim(shape, devices) == dim
 
 
 def test_a_canonical_tree_of_another_depth_or_kind_is_refused():

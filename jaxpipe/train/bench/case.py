@@ -101,7 +101,7 @@ def workload_of(config: Config | None = None, overrides: Sequence[str] = ()) -> 
     """
     if config is None:
         config = from_tables(toml.override(DEFAULT, overrides, SCHEMA))
-    rows = config.train.batch_size // (config.schedule.microbatches * config.mesh.data)
+    rows = config.train.batch_size // (config.schedule.microbatches * config.mesh.data * config.mesh.fsdp)
     return Workload(config.model, config.train.seq_len, rows)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxpipe.runtime.clock import Clock, Note
-from jaxpipe.runtime.mesh import DATA, PIPE
+from jaxpipe.runtime.mesh import MANUAL
 from jaxpipe.schedule import Action, Costs, Interval, Schedule, TickTable, Timing
 from jaxpipe.schedule.lockstep import run_lanes
 from jaxpipe.schedule.pack import Packed
@@ -89,7 +89,7 @@ def trace(case: Case) -> Trace:
 
 def pipe_mesh(devices: int) -> Mesh:
     """A mesh of the first devices that a callback can tell apart: with no axis that is left to the compiler."""
-    return Mesh(np.asarray(jax.devices()[:devices]).reshape(-1, 1), (PIPE, DATA))
+    return Mesh(np.asarray(jax.devices()[:devices]).reshape(-1, 1, 1), MANUAL)
 
 
 def intervals(notes: list[Note], schedule: Schedule) -> list[list[Interval]]:
