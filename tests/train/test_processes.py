@@ -51,7 +51,7 @@ eval_batches = 1
 log_every = 1
 out = "run"
 """
-SMALLEST = ("model.num_layers=2", "mesh.pipe=2", "mesh.data=1", "train.steps=100000")
+SMALLEST = ("model.num_layers=2", "mesh.pipe=2", "mesh.data=1", "schedule.microbatches=2", "train.steps=100000")
 """The quickest run of two processes to compile, one device in each."""
 
 
