@@ -55,6 +55,7 @@ class BlockCost:
         residual_bytes: What a forward keeps for its backward, by remat; the block's input included where it is kept.
         weight_residual_bytes: What I leaves for W beside that, by remat.
         working_bytes: Temporaries that one more block adds to a stage's backward, by remat.
+        split_working_bytes: The same where the backward is split.
         params: Parameters on this device.
     """
 
@@ -62,6 +63,7 @@ class BlockCost:
     residual_bytes: Mapping[Remat, float]
     weight_residual_bytes: Mapping[Remat, float]
     working_bytes: Mapping[Remat, float]
+    split_working_bytes: Mapping[Remat, float]
     params: float
 
 
@@ -175,7 +177,9 @@ def _block(block: BlockShape, shape: ModelShape, device: DeviceSpec, rows: int, 
         times=times,
         residual_bytes={"full": 0.0, "none": keeps, "all": everything},
         weight_residual_bytes={"full": gradients + again, "none": gradients, "all": gradients},
+        # [3] What XLA allots on CPUs for blocks of several shapes, rounded; GPUs take no more.
         working_bytes={"full": 18 * unit + 2 * scores, "none": 13 * unit + 2 * scores, "all": 10 * unit + scores},
+        split_working_bytes={"full": 10 * unit + 2 * scores, "none": 6 * unit + 2 * scores, "all": 6 * unit + scores},
         params=params,
     )
 

@@ -13,9 +13,8 @@ from jaxpipe.plan.cost import BlockCost, LaneTimes, ModelCosts, accumulator_byte
 from jaxpipe.plan.links import all_reduce_s, gather_s, hop_s
 from jaxpipe.plan.memory import Memory, StageBlocks, memory, model_bytes, stage_blocks, stored_params
 from jaxpipe.plan.partition import Chain, partition, ties
-from jaxpipe.plan.problem import Option, Plan, Problem
-from jaxpipe.plan.rhythm import Packing, Prices, Rhythm, choose, rhythms
-from jaxpipe.plan.rhythm import Memory as Order
+from jaxpipe.plan.problem import Option, Order, Packing, Plan, Problem
+from jaxpipe.plan.rhythm import Prices, Rhythm, choose, rhythms
 from jaxpipe.schedule import even_stages
 from jaxpipe.schedule.catalog import CATALOG
 from jaxpipe.schedule.table import Slots
@@ -28,6 +27,7 @@ _PACKINGS: tuple[tuple[Packing, Order], ...] = (
     ("auto", "strict"),
     ("paired", "ideal"),
     ("paired", "strict"),
+    ("single", "ideal"),
     ("single", "strict"),
 )
 
@@ -174,7 +174,9 @@ def splits(problem: Problem, option: Option, costs: ModelCosts) -> list[tuple[in
     split, ends = option.schedule in SPLIT, ends_of(costs, option, problem)
     works = tuple(work_of(times_of(costs.blocks[kind], option), split) for kind in problem.shape.kinds)
     first = ends.first_forward + ends.first_backward
-    return list(_splits(works, option.stages, first, ends.last_forward, space.pinned, space.equal))
+    if space.split == "even":
+        return [even_stages(len(works), option.stages)]
+    return list(_splits(works, option.stages, first, ends.last_forward, space.pinned, space.split == "equal"))
 
 
 @lru_cache(maxsize=4096)
@@ -251,13 +253,14 @@ def plans(problem: Problem, option: Option, costs: ModelCosts, below: float = fl
         if _bound(problem, option, costs, blocks, prices) >= below:
             continue
         relative = relative_prices(option, blocks)
+        found = rhythms(option.schedule, *size)
         seen: list[Rhythm] = []
+        space = problem.space
         for packing, order in _PACKINGS:
-            found = rhythms(option.schedule, *size, order)
-            if not any(packing in ("auto", r.packing) for r in found):
+            if space.packing not in (None, packing) or space.order not in (None, order):
                 continue
-            chosen = choose(found, relative, packing)
-            if any(chosen is other or chosen.beats == other.beats for other in seen):
+            chosen = choose(found, relative, packing, order)
+            if any(chosen is other for other in seen):
                 continue
             seen.append(chosen)
             yield _plan(problem, option, costs, counts, blocks, prices, chosen, packing, order)

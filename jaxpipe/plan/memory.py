@@ -122,7 +122,7 @@ def model_bytes(
     # [1] The input of a stage's first block rests in an activation slot, not among the residuals.
     residual = largest("residual_bytes", costs.carry_bytes if remat != "full" else 0.0)
     crossing = largest("weight_residual_bytes", costs.carry_bytes if remat == "full" else 0.0)
-    working = costs.stage_working_bytes + largest("working_bytes", 0.0)
+    working = costs.stage_working_bytes + largest("split_working_bytes" if split else "working_bytes", 0.0)
     stored = stored_params(costs, blocks)
     ends = costs.ends_params / (blocks.devices if vocab_parallel else 1)
     casts = gathers or costs.dtype_bytes < costs.param_bytes

@@ -13,6 +13,8 @@ from jaxpipe.schedule.catalog import CATALOG
 from jaxpipe.schedule.stages import format_stages
 
 Head = Literal["last", "vocab_parallel"]
+Packing = Literal["auto", "paired", "single"]
+Order = Literal["ideal", "strict"]
 
 SCHEDULES = tuple(name for name in CATALOG if name != "inference")
 
@@ -33,8 +35,10 @@ class Space:
         remats: What forwards keep.
         heads: Where the loss is computed.
         counts: Blocks per stage, if they are given.
-        pinned: Blocks that must be in a given stage.
-        equal: All stages hold the same number of blocks.
+        split: ``any`` split; ``equal`` counts; or ``even``, the most even counts.
+        pinned: Blocks that must be in a given stage, as (block, stage).
+        packing: How actions share ticks, see `lower`.
+        order: `lower`'s `memory`.
     """
 
     schedules: Sequence[str] = SCHEDULES
@@ -48,8 +52,10 @@ class Space:
     remats: Sequence[Remat] = REMATS
     heads: Sequence[Head] = ("last",)
     counts: tuple[int, ...] | None = None
+    split: Literal["any", "equal", "even"] = "any"
     pinned: tuple[tuple[int, int], ...] = ()
-    equal: bool = False
+    packing: Packing | None = None
+    order: Order | None = None
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from math import ceil
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+from jaxpipe.plan.problem import Order, Packing
 from jaxpipe.schedule import Costs, Schedule, build
 from jaxpipe.schedule.lockstep import lanes_that_send
 from jaxpipe.schedule.pack import Packed, packings
 from jaxpipe.schedule.slots import KINDS, action_ticks, lifetimes
 from jaxpipe.schedule.table import Slots
-
-Packing = Literal["auto", "paired", "single"]
-Memory = Literal["ideal", "strict"]
 
 
 class Beat(NamedTuple):
@@ -53,6 +51,7 @@ class Rhythm:
 
     Attributes:
         packing: ``paired`` or ``single``.
+        moved: Whether actions left the schedule's own order.
         placement: Of the schedule.
         beats: Kinds of tick with how often they occur.
         ticks: Of the whole loop.
@@ -61,6 +60,7 @@ class Rhythm:
     """
 
     packing: str
+    moved: bool
     placement: str
     beats: tuple[tuple[Beat, float], ...] = field(repr=False)
     ticks: int
@@ -157,7 +157,7 @@ def _time(tick: _Tick, prices: Prices, hop: float, head: float, cores: float | N
 
 
 @lru_cache(maxsize=256)
-def rhythms(name: str, devices: int, microbatches: int, repeats: int, memory: Memory) -> tuple[Rhythm, ...]:
+def rhythms(name: str, devices: int, microbatches: int, repeats: int) -> tuple[Rhythm, ...]:
     """Every way of packing a schedule of the catalogue that `lower` may choose.
 
     Args:
@@ -165,55 +165,62 @@ def rhythms(name: str, devices: int, microbatches: int, repeats: int, memory: Me
         devices: P.
         microbatches: M.
         repeats: V.
-        memory: As in `lower`.
     """
     least = 3 * devices
     if microbatches <= least or microbatches % devices:
-        return _built(name, devices, microbatches, repeats, memory)
-    fewer = _built(name, devices, least - devices, repeats, memory)
-    more = _built(name, devices, least, repeats, memory)
+        return _built(name, devices, microbatches, repeats)
+    fewer = _built(name, devices, least - devices, repeats)
+    more = _built(name, devices, least, repeats)
     if len(fewer) != len(more):  # some way of packing exists for the one number only
-        return _built(name, devices, microbatches, repeats, memory)
+        return _built(name, devices, microbatches, repeats)
     times = (microbatches - least) / devices
     return tuple(_longer(a, b, times) for a, b in zip(fewer, more, strict=True))
 
 
 @lru_cache(maxsize=128)
-def _built(name: str, devices: int, microbatches: int, repeats: int, memory: Memory) -> tuple[Rhythm, ...]:
+def _built(name: str, devices: int, microbatches: int, repeats: int) -> tuple[Rhythm, ...]:
     schedule = build(name, devices=devices, microbatches=microbatches, repeats=repeats)
-    return tuple(rhythm(packed) for packed in packings(schedule, "auto", advance=memory == "ideal"))
+    return tuple(rhythm(packed, schedule) for packed in packings(schedule, "auto"))
 
 
-def rhythm(packed: Packed) -> Rhythm:
-    """The rhythm of packed actions."""
+def rhythm(packed: Packed, schedule: Schedule) -> Rhythm:
+    """The rhythm of packed actions, and whether they are in the order of the schedule."""
     return Rhythm(
         packing=packed.packing,
+        moved=packed.sharing == "weights_held" or packed.schedule is not schedule,
         placement=packed.schedule.placement,
-        beats=tuple(Counter(_beats(packed)).items()),
+        beats=tuple(_beats(packed).items()),
         ticks=packed.ticks,
         peak=max(packed.peak_stages()),
         count_slots=lambda: _slots(packed),
     )
 
 
-def _beats(packed: Packed) -> Iterator[Beat]:
+def _beats(packed: Packed) -> dict[Beat, float]:
     schedule, last = packed.schedule, packed.schedule.stages - 1
-    lanes = [[[-1] * schedule.devices for _ in range(packed.ticks)] for _ in range(3)]
-    only = [[False] * schedule.devices for _ in range(packed.ticks)]
-    heads = [False] * packed.ticks
+    idle, off = [-1] * packed.ticks, [False] * packed.ticks
+    columns: list[list[list]] = [[list(idle) for _ in schedule.order] for _ in range(3)]
+    only = [list(off) for _ in schedule.order]
+    heads = list(off)
     for device, (actions, ticks) in enumerate(packed.timed):
+        forward, backward, weight = (column[device] for column in columns)
+        inputs = only[device]
         for action, tick in zip(actions, ticks, strict=True):
-            lane = "FBW".find(action.phase)
-            lanes[1 if lane < 0 else lane][tick][device] = action.stage
-            if lane < 0:
-                only[tick][device] = True
-            heads[tick] |= lane == 0 and action.stage == last
+            stage, phase = action.stage, action.phase
+            if phase == "F":
+                forward[tick] = stage
+                heads[tick] |= stage == last
+            elif phase == "W":
+                weight[tick] = stage
+            else:
+                backward[tick] = stage
+                inputs[tick] = phase == "I"
     sends = lanes_that_send(packed)
-    rows = zip(*lanes, only, sends, heads, strict=True)
-    before = False
-    for forward, backward, weight, inputs, (f_sends, b_sends), head in rows:
-        yield Beat(tuple(forward), tuple(backward), tuple(inputs), tuple(weight), before, f_sends, head)
-        before = b_sends
+    before = [False, *(b for _, b in sends)]
+    rows = zip(*(zip(*c, strict=True) for c in (columns[0], columns[1], only, columns[2])), strict=True)
+    flags = zip(before, (f for f, _ in sends), heads, strict=False)
+    found = Counter(zip(rows, flags, strict=True))
+    return {Beat(*row, *flag): count for (row, flag), count in found.items()}
 
 
 def _slots(packed: Packed) -> Slots:
@@ -250,6 +257,7 @@ def _longer(fewer: Rhythm, more: Rhythm, times: float) -> Rhythm:
 
     return Rhythm(
         packing=more.packing,
+        moved=more.moved,
         placement=more.placement,
         beats=tuple((beat, count) for beat, count in counts.items() if count),
         ticks=more.ticks + round(times * (more.ticks - fewer.ticks)),
@@ -258,9 +266,16 @@ def _longer(fewer: Rhythm, more: Rhythm, times: float) -> Rhythm:
     )
 
 
-def choose(found: Sequence[Rhythm], prices: Prices, packing: Packing) -> Rhythm:
-    """The one that `lower` takes for these prices: cheapest, then fewest activations, then fewest ticks."""
-    allowed = [r for r in found if packing in ("auto", r.packing)]
+def choose(found: Sequence[Rhythm], prices: Prices, packing: Packing, order: Order) -> Rhythm:
+    """The one that `lower` takes for these prices: cheapest, then fewest activations, then fewest ticks.
+
+    Args:
+        found: All ways of packing.
+        prices: Times of the actions.
+        packing: As in `lower`.
+        order: `lower`'s `memory`.
+    """
+    allowed = [r for r in found if packing in ("auto", r.packing) and not (r.moved and order == "strict")]
     priced = [(round(r.makespan(prices), 9), r) for r in allowed]
     least = min(makespan for makespan, _ in priced)
     return min((r for makespan, r in priced if makespan == least), key=lambda r: (r.peak, r.ticks))

@@ -272,10 +272,14 @@ class _Table:
         limit = self.problem.limit_bytes
         known = [plan for entry in fitting for plan in self.simulated.get(entry.option, ())]
         within = [plan for plan in known if plan.memory.total <= limit]
-        if within:
+        if within and best is not None:
             fastest = min(within, key=lambda plan: plan.step_s)
-            more = f"{fastest.step_s / best.step_s - 1:.1%} slower" if best else ""
-            return f"{more}: {fastest.step_s:.4g} s, bubble {fastest.bubble:.1%} (P={fastest.option.pipe})"
+            others = [entry for entry in fitting if entry.option not in self.simulated]
+            open_s = min((self.bounds.get(e.option, e.least_s) for e in others), default=float("inf"))
+            if open_s >= fastest.step_s:
+                slower = fastest.step_s / best.step_s - 1
+                return f"{slower:.1%} slower: {fastest.step_s:.4g} s, bubble {fastest.bubble:.1%}"
+            return f"at least {max(open_s / best.step_s - 1, 0):.1%} slower"
         if known and best is None:
             least = min(known, key=lambda plan: plan.memory.total)
             return f"memory: {_gb(least.memory.total)} of {_gb(limit)}"
@@ -328,3 +332,17 @@ def relaxed(problem: Problem) -> Iterator[tuple[str, Problem]]:
     for times in (2, 4, 8, 16, 32, 64):
         grown = replace(space, pipe=None, data=None, fsdp=None, tensor=None, counts=None)
         yield f"{problem.devices * times} devices", replace(problem, space=grown, devices=problem.devices * times)
+
+
+def way_out(answer: Answer) -> str:
+    """What gets a problem without a plan to one, in a few words.
+
+    Args:
+        answer: Without a best plan.
+    """
+    limit = answer.problem.limit_bytes
+    for knob, problem in relaxed(answer.problem):
+        least = _Table(problem).smallest()
+        if least is not None and least.memory.total <= limit:
+            return f"or {knob} ({_gb(least.memory.total)})"
+    return "or a smaller model"
