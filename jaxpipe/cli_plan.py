@@ -5,12 +5,12 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxpipe.errors import ConfigError
 
 if TYPE_CHECKING:
-    from jaxpipe.plan import Answer, DeviceSpec
+    from jaxpipe.plan import Answer, DeviceSpec, Space
     from jaxpipe.train.config import Config
     from jaxpipe.train.planning import Costing
 
@@ -71,10 +71,8 @@ def run(options: argparse.Namespace) -> int:
     from jaxpipe.train import planning
 
     config = _config(options)
-    device, costs = _device(options, config)
-    problem = planning.ask(
-        config, device, options.devices, batch=options.global_batch, space=_space(options), costs=costs
-    )
+    device, costs, space = _device(options, config)
+    problem = planning.ask(config, device, options.devices, batch=options.global_batch, space=space, costs=costs)
     answer = search(problem)
     if answer.best is None:
         raise ConfigError(planning.nothing_fits(answer))
@@ -133,23 +131,30 @@ def _config(options: argparse.Namespace) -> "Config":
     for place in (folder, *folder.absolute().parents[:2]):
         if (place / "config.toml").exists():
             return load(place / "config.toml", options.overrides)
-    raise ConfigError(f"--from {options.source!r} holds no config.toml, nor do the two folders above; try a run's folder")
+    raise ConfigError(
+        f"--from {options.source!r} holds no config.toml, nor do the two folders above; try a run's folder"
+    )
 
 
-def _device(options: argparse.Namespace, config: "Config") -> "tuple[DeviceSpec, Costing | None]":
+def _device(options: argparse.Namespace, config: "Config") -> "tuple[DeviceSpec, Costing | None, Space]":
     from jaxpipe.plan import find_device
+    from jaxpipe.plan.device import MEMORY_FRACTION
 
     memory = _bytes(options.memory) if options.memory is not None else None
+    space = _space(options)
     if options.costs is None:
-        return find_device(options.device, memory_bytes=memory, cores=_cores(options, options.device)), None
+        return find_device(options.device, memory_bytes=memory, cores=_cores(options, options.device)), None, space
     from jaxpipe.train.profile import read_profile
 
     profile = read_profile(options.costs)
     name = options.device or profile.device
     if find_device(name).name != profile.device:
-        raise ConfigError(f"--device {name!r} but {options.costs} was measured on {profile.device!r}; leave --device out")
+        raise ConfigError(
+            f"--device {name!r} but {options.costs} was measured on {profile.device!r}; leave --device out"
+        )
     device = find_device(name, memory_bytes=memory, cores=_cores(options, name, profile.cores))
-    return device, profile.costing(config, options.costs, device)
+    device = replace(device, memory_bytes_per_s=profile.traffic_bytes_per_s / MEMORY_FRACTION)
+    return device, profile.costing(config, options.costs), profile.within(space)
 
 
 def _cores(options: argparse.Namespace, name: str, measured: int | None = None) -> int | None:
@@ -170,7 +175,7 @@ def _bytes(text: str) -> float:
         raise ConfigError(f"--memory {text!r} must be a number with one of B, MB, GB, GiB; try 80GB") from None
 
 
-def _space(options: argparse.Namespace) -> Any:
+def _space(options: argparse.Namespace) -> "Space":
     from jaxpipe.plan import Space
     from jaxpipe.plan.cost import REMATS
     from jaxpipe.plan.problem import SCHEDULES
@@ -183,7 +188,9 @@ def _space(options: argparse.Namespace) -> Any:
 
                 near = difflib.get_close_matches(value, known, n=1, cutoff=0.0)[0]
                 raise ConfigError(f"--{option} {value!r} is not one of {', '.join(known)}; try {near!r}")
-    chosen = {name: getattr(options, name) for name in ("pipe", "repeats", "data", "fsdp", "tensor", "rows", "microbatches")}
+    chosen = {
+        name: getattr(options, name) for name in ("pipe", "repeats", "data", "fsdp", "tensor", "rows", "microbatches")
+    }
     chosen |= {"schedules": options.schedule, "remats": options.remat}
     return replace(space, **{name: tuple(values) for name, values in chosen.items() if values})
 

@@ -25,7 +25,9 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     )
     parser.add_argument("config", metavar="CONFIG", help="TOML file of a run")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as model.d_model=512")
-    parser.add_argument("--rows", type=int, nargs="+", metavar="N", help="rows of a microbatch, by default the config's")
+    parser.add_argument(
+        "--rows", type=int, nargs="+", metavar="N", help="rows of a microbatch, by default the config's"
+    )
     parser.add_argument("--remat", nargs="+", choices=("none", "full", "all"), default=["none", "full", "all"])
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="how often each is timed, by default 7")
     parser.add_argument("--out", default="profile.json", metavar="FILE", help="by default profile.json")

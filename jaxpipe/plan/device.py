@@ -85,7 +85,7 @@ _ASSUMED = "the value fitted for the A100; not fitted for this device"
 _RESERVE = "driver, NCCL and fragmentation; run with XLA_PYTHON_CLIENT_MEM_FRACTION=.92"
 _LATENCY = "order of magnitude of one small NCCL transfer; not a data sheet's"
 
-EFFICIENCY_A100 = 0.62
+EFFICIENCY_A100 = 0.760
 """Share of the A100's peak that its matrix products reach in the fit of scripts/planner_published.py."""
 
 
@@ -103,13 +103,12 @@ def _gpu(name: str, sheet: str, network: str, **numbers) -> DeviceSpec:
     return DeviceSpec(name=name, devices_per_host=8, efficiency=EFFICIENCY_A100, sources=sources, **numbers)
 
 
-def _nvidia(half: float, tf32: float, single: float, double: float) -> dict[str, float]:
-    """Peaks in TFLOP/s; float32 products run in TF32 only if asked, and XLA does ask on request only."""
+def _nvidia(half: float, tf32: float, double: float) -> dict[str, float]:
+    """Peaks from TFLOP/s; XLA runs float32 products in TF32 unless it is asked for more."""
     return {
         "bfloat16": half * _TERA,
         "float16": half * _TERA,
-        "tensorfloat32": tf32 * _TERA,
-        "float32": single * _TERA,
+        "float32": tf32 * _TERA,
         "float64": double * _TERA,
     }
 
@@ -135,7 +134,7 @@ DEVICES: dict[str, DeviceSpec] = {
             "a100",
             "NVIDIA A100 80GB SXM data sheet (NVLink 600 GB/s counts both directions)",
             "DGX A100 user guide: eight 200 Gb/s adapters for eight GPUs",
-            peak_flops=_nvidia(312, 156, 19.5, 19.5),
+            peak_flops=_nvidia(312, 156, 19.5),
             memory_bytes=80 * _GIGA,
             memory_bytes_per_s=2039 * _GIGA,
             link_bytes_per_s=300 * _GIGA,
@@ -145,7 +144,7 @@ DEVICES: dict[str, DeviceSpec] = {
             "h100",
             "NVIDIA H100 SXM data sheet (NVLink 900 GB/s counts both directions)",
             "DGX H100 user guide: eight 400 Gb/s adapters for eight GPUs",
-            peak_flops=_nvidia(989, 494.5, 67, 67),
+            peak_flops=_nvidia(989, 494.5, 67),
             memory_bytes=80 * _GIGA,
             memory_bytes_per_s=3350 * _GIGA,
             link_bytes_per_s=450 * _GIGA,
@@ -155,7 +154,7 @@ DEVICES: dict[str, DeviceSpec] = {
             "h200",
             "NVIDIA H200 SXM data sheet (NVLink 900 GB/s counts both directions)",
             "DGX H200 user guide: eight 400 Gb/s adapters for eight GPUs",
-            peak_flops=_nvidia(989, 494.5, 67, 67),
+            peak_flops=_nvidia(989, 494.5, 67),
             memory_bytes=141 * _GIGA,
             memory_bytes_per_s=4800 * _GIGA,
             link_bytes_per_s=450 * _GIGA,
@@ -165,7 +164,7 @@ DEVICES: dict[str, DeviceSpec] = {
             "b200",
             "NVIDIA HGX B200 data sheet: 180 GB per GPU (NVLink 1.8 TB/s counts both directions)",
             "DGX B200 user guide: eight 400 Gb/s adapters for eight GPUs",
-            peak_flops=_nvidia(2250, 1100, 80, 40),
+            peak_flops=_nvidia(2250, 1100, 40),
             memory_bytes=180 * _GIGA,
             memory_bytes_per_s=8000 * _GIGA,
             link_bytes_per_s=900 * _GIGA,

@@ -206,9 +206,7 @@ def _splits(
     return tuple(dict.fromkeys(found))
 
 
-def prices_of(
-    problem: Problem, option: Option, costs: ModelCosts, blocks: StageBlocks
-) -> Prices:
+def prices_of(problem: Problem, option: Option, costs: ModelCosts, blocks: StageBlocks) -> Prices:
     """Times of every stage's actions, ends included."""
     lanes = {kind: times_of(block, option) for kind, block in costs.blocks.items()}
     ends = ends_of(costs, option, problem)

@@ -173,9 +173,7 @@ class _Solver:
     def stage_costs(self, cuts: Sequence[int]) -> list[float]:
         """The cost of every stage."""
         edges = [0, *cuts]
-        return [
-            self.sums[edges[s + 1]] - self.sums[edges[s]] + self._end(s) for s in range(self.stages)
-        ]
+        return [self.sums[edges[s + 1]] - self.sums[edges[s]] + self._end(s) for s in range(self.stages)]
 
     def best(self) -> tuple[float, bool] | None:
         """The lowest bottleneck and whether it is proven; None if there is none."""

@@ -88,7 +88,9 @@ def explained(parts: Sequence[Part], changes: Sequence[Change], best: Plan) -> s
         if change.step_s is None:
             lines.append(f"  {change.name:28} no plan")
         else:
-            lines.append(f"  {change.name:28} {change.step_s:10.4g} s  {change.step_s / best.step_s - 1:+6.1%}  {change.how}")
+            lines.append(
+                f"  {change.name:28} {change.step_s:10.4g} s  {change.step_s / best.step_s - 1:+6.1%}  {change.how}"
+            )
     return "\n".join(lines)
 
 
@@ -108,7 +110,11 @@ def page(answer: Answer, parts: Sequence[Part] = (), changes: Sequence[Change] =
             )
             bought = "".join(
                 f"<tr><td>{html.escape(change.name)}</td><td>"
-                + ("no plan" if change.step_s is None else f"{change.step_s:.4g} s</td><td>{change.step_s / best.step_s - 1:+.1%}")
+                + (
+                    "no plan"
+                    if change.step_s is None
+                    else f"{change.step_s:.4g} s</td><td>{change.step_s / best.step_s - 1:+.1%}"
+                )
                 + "</td></tr>"
                 for change in changes
             )
@@ -129,7 +135,9 @@ def drawn(plan: Plan) -> tuple[str, str]:
     microbatches = o.microbatches if o.microbatches <= most else most - most % o.pipe
     schedule = build(o.schedule, devices=o.pipe, microbatches=microbatches, repeats=o.repeats)
     note = f"{o.schedule}, P={o.pipe}, V={o.repeats}, " + (
-        f"M={o.microbatches}" if microbatches == o.microbatches else f"{microbatches} of M={o.microbatches} microbatches"
+        f"M={o.microbatches}"
+        if microbatches == o.microbatches
+        else f"{microbatches} of M={o.microbatches} microbatches"
     )
     unit = 1.0
     costs = Costs(unit, unit, unit, recompute=unit if o.remat == "full" else 0.0)
@@ -188,7 +196,9 @@ _COLUMNS = (*HEADS, "bubble", "GB", *MEMORY_HEADS)
 def _table(plans: Sequence[Plan]) -> list[str]:
     rows = [list(_COLUMNS), *map(_cells, plans)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [
+        "  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
 
 
 def _html_table(rows: Sequence[Sequence[str]]) -> str:

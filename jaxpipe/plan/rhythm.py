@@ -140,8 +140,7 @@ class Prices:
 def _time(tick: _Tick, prices: Prices, hop: float, head: float, cores: float | None, blocking: bool) -> float:
     forward, backward, inputs, weight = prices.forward, prices.backward, prices.input, prices.weight
     lanes = [
-        (forward[f], (inputs if only else backward)[b] + weight[w], number)
-        for (f, b, only, w), number in tick.lanes
+        (forward[f], (inputs if only else backward)[b] + weight[w], number) for (f, b, only, w), number in tick.lanes
     ]
     head = head if tick.head else 0.0
     if blocking or cores is not None:

@@ -115,9 +115,7 @@ def options(problem: Problem, refused: dict[str, str] | None = None) -> Iterator
                         continue
                     for remat in space.remats:
                         for head in space.heads:
-                            yield Option(
-                                name, pipe, repeats, microbatches, rows, data, fsdp, tensor, remat, head
-                            )
+                            yield Option(name, pipe, repeats, microbatches, rows, data, fsdp, tensor, remat, head)
 
 
 def _meshes(problem: Problem) -> Iterator[tuple[int, int, int, int]]:

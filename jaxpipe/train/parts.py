@@ -83,9 +83,7 @@ def parts_of(config: Config, rows: int, remats: tuple[Remat, ...] = REMATS, deep
 
 
 def _program(model: Model, batch: Any, remat: Remat):
-    pipe = Pipeline(
-        model, schedule=build("1f1b", devices=1, microbatches=1), mesh=make_mesh(pipe=1), remat=remat
-    )
+    pipe = Pipeline(model, schedule=build("1f1b", devices=1, microbatches=1), mesh=make_mesh(pipe=1), remat=remat)
     params = jax.eval_shape(pipe.init, jax.eval_shape(lambda: jax.random.key(0)), batch)
     return pipe.program(params, batch)
 

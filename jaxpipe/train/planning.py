@@ -113,7 +113,9 @@ def encdec_shape(cfg: EncDecConfig, source_len: int, target_len: int) -> ModelSh
         return Attention(queries, keys, cfg.num_heads, cfg.head_dim, rotary=rotary)
 
     common: dict[str, Any] = {"width": cfg.d_model, "mlp": mlp, "bias": False, "norm_params": 1}
-    encoder = BlockShape("encoder", tokens=source_len, attentions=(attention(source_len, source_len, rotary),), **common)
+    encoder = BlockShape(
+        "encoder", tokens=source_len, attentions=(attention(source_len, source_len, rotary),), **common
+    )
     both = (attention(target_len, target_len, rotary), attention(target_len, source_len, False))
     decoder = BlockShape("decoder", tokens=target_len, attentions=both, **common)
     whole = encdec_params(cfg) - cfg.num_encoder_layers * encoder.params - cfg.num_decoder_layers * decoder.params

@@ -20,10 +20,10 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jaxpipe.errors import ConfigError
-from jaxpipe.plan import BlockCost, DeviceSpec, LaneTimes, ModelCosts
+from jaxpipe.plan import BlockCost, DeviceSpec, LaneTimes, ModelCosts, Space
 from jaxpipe.plan.cost import REMATS, Remat
 from jaxpipe.runtime import slots
-from jaxpipe.runtime.carry import part
+from jaxpipe.runtime.carry import join, part
 from jaxpipe.runtime.stage import Stage
 from jaxpipe.train.compiled import assemble_costs, embed_gradient, head
 from jaxpipe.train.config import Config
@@ -70,13 +70,19 @@ class Profile:
         (a, s), (b, t) = self.hops[at - 1], self.hops[at]
         return max(0.0, s + (t - s) * (size_bytes - a) / (b - a))
 
-    def costing(self, config: Config, path: str, device: DeviceSpec) -> Callable[[int, int], ModelCosts]:
+    def within(self, space: Space) -> Space:
+        """What may be chosen, without what was not measured."""
+        known = {remat for costs in self.costs.values() for block in costs.blocks.values() for remat in block.times}
+        rows = [count for count in self.costs if space.rows is None or count in space.rows]
+        remats = [remat for remat in space.remats if remat in known]
+        return replace(space, rows=rows, remats=remats, tensor=space.tensor or (1,))
+
+    def costing(self, config: Config, path: str) -> Callable[[int, int], ModelCosts]:
         """The costs for a config's microbatches.
 
         Args:
             config: What is planned for.
             path: Of the profile, for messages.
-            device: The devices.
 
         Raises:
             ConfigError: The profile is of another model, or has no microbatches of the size asked for.
@@ -119,9 +125,13 @@ def read_profile(path: str | Path) -> Profile:
         hops = tuple((size, seconds) for size, seconds in table.pop("hops"))
         return Profile(costs=costs, hops=hops, **table)
     except OSError as error:
-        raise ConfigError(f"profile {path} cannot be read: {error.strerror}; try jaxpipe profile CONFIG --out {path}") from error
+        raise ConfigError(
+            f"profile {path} cannot be read: {error.strerror}; try jaxpipe profile CONFIG --out {path}"
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"profile {path} is not what `jaxpipe profile` writes; try jaxpipe profile CONFIG --out {path}") from error
+        raise ConfigError(
+            f"profile {path} is not what `jaxpipe profile` writes; try jaxpipe profile CONFIG --out {path}"
+        ) from error
 
 
 def _costs(table: dict[str, Any]) -> ModelCosts:
@@ -168,7 +178,9 @@ def profile(
                 lanes = ", ".join(f"{name} {1e3 * value:.3f}" for name, value in vars(times[kind, remat]).items())
                 note(f"{kind:8} rows={count} remat={remat:4}  {lanes} ms")
         ends = _end_times(parts, clock)
-        note(f"ends     rows={count}  embedding {1e3 * ends[0]:.3f}, its gradient {1e3 * ends[1]:.3f}, head {1e3 * ends[2]:.3f} ms")
+        note(
+            f"ends     rows={count}  embedding {1e3 * ends[0]:.3f}, its gradient {1e3 * ends[1]:.3f}, head {1e3 * ends[2]:.3f} ms"
+        )
         costs[count] = assemble_costs(config, parts, remats, times, ends, source="measured", device=device)
     hops = tuple((float(size), _hop_s(devices, size, rounds)) for size in HOP_BYTES) if len(devices) > 1 else ()
     for size, seconds in hops:
@@ -204,7 +216,7 @@ class _Clock:
         mapped = jax.shard_map(body, mesh=self.mesh, in_specs=where, out_specs=spec, check_vma=False)
         places = jnp.arange(self.mesh.size, dtype=jnp.int32)
         compiled = jax.jit(mapped).lower(places, *args).compile()
-        args = jax.device_put((places, *args), [jax.sharding.NamedSharding(self.mesh, s) for s in where])
+        args = jax.device_put((places, *args), tuple(jax.sharding.NamedSharding(self.mesh, s) for s in where))
         times = []
         for _ in range(self.rounds + 1):
             start = time.perf_counter()
@@ -240,9 +252,7 @@ def _lane_times(stage: Stage, clock: _Clock) -> LaneTimes:
     def inputs_only(place, params, carry, kept, context, dy, daux):
         def turn(state, at):
             dy, left = state
-            dx, crossing = stage.backward_input(
-                params, slots.get(inputs, at), slots.get(stash, at), context, dy, daux
-            )
+            dx, crossing = stage.backward_input(params, slots.get(inputs, at), slots.get(stash, at), context, dy, daux)
             return (dx, slots.put(left, at, crossing)), None
 
         inputs, stash = _filled(carry, place), _filled(kept, place)
@@ -288,9 +298,7 @@ def _end_times(parts: Parts, clock: _Clock) -> tuple[float, float, float]:
         def turn(state, at):
             x, sums = state
             _, (dhead, dx) = head(parts, top, x, jax.tree.map(lambda x: x + at.astype(x.dtype), mb))
-            floating, _ = part(x)
-            del floating
-            return (_like(x, dx), jax.tree.map(_add, sums, dhead)), None
+            return (join(carry, dx, part(x)[1]), jax.tree.map(_add, sums, dhead)), None
 
         return lax.scan(turn, (carry, _sums(parts.head)), place + jnp.arange(TURNS) % 2)[0]
 
@@ -299,13 +307,6 @@ def _end_times(parts: Parts, clock: _Clock) -> tuple[float, float, float]:
         clock.seconds(backward, embed, mb, gradient) / TURNS,
         clock.seconds(both, top, carry, mb) / TURNS,
     )
-
-
-def _like(carry: Any, gradient: Any) -> Any:
-    """The carry with its floating leaves replaced."""
-    from jaxpipe.runtime.carry import join
-
-    return join(carry, gradient, part(carry)[1])
 
 
 def _hop_s(devices: Sequence[Any], size_bytes: int, rounds: int) -> float:
