@@ -1,8 +1,8 @@
 """A packed schedule as a few kinds of tick and how often each occurs, so that it is priced for many costs at once.
 
 The steady phase repeats itself, so there are far fewer kinds of tick than ticks, and a schedule for many microbatches is
-one for fewer with more of the same: from 3P microbatches on, P more add the same ticks and slots every time. `rhythms`
-therefore builds schedules for at most 3P microbatches and adds the rest, where P divides their number.
+one for fewer with more of the same: from 4P microbatches on, P more add the same ticks and slots every time. `rhythms`
+therefore builds schedules for at most 4P microbatches and adds the rest, where P divides their number.
 
 `Rhythm.makespan` is the model of `jaxpipe.schedule.lockstep.lockstep_makespan`, which tests hold it to, and two things
 more that are true of devices simulated on a CPU: hops that nothing hides, and cores that devices share.
@@ -165,7 +165,7 @@ def rhythms(name: str, devices: int, microbatches: int, repeats: int) -> tuple[R
         microbatches: M.
         repeats: V.
     """
-    least = 3 * devices
+    least = 4 * devices
     if microbatches <= least or microbatches % devices:
         return _built(name, devices, microbatches, repeats)
     fewer = _built(name, devices, least - devices, repeats)

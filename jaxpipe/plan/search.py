@@ -22,7 +22,7 @@ TWINS = {"eager_1f1b": "1f1b", "interleaved_1f1b": "1f1b", "circular": "gpipe", 
 MOST_ACTIONS = 400_000
 """Larger schedules are built only where their steady phase repeats."""
 
-PARETO_STEP = 0.85
+PARETO_STEP = 0.7
 """Each point of the Pareto set must do with this share of the memory of the one before."""
 
 
@@ -73,7 +73,7 @@ def search(problem: Problem, pareto: bool = True) -> Answer:
     best = table.fastest(problem.limit_bytes)
     front = []
     point = best
-    while pareto and point is not None and len(front) < 6:
+    while pareto and point is not None and len(front) < 4:
         front.append(point)
         point = table.fastest(point.memory.total * PARETO_STEP)
     fitting = sorted(
