@@ -2,11 +2,11 @@
 
     python scripts/planner_check.py                     # every case once; about 20 minutes
     python scripts/planner_check.py --cases 4 --rounds 3
-    python scripts/planner_check.py --ranking           # is the predicted best of ten plans among the measured best three?
+    python scripts/planner_check.py --ranking           # is the predicted best of ten among the measured best three?
     python scripts/planner_check.py --json
 
-First one block of each kind is timed (`jaxpipe.train.profile`), then every case is predicted, compiled and timed. Devices
-share this machine's cores: with P = 4 on 2 cores a tick takes half of all its work. Run it on a quiet machine.
+First one block of each kind is timed (`jaxpipe.train.profile`), then every case is predicted, compiled and timed.
+Devices share this machine's cores: with P = 4 on 2 cores a tick takes half of all its work. Run it on a quiet machine.
 """
 
 import argparse
@@ -26,13 +26,13 @@ from jaxpipe.plan.device import MEMORY_FRACTION
 from jaxpipe.runtime.mesh import make_mesh, simulate_devices
 from jaxpipe.runtime.sizes import memory_of
 from jaxpipe.schedule import build
+from jaxpipe.train import toml
 from jaxpipe.train.bench import num_cores
 from jaxpipe.train.bench.memory import keep_freed_memory
 from jaxpipe.train.config import SCHEMA, Config, from_tables
 from jaxpipe.train.model import gpt_model
 from jaxpipe.train.planning import ask
 from jaxpipe.train.profile import Profile, profile
-from jaxpipe.train import toml
 
 MODEL: dict[str, dict[str, Any]] = {
     "model": {"vocab_size": 256, "num_layers": 8, "num_heads": 4, "d_model": 256, "tied": False},
@@ -142,7 +142,9 @@ def main() -> None:
     found = []
     if not options.json:
         print(f"{num_cores()} cores; medians of {options.rounds} steps\n")
-        print("| schedule | P | V | remat | stages | predicted s | measured s | error | predicted MB | temp MB | error |")
+        print(
+            "| schedule | P | V | remat | stages | predicted s | measured s | error | predicted MB | temp MB | error |"
+        )
         print("|---|---|---|---|---|---|---|---|---|---|---|")
     for case in chosen[: options.cases]:
         plan = predict(config, case, measured, device)
@@ -154,9 +156,10 @@ def main() -> None:
         found.append(row)
         if not options.json:
             print(
-                f"| `{case.schedule}` | {case.pipe} | {case.repeats} | {case.remat} | {stages.replace('|', chr(92) + '|')} | "
-                f"{predicted_s:.3f} | {seconds:.3f} | {predicted_s / seconds - 1:+.0%} | {plan.memory.temporary / 1e6:.1f} | "
-                f"{temporary / 1e6:.1f} | {plan.memory.temporary / temporary - 1:+.0%} |",
+                f"| `{case.schedule}` | {case.pipe} | {case.repeats} | {case.remat} | {stages.replace('|', '¦')} | "
+                f"{predicted_s:.3f} | {seconds:.3f} | {predicted_s / seconds - 1:+.0%} | "
+                f"{plan.memory.temporary / 1e6:.1f} | {temporary / 1e6:.1f} | "
+                f"{plan.memory.temporary / temporary - 1:+.0%} |",
                 flush=True,
             )
     best = min(found, key=lambda row: row["predicted_s"])

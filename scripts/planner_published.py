@@ -1,13 +1,13 @@
 """The planner against published steps: the ten models of Megatron-LM's table 1 on A100s.
 
-    python scripts/planner_published.py                       # the table, at the efficiency of the A100 in plan/device.py
+    python scripts/planner_published.py                       # the table, at the A100's efficiency in plan/device.py
     python scripts/planner_published.py --fit                 # the one number that fits all ten rows best
     python scripts/planner_published.py --plot docs/images/planner_published.png
 
-Models, devices, batch and achieved TFLOP/s per GPU: Narayanan et al. 2021, "Efficient Large-Scale Language Model Training
-on GPU Clusters Using Megatron-LM" (SC21, arXiv 2104.04473), table 1. Microbatch sizes and stages per device: the scripts
-that the authors published for that table (Megatron-LM, examples/sc21/run_table_1.sh). A step's operations are counted by
-the paper's own formula, with the forward that is run again.
+Models, devices, batch and achieved TFLOP/s per GPU: Narayanan et al. 2021, "Efficient Large-Scale Language Model
+Training on GPU Clusters Using Megatron-LM" (SC21, arXiv 2104.04473), table 1. Microbatch sizes and stages per device:
+the scripts that the authors published for that table (Megatron-LM, examples/sc21/run_table_1.sh). A step's operations
+are counted by the paper's own formula, with the forward that is run again.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Plans: how to split, schedule and spread a model over given devices, and what it will take. Imports neither jax nor numpy."""
+"""How to split, schedule and spread a model over given devices, and what it takes. Imports neither jax nor numpy."""
 
 from jaxpipe.plan.cost import BlockCost, LaneTimes, ModelCosts, analytic
 from jaxpipe.plan.device import DEVICES, DeviceSpec, find_device

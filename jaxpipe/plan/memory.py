@@ -1,7 +1,7 @@
 """What a plan keeps on every device, in bytes.
 
-All devices run one program, so they all have the same buffers: slots for the device that keeps most, weights in the form
-of the largest stage of each repeat. While a step runs there are
+All devices run one program, so they all have the same buffers: slots for the device that keeps most, weights in the
+form of the largest stage of each repeat. While a step runs there are
 
     weights       parameters at rest
     optimizer     two moments of each
@@ -15,7 +15,7 @@ The last two are the terms of `TickTable.bytes`.
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from jaxpipe.plan.cost import ModelCosts, Remat, accumulator_bytes
 from jaxpipe.schedule import ModelBytes
@@ -92,7 +92,7 @@ class StageBlocks:
 def stage_blocks(counts: tuple[int, ...], kinds: tuple[str, ...], devices: int, placement: Placement) -> StageBlocks:
     """What each stage holds, from the number of blocks per stage and the kinds in order."""
     edges = [0, *accumulate(counts)]
-    rows = tuple(Counter(kinds[a:b]) for a, b in zip(edges, edges[1:], strict=False))
+    rows = tuple(Counter(kinds[a:b]) for a, b in pairwise(edges))
     return StageBlocks(rows, devices, placement)
 
 

@@ -123,7 +123,7 @@ def partition(chain: Chain, *, equal: bool = False) -> Partition:
 
     Example:
         >>> partition(Chain(costs=[1.0] * 9, stages=4, last=2.0)).layout
-        'E(t*3|)*2t*2|tL'
+        'Et*3|t*3|tt|tL'
     """
     if equal:
         return _equal(chain)

@@ -124,7 +124,8 @@ def page(answer: Answer, parts: Sequence[Part] = (), changes: Sequence[Change] =
         body.append(f"<h2>Schedule</h2><p>{html.escape(note)}</p>{drawing}")
     reasons = "".join(f"<tr><td>{r.schedule}</td><td>{html.escape(r.reason)}</td></tr>" for r in answer.rejected)
     body.append(f"<h2>Not taken</h2><table>{reasons}</table>")
-    return f"<!doctype html><html><head><meta charset='utf-8'><title>Plan</title>{_STYLE}</head><body>{''.join(body)}</body></html>"
+    head = f"<head><meta charset='utf-8'><title>Plan</title>{_STYLE}</head>"
+    return f"<!doctype html><html>{head}<body>{''.join(body)}</body></html>"
 
 
 def drawn(plan: Plan) -> tuple[str, str]:

@@ -1,15 +1,15 @@
 """A packed schedule as a few kinds of tick and how often each occurs, so that it is priced for many costs at once.
 
-The steady phase repeats itself, so there are far fewer kinds of tick than ticks, and a schedule for many microbatches is
-one for fewer with more of the same: from 4P microbatches on, P more add the same ticks and slots every time. `rhythms`
-therefore builds schedules for at most 4P microbatches and adds the rest, where P divides their number.
+The steady phase repeats itself, so there are far fewer kinds of tick than ticks, and a schedule for many microbatches
+is one for fewer with more of the same: from 4P microbatches on, P more add the same ticks and slots every time.
+`rhythms` therefore builds schedules for at most 4P microbatches and adds the rest, where P divides their number.
 
 `Rhythm.makespan` is the model of `jaxpipe.schedule.lockstep.lockstep_makespan`, which tests hold it to, and two things
 more that are true of devices simulated on a CPU: hops that nothing hides, and cores that devices share.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from math import ceil

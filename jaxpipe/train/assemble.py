@@ -10,10 +10,10 @@ from typing import Any
 import jax
 
 from jaxpipe.errors import ScheduleError
+from jaxpipe.plan import Plan
 from jaxpipe.runtime.mesh import make_mesh, simulate_devices
 from jaxpipe.runtime.model import Model
 from jaxpipe.runtime.pipeline import Pipeline
-from jaxpipe.plan import Plan
 from jaxpipe.schedule import Schedule, build, show
 from jaxpipe.schedule.stages import format_stages
 from jaxpipe.train.config import Config

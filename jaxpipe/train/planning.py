@@ -241,8 +241,8 @@ def resolve(config: Config, device: DeviceSpec, costs: Costing | None = None) ->
     if not isinstance(mine.remat, str):
         if is_open(config):
             raise ConfigError(
-                f"schedule.remat={list(mine.remat)} must be one value where schedule.name or schedule.stages is 'auto'; "
-                "try 'none'"
+                f"schedule.remat={list(mine.remat)} must be one value where schedule.name or schedule.stages is "
+                "'auto'; try 'none'"
             )
         return Resolved(config, None)
     space = _space_of(config)
@@ -274,7 +274,8 @@ def nothing_fits(answer: Answer) -> str:
     rows = f"{problem.devices} {problem.device.name} devices of {problem.limit_bytes / 1e9:.4g} GB"
     if answer.least is None:
         reasons = "; ".join(f"{r.schedule}: {r.reason}" for r in answer.rejected[:2])
-        return f"no plan for batch={problem.batch} on {problem.devices} devices exists ({reasons}); try another --global-batch"
+        asked = f"batch={problem.batch} on {problem.devices} devices"
+        return f"no plan for {asked} exists ({reasons}); try another --global-batch"
     need = answer.least.memory.total / 1e9
     return f"no plan fits {rows}: the least is {need:.4g} GB; try --memory {need * 1.01:.0f}GB, {way_out(answer)}"
 

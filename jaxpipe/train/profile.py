@@ -1,7 +1,7 @@
-"""One block of each kind timed on the present devices: what `jaxpipe profile` writes and `jaxpipe plan --costs` reads.
+"""One block of each kind timed on the present devices: what `jaxpipe profile` writes, `jaxpipe plan --costs` reads.
 
-Every lane is timed as the compiled loop runs it: in a loop, from stash slots and into them, weight gradients added to an
-accumulator. On CPU devices as many as there are cores run it at the same time, for that is how a pipeline runs there.
+Every lane is timed as the compiled loop runs it: in a loop, from stash slots and into them, weight gradients added to
+an accumulator. On CPU devices as many as there are cores run it at the same time, for that is how a pipeline runs there.
 """
 
 import json
@@ -179,7 +179,8 @@ def profile(
                 note(f"{kind:8} rows={count} remat={remat:4}  {lanes} ms")
         ends = _end_times(parts, clock)
         note(
-            f"ends     rows={count}  embedding {1e3 * ends[0]:.3f}, its gradient {1e3 * ends[1]:.3f}, head {1e3 * ends[2]:.3f} ms"
+            f"ends     rows={count}  embedding {1e3 * ends[0]:.3f}, its gradient {1e3 * ends[1]:.3f}, "
+            f"head {1e3 * ends[2]:.3f} ms"
         )
         costs[count] = assemble_costs(config, parts, remats, times, ends, source="measured", device=device)
     hops = tuple((float(size), _hop_s(devices, size, rounds)) for size in HOP_BYTES) if len(devices) > 1 else ()

@@ -16,10 +16,11 @@ from jaxpipe.plan import (
     Problem,
     Space,
     analytic,
+    explain,
     find_device,
+    report,
     search,
 )
-from jaxpipe.plan import explain, report
 from jaxpipe.plan.evaluate import bound, least_memory, least_s, plans
 from jaxpipe.plan.search import options, way_out
 
