@@ -6,6 +6,7 @@ program reaches is `efficiency` (matrix products) and two fractions that hold fo
 """
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -244,8 +245,9 @@ def find_device(name: str, *, memory_bytes: float | None = None, cores: int | No
         ('a100', 2)
     """
     word = name.lower().strip()
-    words = {**{known: known for known in DEVICES}, **_ALIASES}
-    found = [words[known] for known in words if known == word] or [words[known] for known in words if known in word]
+    words = {known: known for known in DEVICES} | _ALIASES
+    longest_first = sorted(words, key=len, reverse=True)
+    found = [words[known] for known in longest_first if re.search(rf"(?<![a-z0-9]){known}(?![a-z0-9])", word)]
     if not found:
         near = difflib.get_close_matches(word, DEVICES, n=1, cutoff=0.0)[0]
         raise ConfigError(f"device {name!r} is not one of {', '.join(DEVICES)}; try {near!r}")

@@ -158,7 +158,7 @@ def _repeats(problem: Problem, name: str, pipe: int) -> list[int]:
         and (pipe * v <= layers or space.counts is not None)
         and (space.counts is None or len(space.counts) == pipe * v)
         and not (v == 1 and twin in space.schedules)
-        and not (pipe == 1 and name not in ("1f1b", space.schedules[0]))
+        and not (pipe == 1 and name != ("1f1b" if "1f1b" in space.schedules else space.schedules[0]))
         and not (pipe == 1 and v > 1 and only is None and space.repeats is None)
     ]
 

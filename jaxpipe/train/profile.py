@@ -1,7 +1,7 @@
 """One block of each kind timed on the present devices: what `jaxpipe profile` writes, `jaxpipe plan --costs` reads.
 
 Every lane is timed as the compiled loop runs it: in a loop, from stash slots and into them, weight gradients added to
-an accumulator. On CPU devices as many as there are cores run it at the same time, for that is how a pipeline runs there.
+an accumulator. On CPU devices as many as there are cores run it at the same time, as in a pipeline there.
 """
 
 import json
