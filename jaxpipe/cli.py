@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jaxpipe import __version__, cli_bench, cli_processes, cli_schedule
+from jaxpipe import __version__, cli_bench, cli_plan, cli_processes, cli_profile, cli_schedule
 from jaxpipe.errors import JaxpipeError
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
     cli_schedule.register(commands)
     cli_bench.register(commands)
+    cli_plan.register(commands)
+    cli_profile.register(commands)
     return parser
 
 

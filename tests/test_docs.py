@@ -23,6 +23,7 @@ PAGES = [
     ("choose-a-schedule.md", 40),
     ("performance.md", 4),
     ("gpus.md", 6),
+    ("planner.md", 4),
 ]
 CHOOSE = (DOCS / "choose-a-schedule.md").read_text()
 DRAWN = re.findall(r"^jaxpipe (schedule .*--out) docs/(images/\S+)$", CHOOSE, flags=re.M)

@@ -40,9 +40,10 @@ def test_imports_go_down_only(path):
     assert imported(path) <= MAY_IMPORT[part] | {part}
 
 
-def test_schedules_load_neither_jax_nor_numpy():
+def test_schedules_and_plans_load_neither_jax_nor_numpy():
     code = (
         "import sys, jaxpipe.schedule as s; s.lower(s.build('1f1b', devices=2, microbatches=2)); "
+        "from jaxpipe.plan import explain, find_device, report; find_device('h100'); "
         "print([m for m in ('jax', 'jaxlib', 'numpy', 'flax') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -10,7 +10,7 @@ from jaxpipe.errors import ConfigError, PartitionError
 from jaxpipe.runtime.mesh import TENSOR
 from jaxpipe.runtime.model import Model, VocabEmbed, VocabHead
 from jaxpipe.runtime.stage import Remat
-from jaxpipe.schedule import Costs, Schedule
+from jaxpipe.schedule import Schedule
 from jaxpipe.schedule.stages import even_stages, parse_stages
 
 REMATS = ("full", "none", "all")
@@ -69,16 +69,6 @@ def stage_remats(remat: Remat | Sequence[Remat], stages: int) -> tuple[Remat, ..
                 f"remat={value!r} must be one of {', '.join(REMATS)} or a policy of jax.checkpoint; try 'full'"
             )
     return each
-
-
-def relative_costs(counts: Sequence[int], remats: Sequence[Remat], schedule: Schedule) -> Costs:
-    """Times of the phases as far as they are known: in proportion to a stage's blocks, and a forward more for remat."""
-    recompute = [1.0 if remat == "full" else 0.0 for remat in remats]
-    if len(set(counts)) == 1 and len(set(recompute)) == 1:
-        return Costs(recompute=recompute[0])
-    times = [count * schedule.devices / max(1, sum(counts)) for count in counts]
-    again = [time * share for time, share in zip(times, recompute, strict=True)]
-    return Costs(forward=times, backward_input=times, backward_weight=times, recompute=again)
 
 
 def vocab_leaves(model: Model, head: str) -> dict[str, str]:

@@ -20,18 +20,12 @@ from jaxpipe.runtime.lane import Skip
 from jaxpipe.runtime.logical import logical_optimizer
 from jaxpipe.runtime.mesh import BATCH, PIPE, batch_shards, batch_text, check_axes
 from jaxpipe.runtime.model import Model, Tree
-from jaxpipe.runtime.options import (
-    check_offload,
-    check_tensor,
-    relative_costs,
-    stage_counts,
-    stage_remats,
-    vocab_leaves,
-)
+from jaxpipe.runtime.options import check_offload, check_tensor, stage_counts, stage_remats, vocab_leaves
 from jaxpipe.runtime.relayout import Layout, Shard
 from jaxpipe.runtime.sizes import model_bytes
 from jaxpipe.runtime.stage import Context, Remat
 from jaxpipe.schedule import Costs, ModelBytes, Schedule, TickTable, lower
+from jaxpipe.schedule.costs import relative_costs
 
 
 class Pipeline:

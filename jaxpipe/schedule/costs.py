@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from jaxpipe.errors import ScheduleError
 from jaxpipe.schedule.ir import Action, Schedule
@@ -72,3 +73,19 @@ class Costs:
         if len(value) != schedule.stages:
             raise ScheduleError(f"{name} has {len(value)} numbers but must have one per stage; try {schedule.stages}")
         return value[stage]
+
+
+def relative_costs(counts: Sequence[int], remats: Sequence[Any], schedule: Schedule) -> Costs:
+    """Times of the phases as far as they are known: in proportion to a stage's blocks, and a forward more for remat.
+
+    Args:
+        counts: Blocks of each stage.
+        remats: What each stage keeps, see `jaxpipe.Pipeline`.
+        schedule: What runs.
+    """
+    recompute = [1.0 if remat == "full" else 0.0 for remat in remats]
+    if len(set(counts)) == 1 and len(set(recompute)) == 1:
+        return Costs(recompute=recompute[0])
+    times = [count * schedule.devices / max(1, sum(counts)) for count in counts]
+    again = [time * share for time, share in zip(times, recompute, strict=True)]
+    return Costs(forward=times, backward_input=times, backward_weight=times, recompute=again)

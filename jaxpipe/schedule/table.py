@@ -42,7 +42,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from jaxpipe.schedule.ir import Action, Schedule
+from jaxpipe.schedule.ir import Action, Placement, Schedule
 
 Column = tuple[tuple[int, ...], ...]
 """One number per tick and device: ``column[tick][device]``; -1 says that there is none."""
@@ -203,33 +203,45 @@ class TickTable:
             Bytes by term; their sum is the plan for the program's temporaries. Every kind of buffer has one scratch
             slot, which idle lanes write.
         """
-        gradient = model.carry if model.gradient is None else model.gradient
-
-        def stash(slots: int) -> int:
-            return min(slots + 1, 2) if offload else slots + 1
-
-        splits = {}
-        if self.slots.weight_residual:
-            splits["weight-residual slots"] = stash(self.slots.weight_residual) * model.weight_residual
-        # [1] In placement v what is under way comes from two sides in the F lane, and from a turn.
-        hops = {"two carries": 2} if self.schedule.placement == "loop" else {"four carries": 4}
-        return {
-            "activation slots": stash(self.slots.activation) * model.carry,
-            "residual slots": stash(self.slots.residual) * model.residual,
-            "gradient slots": 0 if self.gradient_direct else (self.slots.gradient + 1) * gradient,
-            **splits,
-            "one lane's working memory": model.backward,
-            "gathered embedding and head": model.ends,
-            "their gradients": model.ends_gradient,
-            "weight gradients": model.stage_gradient,
-            "weights in compute dtype": model.casts,
-            **{name: count * model.carry for name, count in hops.items()},
-        }
+        return temporary_bytes(self.slots, self.schedule.placement, model, offload)
 
     def __str__(self) -> str:
         from jaxpipe.schedule.show import table_text
 
         return table_text(self)
+
+
+def temporary_bytes(slots: Slots, placement: Placement, model: ModelBytes, offload: bool = False) -> dict[str, int]:
+    """What `TickTable.bytes` says, for slots alone; no gradient slots mean that none are needed.
+
+    Args:
+        slots: How many buffers there are.
+        placement: Of the schedule.
+        model: Sizes of the model's pieces.
+        offload: As in `TickTable.bytes`.
+    """
+    gradient = model.carry if model.gradient is None else model.gradient
+
+    def stash(count: int) -> int:
+        return min(count + 1, 2) if offload else count + 1
+
+    splits = {}
+    if slots.weight_residual:
+        splits["weight-residual slots"] = stash(slots.weight_residual) * model.weight_residual
+    # [1] In placement v what is under way comes from two sides in the F lane, and from a turn.
+    hops = {"two carries": 2} if placement == "loop" else {"four carries": 4}
+    return {
+        "activation slots": stash(slots.activation) * model.carry,
+        "residual slots": stash(slots.residual) * model.residual,
+        "gradient slots": (slots.gradient + 1) * gradient if slots.gradient else 0,
+        **splits,
+        "one lane's working memory": model.backward,
+        "gathered embedding and head": model.ends,
+        "their gradients": model.ends_gradient,
+        "weight gradients": model.stage_gradient,
+        "weights in compute dtype": model.casts,
+        **{name: count * model.carry for name, count in hops.items()},
+    }
 
 
 def _first(flags: Sequence[bool]) -> int:

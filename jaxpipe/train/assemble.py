@@ -10,15 +10,18 @@ from typing import Any
 import jax
 
 from jaxpipe.errors import ScheduleError
+from jaxpipe.plan import Plan
 from jaxpipe.runtime.mesh import make_mesh, simulate_devices
 from jaxpipe.runtime.model import Model
 from jaxpipe.runtime.pipeline import Pipeline
-from jaxpipe.schedule import build, show
+from jaxpipe.schedule import Schedule, build, show
 from jaxpipe.schedule.stages import format_stages
 from jaxpipe.train.config import Config
 from jaxpipe.train.corpus import open_corpus
 from jaxpipe.train.data import Batches
 from jaxpipe.train.model import gpt_model
+from jaxpipe.train.planning import Resolved
+from jaxpipe.train.predict import refuse_open, resolved
 from jaxpipe.train.processes.share import check_mesh, put_rows
 
 
@@ -27,16 +30,18 @@ class Assembly:
     """The parts of a run.
 
     Attributes:
-        config: What it was made from.
+        config: What it was made from, with nothing left to the planner.
         pipe: Model, schedule and mesh as one `Pipeline`.
         train: Training batches by index.
         val: Validation batches by index.
+        plan: What a step is predicted to take; None where nothing can be predicted.
     """
 
     config: Config
     pipe: Pipeline
     train: Batches
     val: Batches
+    plan: Plan | None = None
 
     @property
     def on_cpu(self) -> bool:
@@ -104,18 +109,17 @@ def assemble(config: Config, model: Model | None = None) -> Assembly:
         ScheduleError: The schedule does not exist in this size, or is none to train with.
         PartitionError: The blocks cannot be spread evenly over the stages.
     """
-    schedule = build(
-        config.schedule.name,
-        devices=config.mesh.pipe,
-        microbatches=config.schedule.microbatches,
-        repeats=config.schedule.repeats,
-    )
+    if model is not None:
+        refuse_open(config)
+    schedule = _schedule(config)
     if schedule.phases <= {"F"}:
         raise ScheduleError(
             f"schedule.name={config.schedule.name!r} must have a backward to train with; try 'interleaved_1f1b'"
         )
     if config.mesh.simulate and not jax.distributed.is_initialized():
         simulate_devices(config.mesh.simulate)
+    found = resolved(config) if model is None else Resolved(config, None)
+    config, schedule = found.config, schedule if found.config is config else _schedule(found.config)
     mesh = make_mesh(pipe=config.mesh.pipe, data=config.mesh.data, tensor=config.mesh.tensor)
     check_mesh(mesh)
     pipe = Pipeline(
@@ -139,4 +143,15 @@ def assemble(config: Config, model: Model | None = None) -> Assembly:
         pipe=pipe,
         train=Batches(corpus.train, seed=config.train.seed, **shape),
         val=Batches(corpus.val, seed=0, **shape),
+        plan=found.plan,
+    )
+
+
+def _schedule(config: Config) -> Schedule:
+    """The schedule of a config; before the planner has chosen one, any of its size."""
+    return build(
+        config.schedule.name,
+        devices=config.mesh.pipe,
+        microbatches=config.schedule.microbatches,
+        repeats=None if config.schedule.name == "auto" else config.schedule.repeats,
     )

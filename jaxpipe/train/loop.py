@@ -22,6 +22,7 @@ from jaxpipe.train.folder import RunFolder
 from jaxpipe.train.metrics import MetricsLog, plot_loss
 from jaxpipe.train.model import gpt_logits
 from jaxpipe.train.optim import adamw, learning_rate
+from jaxpipe.train.predict import Beside
 from jaxpipe.train.processes.crew import Crew
 from jaxpipe.train.processes.share import check_crew, here
 from jaxpipe.train.sample import continue_tokens
@@ -90,14 +91,15 @@ def train(
         crew.at_end(report.close)
         crew.agree("the check of the data", run.facts())
     folder.make()
-    resolved = replace(config, train=replace(config.train, overwrite=False))  # whoever reruns it decides that anew
+    resolved = replace(run.config, train=replace(config.train, overwrite=False))  # whoever reruns it decides that anew
     folder.config.write_text(resolved.to_toml(), encoding="utf-8")
     folder.schedule.write_text(run.timetable_svg(), encoding="utf-8")
     report.note("\n".join([run.describe(), *([f"gpus       {gpus}"] if gpus else [])]))
+    beside = Beside(run.plan, report)
     log = MetricsLog(folder.metrics)
     try:
         with StopSignal(crew) as stop:
-            return _run(run, optimizer, folder, log, report, stop)
+            return _run(run, optimizer, folder, log, report, stop, beside)
     finally:
         report.close()
         log.close()
@@ -105,7 +107,9 @@ def train(
             _plot(log, folder, report, config.data.unit)
 
 
-def _run(run: Assembly, optimizer, folder: RunFolder, log: MetricsLog, report: Report, stop: StopSignal) -> Result:
+def _run(
+    run: Assembly, optimizer, folder: RunFolder, log: MetricsLog, report: Report, stop: StopSignal, beside: Beside
+) -> Result:
     config = run.config
     steps = config.train.steps
     init_key, dropout_key, sample_key = jax.random.split(jax.random.key(config.train.seed), 3)
@@ -131,6 +135,7 @@ def _run(run: Assembly, optimizer, folder: RunFolder, log: MetricsLog, report: R
         due = step == steps or (config.train.eval_every and step % config.train.eval_every == 0)
         while len(waiting) > (0 if due else in_flight):
             track.settle(*waiting.popleft())
+            beside.settle()
         if due:
             validate(step)
     while waiting:

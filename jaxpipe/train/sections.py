@@ -71,12 +71,12 @@ class ScheduleConfig:
     """Section `[schedule]`: who computes what when.
 
     Attributes:
-        name: A schedule of the catalogue.
+        name: A schedule of the catalogue. ``auto``: the planner takes the fastest that fits, with its repeats.
         repeats: Stages per device, V.
         microbatches: Slices of the batch, M.
         stages: Blocks per stage, in stage order: a list of numbers, or a layout string such as ``"Et*3|(tt|)*2tL"``
             (see `jaxpipe.schedule.stages`). Empty: the same number for all. ``"even"``: any number of blocks, as evenly
-            as it goes.
+            as it goes. ``"auto"``: the planner splits them, so that no stage is much dearer than another.
         remat: ``full`` keeps only each stage's input, ``none`` recomputes no matrix product, ``all`` keeps everything.
             Or a list of these, one per stage.
         scan_blocks: Loop over the blocks of a stage instead of unrolling them: compiles faster where stages are deep.
@@ -86,6 +86,7 @@ class ScheduleConfig:
         idle: ``skip``: idle lanes compute nothing. ``mask``: they compute and discard.
         packing: How actions share a tick; ``auto`` takes the cheaper.
         memory: ``ideal`` takes the fastest ticks, ``strict`` keeps the schedule's own bound on activations.
+        profile: What `jaxpipe profile` measured, for ``auto`` and for the prediction of a step. Empty: formulae.
     """
 
     name: str = "interleaved_1f1b"
@@ -98,6 +99,7 @@ class ScheduleConfig:
     idle: Literal["skip", "mask"] = "skip"
     packing: Literal["auto", "paired", "single"] = "auto"
     memory: Literal["ideal", "strict"] = "ideal"
+    profile: str = ""
 
     def __post_init__(self):
         _at_least(self, "schedule", 1, "repeats", "microbatches")

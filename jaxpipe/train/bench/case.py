@@ -12,10 +12,11 @@ from jaxpipe.errors import JaxpipeError, ScheduleError
 from jaxpipe.models.gpt import GPTConfig
 from jaxpipe.runtime.mesh import make_mesh
 from jaxpipe.runtime.model import Model
-from jaxpipe.runtime.options import relative_costs, stage_counts, stage_remats
+from jaxpipe.runtime.options import stage_counts, stage_remats
 from jaxpipe.runtime.pipeline import Pipeline
 from jaxpipe.schedule import Costs, Schedule, build
 from jaxpipe.schedule.catalog import CATALOG
+from jaxpipe.schedule.costs import relative_costs
 from jaxpipe.train import toml
 from jaxpipe.train.config import SCHEMA, Config, from_tables
 from jaxpipe.train.model import gpt_model

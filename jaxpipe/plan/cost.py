@@ -1,0 +1,251 @@
+"""What the parts of a model cost on one device for one microbatch: times, and bytes that are kept.
+
+`ModelCosts` has three sources and is the same value from each:
+
+    analytic   counted here, from a `ModelShape` and a `DeviceSpec`
+    compiled   the operations and bytes that XLA finds in one block (`jaxpipe.train.compiled`)
+    measured   one block of each kind timed on a device (`jaxpipe.train.profile`)
+
+The analytic time of a part is the sum of three: its matrix products at `DeviceSpec.flops_per_s`, or the time to read
+and write their operands if that is longer; its elementwise work at the memory's bandwidth; and, where `tensor` devices
+share it, their all-reduces, which nothing overlaps.
+
+Legend: D width, F hidden dims of the MLP, n tokens of a microbatch, t devices on the tensor axis.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jaxpipe.plan.device import DeviceSpec
+from jaxpipe.plan.links import all_reduce_s
+from jaxpipe.plan.shape import DTYPE_BYTES, BlockShape, ModelShape
+
+Remat = Literal["full", "none", "all"]
+
+REMATS: tuple[Remat, ...] = ("none", "full", "all")
+"""What forwards may keep for backwards, see `Pipeline`; the order in which equals are preferred."""
+
+Source = Literal["analytic", "compiled", "measured"]
+
+
+@dataclass(frozen=True)
+class LaneTimes:
+    """Seconds of one block and one microbatch, with what `remat` computes again.
+
+    Attributes:
+        forward: F.
+        input: I.
+        weight: W.
+        backward: B, whole; measured it is less than I and W together.
+    """
+
+    forward: float
+    input: float
+    weight: float
+    backward: float
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """One kind of block.
+
+    Attributes:
+        times: By remat.
+        residual_bytes: What a forward keeps for its backward, by remat; the block's input included where it is kept.
+        weight_residual_bytes: What I leaves for W beside that, by remat.
+        working_bytes: Temporaries that one more block adds to a stage's backward, by remat.
+        split_working_bytes: The same where the backward is split.
+        params: Parameters on this device.
+    """
+
+    times: Mapping[Remat, LaneTimes]
+    residual_bytes: Mapping[Remat, float]
+    weight_residual_bytes: Mapping[Remat, float]
+    working_bytes: Mapping[Remat, float]
+    split_working_bytes: Mapping[Remat, float]
+    params: float
+
+
+@dataclass(frozen=True)
+class ModelCosts:
+    """A model's parts on one device, for microbatches of `rows` rows.
+
+    Attributes:
+        source: Where the numbers are from.
+        rows: Rows of a microbatch.
+        tensor: Devices that share every product.
+        blocks: By kind.
+        embed_forward_s: Embedding of one microbatch.
+        embed_backward_s: Its gradient.
+        head_s: Logits, loss and both gradients of one microbatch; they run behind the last stage's forward.
+        carry_bytes: What hops.
+        ends_params: Parameters of embedding and head together, on this device once gathered.
+        head_working_bytes: Temporaries of the head.
+        stage_working_bytes: Temporaries of a stage's backward, beside those of its blocks.
+        dtype_bytes: Of the computation.
+        param_bytes: Of a parameter at rest.
+        tick_s: What a tick takes besides its lanes.
+        hop_s: Seconds of a hop of `carry_bytes`, where it was measured; None: by the device's links.
+        scratch: Whether every kind of slot has one more, which idle lanes write.
+    """
+
+    source: Source
+    rows: int
+    tensor: int
+    blocks: Mapping[str, BlockCost]
+    embed_forward_s: float
+    embed_backward_s: float
+    head_s: float
+    carry_bytes: float
+    ends_params: float
+    head_working_bytes: float
+    stage_working_bytes: float
+    dtype_bytes: int
+    param_bytes: int
+    tick_s: float = 0.0
+    hop_s: float | None = None
+    scratch: bool = field(default=True)
+
+
+def analytic(shape: ModelShape, device: DeviceSpec, *, rows: int, tensor: int = 1) -> ModelCosts:
+    """Costs by formula.
+
+    Args:
+        shape: The model.
+        device: What computes.
+        rows: Rows of a microbatch.
+        tensor: Devices that share every product.
+
+    Raises:
+        ConfigError: The device has no peak for the model's dtype.
+    """
+    size = shape.dtype_bytes
+    carry = rows * shape.carry_tokens * shape.width * size
+    blocks = {kind: _block(block, shape, device, rows, tensor) for kind, block in shape.blocks.items()}
+    moved = rows * shape.carry_tokens * shape.width
+    logits = rows * shape.head_tokens * shape.vocab / tensor
+    wide = max(4, size)
+    head_flops = 3 * rows * shape.head_flops / tensor
+    # [1] Logits are written, read by the loss, written as its gradient and read by two products, in float32.
+    head_traffic = 4 * wide * logits + 8 * shape.vocab * shape.width / tensor
+    reduced = 2 * all_reduce_s(carry, tensor, 1, device)
+    return ModelCosts(
+        source="analytic",
+        rows=rows,
+        tensor=tensor,
+        blocks=blocks,
+        embed_forward_s=moved * (shape.param_bytes + size) / device.traffic_bytes_per_s,
+        embed_backward_s=moved * (3 * wide + size) / device.traffic_bytes_per_s,
+        head_s=head_flops / device.flops_per_s(shape.dtype) + head_traffic / device.traffic_bytes_per_s + reduced,
+        carry_bytes=carry,
+        ends_params=(shape.embed_params + shape.head_params) / tensor,
+        head_working_bytes=3 * wide * logits,
+        stage_working_bytes=6 * carry,
+        dtype_bytes=size,
+        param_bytes=shape.param_bytes,
+        scratch=device.cores is None,
+    )
+
+
+def _block(block: BlockShape, shape: ModelShape, device: DeviceSpec, rows: int, tensor: int) -> BlockCost:
+    size, wide = shape.dtype_bytes, max(4, shape.dtype_bytes)
+    params = block.params / tensor
+    linear = rows * block.linear_flops / tensor / device.flops_per_s(shape.dtype)
+    score = rows * block.score_flops / tensor / device.flops_per_s(shape.dtype)
+    traffic = rows * _traffic_bytes(block, size, tensor)
+    operands = params * size + rows * _product_numbers(block, tensor) * size
+    carry = rows * block.tokens * block.width * size
+    reduced = (len(block.attentions) + 1) * all_reduce_s(carry, tensor, 1, device)
+    bandwidth = device.traffic_bytes_per_s
+    forward = max(linear + score, operands / bandwidth) + traffic / bandwidth + reduced
+    # [1] Of the elementwise work all is done again for the input gradient, which reads and writes twice as much.
+    inputs = max(linear + 2 * score, operands / bandwidth) + 2 * traffic / bandwidth + reduced
+    # [2] Weight gradients are written, read, and added to an accumulator.
+    accumulator = params * (2 * size + 2 * max(4, shape.param_bytes))
+    weights = max(linear, operands / bandwidth) + accumulator / bandwidth
+    times = {
+        remat: LaneTimes(forward, inputs + again, weights, inputs + again + weights)
+        for remat, again in (("full", forward), ("none", traffic / bandwidth), ("all", 0.0))
+    }
+    keeps = rows * _kept_bytes(block, size, wide, tensor)
+    everything = rows * _all_bytes(block, size, wide, tensor)
+    gradients = rows * _crossing_bytes(block, size, tensor)
+    again = rows * _crossing_again_bytes(block, size, tensor)
+    unit, scores = rows * block.tokens * block.width * size, rows * _scores(block) * wide / tensor
+    return BlockCost(
+        times=times,
+        residual_bytes={"full": 0.0, "none": keeps, "all": everything},
+        weight_residual_bytes={"full": gradients + again, "none": gradients, "all": gradients},
+        # [3] What XLA allots on CPUs for blocks of several shapes, rounded; GPUs take no more.
+        working_bytes={"full": 18 * unit + 2 * scores, "none": 13 * unit + 2 * scores, "all": 10 * unit + scores},
+        split_working_bytes={"full": 10 * unit + 2 * scores, "none": 6 * unit + 2 * scores, "all": 6 * unit + scores},
+        params=params,
+    )
+
+
+def _scores(block: BlockShape) -> int:
+    return sum(a.scores for a in block.attentions if not a.fused)
+
+
+def _traffic_bytes(block: BlockShape, size: int, tensor: int) -> float:
+    """What the elementwise work of a forward reads and writes, per row."""
+    norms = (len(block.attentions) + 1) * block.tokens * block.width * 2 * size
+    residuals = (len(block.attentions) + 1) * block.tokens * block.width * 3 * size
+    heads = sum(
+        2 * size * (a.queries + 2 * a.keys) * a.inner + (4 * size * (a.queries + a.keys) * a.inner if a.rotary else 0)
+        for a in block.attentions
+    )
+    softmax = 4 * size * _scores(block)
+    hidden = block.mlp_tokens * block.mlp.hidden * 2 * size * (block.mlp.matrices - 1)
+    moved = 4 * size * (block.tokens + block.mlp.places) * block.width if block.mlp.experts else 0
+    return norms + residuals + (heads + softmax + hidden + moved) / tensor
+
+
+def _product_numbers(block: BlockShape, tensor: int) -> float:
+    """Numbers that the products with weights read and write, per row."""
+    attention = sum((2 * a.queries + 2 * a.keys) * (block.width + a.inner / tensor) for a in block.attentions)
+    mlp = block.mlp_tokens * block.mlp.matrices * (block.width + block.mlp.hidden / tensor)
+    return attention + mlp
+
+
+def _kept_bytes(block: BlockShape, size: int, wide: int, tensor: int) -> float:
+    """What ``remat="none"`` keeps, per row: the block's input and the results of its products.
+
+    The last product's result is not among them: it is part of the next block's input.
+    """
+    inputs = block.tokens * block.width
+    attention = sum(
+        ((a.queries + 2 * a.keys) * a.inner + a.queries * a.inner) / tensor + a.queries * block.width
+        for a in block.attentions
+    )
+    mlp = block.mlp_tokens * block.mlp.hidden * (block.mlp.matrices - 1) / tensor
+    mixture = 2 * block.mlp.places * block.width if block.mlp.experts else 0
+    return size * (inputs + attention + mlp + mixture) + wide * _scores(block) / tensor
+
+
+def _all_bytes(block: BlockShape, size: int, wide: int, tensor: int) -> float:
+    """What ``remat="all"`` keeps, per row: every value that the backward reads."""
+    norms = (len(block.attentions) + 1) * block.tokens * block.width * (2 * wide + size)
+    attention = sum((2 * (a.queries + 2 * a.keys) * a.inner) * size / tensor for a in block.attentions)
+    hidden = block.mlp_tokens * block.mlp.hidden * 5 * size / tensor
+    return norms + attention + hidden + 2 * wide * _scores(block) / tensor + _kept_bytes(block, size, wide, tensor) / 2
+
+
+def _crossing_bytes(block: BlockShape, size: int, tensor: int) -> float:
+    """Gradients of the results of all products with weights, and of what the norms pass on: what I leaves for W."""
+    attention = sum((a.queries + 2 * a.keys) * a.inner / tensor + a.queries * block.width for a in block.attentions)
+    mlp = block.mlp_tokens * block.mlp.hidden * (block.mlp.matrices - 1) / tensor
+    return size * (attention + mlp + 2 * block.tokens * block.width)
+
+
+def _crossing_again_bytes(block: BlockShape, size: int, tensor: int) -> float:
+    """What W needs of the forward that ran again: inputs of the products."""
+    attention = sum(a.queries * a.inner / tensor + block.tokens * block.width for a in block.attentions)
+    mlp = block.mlp_tokens * block.mlp.hidden * (block.mlp.matrices - 1) / tensor
+    return size * (attention + mlp + block.tokens * block.width)
+
+
+def accumulator_bytes(costs: ModelCosts) -> int:
+    """Bytes of a gradient sum: float32 or wider."""
+    return max(DTYPE_BYTES["float32"], costs.param_bytes)

@@ -1,0 +1,177 @@
+"""A model as the planner sees it: sizes of its parts, and what follows from them by counting.
+
+All numbers are of one row (one sequence) and of the whole part, before any division over devices. `jaxpipe.train` makes
+these values from a run's model; nothing here knows a model's class.
+
+Shape legend: D width of the residual stream, T tokens of a row, H heads, d dims of a head, F hidden dims of the MLP.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention layer, with its projections.
+
+    Attributes:
+        queries: Tokens that ask.
+        keys: Tokens that are asked.
+        heads: H.
+        head_dim: d.
+        fused: One kernel that keeps no scores.
+        rotary: Queries and keys are rotated.
+    """
+
+    queries: int
+    keys: int
+    heads: int
+    head_dim: int
+    fused: bool = False
+    rotary: bool = False
+
+    @property
+    def inner(self) -> int:
+        """H*d."""
+        return self.heads * self.head_dim
+
+    @property
+    def scores(self) -> int:
+        """Numbers in the score matrices of a row."""
+        return self.heads * self.queries * self.keys
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """An MLP, or a mixture of them.
+
+    Attributes:
+        hidden: F.
+        gated: Whether there is a second matrix to F.
+        experts: How many MLPs; 0 for one that is not a mixture.
+        places: Tokens that all experts together compute, per row; used for mixtures.
+    """
+
+    hidden: int
+    gated: bool = False
+    experts: int = 0
+    places: int = 0
+
+    @property
+    def matrices(self) -> int:
+        """How many matrices one MLP has."""
+        return 3 if self.gated else 2
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """One kind of block: attentions, then an MLP, each behind a norm.
+
+    Attributes:
+        kind: Its name.
+        width: D.
+        tokens: Tokens of the residual stream that the block works on.
+        attentions: Its attention layers.
+        mlp: Its MLP.
+        bias: Whether linear layers have one.
+        norm_params: Parameters of one norm, in units of D: 2 with a bias, else 1.
+    """
+
+    kind: str
+    width: int
+    tokens: int
+    attentions: tuple[Attention, ...]
+    mlp: Mlp
+    bias: bool = True
+    norm_params: int = 2
+
+    @property
+    def params(self) -> int:
+        """Parameters of one block."""
+        bias, wide, hidden = int(self.bias), self.width, self.mlp.hidden
+        attention = sum((wide + bias) * 3 * a.inner + (a.inner + bias) * wide for a in self.attentions)
+        mlp = (wide + bias) * hidden * (self.mlp.matrices - 1) + (hidden + bias) * wide
+        experts = self.mlp.experts
+        mlps = experts * mlp + wide * experts if experts else mlp
+        return attention + mlps + (len(self.attentions) + 1) * self.norm_params * wide
+
+    @property
+    def mlp_tokens(self) -> int:
+        """Tokens that the MLP's products see, per row."""
+        return self.mlp.places if self.mlp.experts else self.tokens
+
+    @property
+    def linear_flops(self) -> int:
+        """Operations of the products with weights, forward; each half of the backward takes as many."""
+        wide = self.width
+        attention = sum(2 * wide * a.inner * (2 * a.queries + 2 * a.keys) for a in self.attentions)
+        router = 2 * wide * self.mlp.experts * self.tokens
+        return attention + router + 2 * wide * self.mlp.hidden * self.mlp.matrices * self.mlp_tokens
+
+    @property
+    def score_flops(self) -> int:
+        """Operations of the two products without weights, forward; the input gradient takes twice as many."""
+        return sum(4 * a.scores * a.head_dim for a in self.attentions)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model: its blocks in order, and its ends.
+
+    Attributes:
+        kinds: The kind of every block, in order.
+        blocks: The shape of every kind.
+        width: D.
+        vocab: V.
+        carry_tokens: Tokens that hop from stage to stage, per row.
+        head_tokens: Tokens whose logits are computed, per row.
+        seq_len: Tokens that count, per row, for tokens per second.
+        embed_params: Parameters of the embedding, the table included.
+        head_params: Parameters of the head that are not the embedding's.
+        tied: Whether the head uses the embedding's table.
+        dtype: Of the computation.
+        param_dtype: Of the parameters.
+        fields: What a measured profile must agree on, by name: the model's own options.
+    """
+
+    kinds: tuple[str, ...]
+    blocks: Mapping[str, BlockShape]
+    width: int
+    vocab: int
+    carry_tokens: int
+    head_tokens: int
+    seq_len: int
+    embed_params: int
+    head_params: int
+    tied: bool
+    dtype: str
+    param_dtype: str
+    fields: Mapping[str, object]
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Bytes of a number in the computation."""
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def param_bytes(self) -> int:
+        """Bytes of a parameter at rest."""
+        return DTYPE_BYTES[self.param_dtype]
+
+    @property
+    def params(self) -> int:
+        """Parameters of the model; a tied table counts once."""
+        return self.embed_params + self.head_params + sum(self.blocks[kind].params for kind in self.kinds)
+
+    @property
+    def head_flops(self) -> int:
+        """Operations of the logits, forward."""
+        return 2 * self.width * self.vocab * self.head_tokens
+
+    @property
+    def flops_per_row(self) -> int:
+        """Operations that one training step needs for a row: forward and backward, nothing computed twice."""
+        blocks = sum(self.blocks[kind].linear_flops + self.blocks[kind].score_flops for kind in self.kinds)
+        return 3 * (blocks + self.head_flops)

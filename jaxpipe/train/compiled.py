@@ -1,0 +1,156 @@
+"""Costs as XLA sees them: operations, bytes and temporaries of one block, compiled for the present devices.
+
+Nothing is run. Times are the operations at the device's speed, or the bytes at its memory's if that is longer.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+
+from jaxpipe.plan import BlockCost, DeviceSpec, LaneTimes, ModelCosts
+from jaxpipe.plan.cost import Remat
+from jaxpipe.runtime.carry import join, part
+from jaxpipe.runtime.model import loss_and_metrics
+from jaxpipe.runtime.sizes import memory_of, tree_bytes
+from jaxpipe.runtime.stage import Stage
+from jaxpipe.train.config import Config
+from jaxpipe.train.parts import Parts, parts_of
+
+
+def compiled_costs(config: Config, device: DeviceSpec, rows: int, remats: tuple[Remat, ...]) -> ModelCosts:
+    """The costs of a run's model for microbatches of `rows` rows on one device.
+
+    Args:
+        config: The run.
+        device: Whose speed counts.
+        rows: Rows of a microbatch.
+        remats: What forwards may keep.
+    """
+    parts = parts_of(config, rows, remats)
+
+    def seconds(lane: Callable, shapes: tuple) -> float:
+        analysis: Any = jax.jit(lane).lower(*shapes).compile().cost_analysis()
+        found = analysis[0] if isinstance(analysis, list) else analysis
+        operations, moved = found.get("flops", 0.0), found.get("bytes accessed", 0.0)
+        dtype = config.model.dtype
+        return max(operations / device.flops_per_s(dtype), moved / device.traffic_bytes_per_s)
+
+    times = {
+        (kind, remat): LaneTimes(*(seconds(*lane) for lane in lanes(parts.stages[kind, remat, 1]).values()))
+        for kind in parts.kinds
+        for remat in remats
+    }
+    forward, backward, head = (seconds(*lane) for lane in end_lanes(parts).values())
+    return assemble_costs(config, parts, remats, times, (forward, backward, head), source="compiled", device=device)
+
+
+def lanes(stage: Stage) -> dict[str, tuple[Callable, tuple]]:
+    """The lane functions of a stage with the shapes of their arguments, in the order of `LaneTimes`."""
+    return {
+        "forward": (stage.forward, (stage.params, stage.carry, stage.context)),
+        "input": (stage.backward_input, stage.backward_shapes),
+        "weight": (stage.backward_weight, stage.backward_weight_shapes),
+        "backward": (stage.backward, stage.backward_shapes),
+    }
+
+
+def end_lanes(parts: Parts) -> dict[str, tuple[Callable, tuple]]:
+    """Embedding, its gradient, and the head with both of its, with the shapes of their arguments."""
+    gradient = part(parts.carry)[0]
+    return {
+        "embed": (lambda p, mb: parts.model.embed.apply(p, mb, None), (parts.embed, parts.mb)),
+        "embed gradient": (partial(embed_gradient, parts), (parts.embed, parts.mb, gradient)),
+        "head": (partial(head, parts), (parts.head, parts.carry, parts.mb)),
+    }
+
+
+def embed_gradient(parts: Parts, params: Any, mb: Any, dx: Any) -> Any:
+    """The gradient of the embedding's parameters."""
+    _, vjp = jax.vjp(lambda p: part(parts.model.embed.apply(p, mb, None))[0], params)
+    return vjp(dx)[0]
+
+
+def head(parts: Parts, params: Any, carry: Any, mb: Any) -> Any:
+    """The loss of a microbatch and the gradients of the head's parameters and input."""
+    floating, others = part(carry)
+
+    def loss(params, floating):
+        return loss_and_metrics(parts.model.head_loss.apply(params, join(carry, floating, others), mb, None))[0]
+
+    return jax.value_and_grad(loss, (0, 1))(params, floating)
+
+
+def assemble_costs(
+    config: Config,
+    parts: Parts,
+    remats: tuple[Remat, ...],
+    times: dict[tuple[str, Remat], LaneTimes],
+    ends: tuple[float, float, float],
+    *,
+    source: Any,
+    device: DeviceSpec,
+) -> ModelCosts:
+    """Costs from given times; bytes are what the lanes keep and what XLA allots for them.
+
+    Args:
+        config: The run.
+        parts: Of its model.
+        remats: What forwards may keep.
+        times: By kind and remat.
+        ends: Seconds of embedding, its gradient and the head.
+        source: Where the times are from.
+        device: What computes.
+    """
+    blocks, base = {}, 0.0
+    for kind in parts.kinds:
+        whole, split = {}, {}
+        for remat in remats:
+            one, two = (working(parts.stages[kind, remat, count]) for count in (1, 2))
+            whole[remat], split[remat] = max(0, two[0] - one[0]), max(0, two[1] - one[1])
+            base = max(base, one[0] - whole[remat])
+        single = {remat: parts.stages[kind, remat, 1] for remat in remats}
+        keeps = {r: tree_bytes(s.residuals) + parts.carry_bytes if r != "full" else 0 for r, s in single.items()}
+        crossing = {
+            r: tree_bytes(s.weight_residuals) + (parts.carry_bytes if r == "full" else 0) for r, s in single.items()
+        }
+        blocks[kind] = BlockCost(
+            times={remat: times[kind, remat] for remat in remats},
+            residual_bytes=keeps,
+            weight_residual_bytes=crossing,
+            working_bytes=whole,
+            split_working_bytes=split,
+            params=parts.params[kind],
+        )
+    (lane, shapes) = end_lanes(parts)["head"]
+    ends_params = sum(leaf.size for leaf in jax.tree.leaves((parts.embed, parts.head)))
+    if config.model.tied:
+        ends_params -= config.model.vocab_size * config.model.d_model
+    leaves = jax.tree.leaves(parts.carry)
+    return ModelCosts(
+        source=source,
+        rows=parts.rows,
+        tensor=1,
+        blocks=blocks,
+        embed_forward_s=ends[0],
+        embed_backward_s=ends[1],
+        head_s=ends[2],
+        carry_bytes=parts.carry_bytes,
+        ends_params=ends_params,
+        head_working_bytes=memory_of(jax.jit(lane).lower(*shapes).compile()).temp_size_in_bytes,
+        stage_working_bytes=base,
+        dtype_bytes=leaves[0].dtype.itemsize,
+        param_bytes=jax.dtypes.canonicalize_dtype(config.model.param_dtype).itemsize,
+        scratch=device.cores is None,
+    )
+
+
+def working(stage: Stage) -> tuple[int, int]:
+    """Temporaries of a stage's backward, whole and split."""
+    found = lanes(stage)
+    whole, inputs, weights = (
+        memory_of(jax.jit(found[name][0]).lower(*found[name][1]).compile()).temp_size_in_bytes
+        for name in ("backward", "input", "weight")
+    )
+    return whole, max(inputs, weights)
