@@ -65,7 +65,7 @@ class Crew:
         self._agreed: set[str] = set()
         self._news = threading.Condition()
         self._bye = self._over = False
-        self._ending = threading.Lock()
+        self._ending, self._ended = threading.Lock(), threading.Event()
         self._at_end: list[Callable[[], Any]] = []
         self._beat_at = 0.0
         self._thread = threading.Thread(target=self._listen, name="crew", daemon=True)
@@ -96,11 +96,10 @@ class Crew:
             LineError: Some did not come within `patience_s`.
         """
         self._tell({"kind": "facts", "name": name, "facts": dict(facts)})
-        with self._news:
-            patience_s = self._patience_s if self._hub else None  # that of process 0 counts
-            if self._hub and not self._news.wait_for(lambda: name in self._agreed or self._over, patience_s):
-                late = [self._names[number] for number in sorted(set(self._names) - self._hub.reported(name))]
-                raise LineError(f"{', '.join(late)} did not come as far as {name} within {patience_s:g} s")
+        patience_s = self._patience_s if self._hub else None  # that of process 0 counts
+        if not self._wait_for(lambda: name in self._agreed, patience_s) and self._hub:
+            late = [self._names[number] for number in sorted(set(self._names) - self._hub.reported(name))]
+            raise LineError(f"{', '.join(late)} did not come as far as {name} within {patience_s:g} s")
 
     def want_stop(self, signal: str) -> None:
         """Asks all to stop at the next step that they can agree on. Does nothing but note it: for signal handlers."""
@@ -127,11 +126,18 @@ class Crew:
     def _part(self) -> None:
         """Waits until all are done, so that nobody takes the end of one for a failure."""
         self._tell({"kind": "done"})
-        with self._news:
-            self._news.wait_for(lambda: self._bye or self._over)
+        self._wait_for(lambda: self._bye)
         self._thread.join()
         self._close()
         _stop_jax()
+
+    def _wait_for(self, ready: Callable[[], bool], timeout_s: float | None = None) -> bool:
+        """Waits for news, and goes no further where these are that the process ends."""
+        with self._news:
+            came = self._news.wait_for(lambda: ready() or self._over, timeout_s)
+        if self._over:
+            self._ended.wait()
+        return came
 
     def _fail(self, error: BaseException) -> None:
         if isinstance(error, KeyboardInterrupt):
@@ -255,6 +261,7 @@ class Crew:
                 self._wait_for_others()
             self._close()
             self._leave_process(code)
+            self._ended.set()
 
     def _close(self) -> None:
         for line in self._lines.values():
