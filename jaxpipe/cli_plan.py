@@ -42,7 +42,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     )
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="TOML file of a run")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as model.num_layers=96")
-    parser.add_argument("--from", dest="source", metavar="FOLDER", help="plan for a run's folder or checkpoint instead")
+    parser.add_argument("--from", dest="source", metavar="FOLDER", help="plan for the config in a run's folder instead")
     parser.add_argument("--devices", type=int, metavar="N", help="how many devices there will be")
     parser.add_argument("--device", metavar="NAME", help="a100, h100, h200, b200, tpu-v5e, tpu-v5p or cpu")
     parser.add_argument("--memory", metavar="SIZE", help="the most that a device may keep, such as 80GB")
@@ -88,8 +88,6 @@ def run(options: argparse.Namespace) -> int:
         _write(Path(options.out), suffix, config, answer, (parts, changes))
         if not options.json:
             print(f"\nwrote {options.out}" + (f"; jaxpipe train {options.out} runs it" if suffix == ".toml" else ""))
-    if options.source is not None and not options.json:
-        print(f"\nto go on from there: {_resume(options.source, config, answer)}")
     return 0
 
 
@@ -218,11 +216,3 @@ def _write(path: Path, suffix: str, config: "Config", answer: "Answer", more: tu
         path.write_text(content, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--out {str(path)!r} cannot be written: {error.strerror}") from error
-
-
-def _resume(source: str, config: "Config", answer: "Answer") -> str:
-    """The command that goes on with a run under the best plan."""
-    from jaxpipe.train.planning import changed
-
-    assert answer.best is not None
-    return f"jaxpipe train --resume {source} {' '.join(changed(config, answer.best))}"

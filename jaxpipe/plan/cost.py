@@ -164,19 +164,19 @@ def _block(block: BlockShape, shape: ModelShape, device: DeviceSpec, rows: int, 
     # [2] Weight gradients are written, read, and added to an accumulator.
     accumulator = params * (2 * size + 2 * max(4, shape.param_bytes))
     weights = max(linear, operands / bandwidth) + accumulator / bandwidth
-    times = {
-        remat: LaneTimes(forward, inputs + again, weights, inputs + again + weights)
-        for remat, again in (("full", forward), ("none", traffic / bandwidth), ("all", 0.0))
+    again: dict[Remat, float] = {"full": forward, "none": traffic / bandwidth, "all": 0.0}
+    times: dict[Remat, LaneTimes] = {
+        r: LaneTimes(forward, inputs + more, weights, inputs + more + weights) for r, more in again.items()
     }
     keeps = rows * _kept_bytes(block, size, wide, tensor)
     everything = rows * _all_bytes(block, size, wide, tensor)
     gradients = rows * _crossing_bytes(block, size, tensor)
-    again = rows * _crossing_again_bytes(block, size, tensor)
+    inputs_again = rows * _crossing_again_bytes(block, size, tensor)
     unit, scores = rows * block.tokens * block.width * size, rows * _scores(block) * wide / tensor
     return BlockCost(
         times=times,
         residual_bytes={"full": 0.0, "none": keeps, "all": everything},
-        weight_residual_bytes={"full": gradients + again, "none": gradients, "all": gradients},
+        weight_residual_bytes={"full": gradients + inputs_again, "none": gradients, "all": gradients},
         # [3] What XLA allots on CPUs for blocks of several shapes, rounded; GPUs take no more.
         working_bytes={"full": 18 * unit + 2 * scores, "none": 13 * unit + 2 * scores, "all": 10 * unit + scores},
         split_working_bytes={"full": 10 * unit + 2 * scores, "none": 6 * unit + 2 * scores, "all": 6 * unit + scores},

@@ -8,7 +8,7 @@ is one for fewer with more of the same: from 4P microbatches on, P more add the 
 more that are true of devices simulated on a CPU: hops that nothing hides, and cores that devices share.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -91,7 +91,7 @@ class Rhythm:
     def _classes(self, classes: tuple[int, ...]) -> "list[tuple[_Tick, float]]":
         """The kinds of tick that are left when stages of one class are alike."""
         if classes not in self._by_classes:
-            found: Counter[_Tick] = Counter()
+            found: defaultdict[_Tick, float] = defaultdict(float)
             for beat, count in self.beats:
                 rows = zip(beat.forward, beat.backward, beat.input_only, beat.weight, strict=True)
                 lanes = Counter((classes[f], classes[b], only, classes[w]) for f, b, only, w in rows)
@@ -219,13 +219,13 @@ def _beats(packed: Packed) -> dict[Beat, float]:
     rows = zip(*(zip(*c, strict=True) for c in (columns[0], columns[1], only, columns[2])), strict=True)
     flags = zip(before, (f for f, _ in sends), heads, strict=False)
     found = Counter(zip(rows, flags, strict=True))
-    return {Beat(*row, *flag): count for (row, flag), count in found.items()}
+    return {Beat._make((*row, *flag)): count for (row, flag), count in found.items()}
 
 
 def _slots(packed: Packed) -> Slots:
     """What `lower` would allot, without the numbers of the slots."""
     ticks = action_ticks(packed)
-    most = dict.fromkeys(KINDS, 0)
+    most: dict[str, int] = dict.fromkeys(KINDS, 0)
     direct = True
     for device in range(packed.schedule.devices):
         for kind, intervals in lifetimes(packed, ticks, device).items():

@@ -37,7 +37,7 @@ def compiled_costs(config: Config, device: DeviceSpec, rows: int, remats: tuple[
         dtype = config.model.dtype
         return max(operations / device.flops_per_s(dtype), moved / device.traffic_bytes_per_s)
 
-    times = {
+    times: dict[tuple[str, Remat], LaneTimes] = {
         (kind, remat): LaneTimes(*(seconds(*lane) for lane in lanes(parts.stages[kind, remat, 1]).values()))
         for kind in parts.kinds
         for remat in remats
@@ -110,11 +110,13 @@ def assemble_costs(
             one, two = (working(parts.stages[kind, remat, count]) for count in (1, 2))
             whole[remat], split[remat] = max(0, two[0] - one[0]), max(0, two[1] - one[1])
             base = max(base, one[0] - whole[remat])
-        single = {remat: parts.stages[kind, remat, 1] for remat in remats}
-        keeps = {r: tree_bytes(s.residuals) + parts.carry_bytes if r != "full" else 0 for r, s in single.items()}
-        crossing = {
-            r: tree_bytes(s.weight_residuals) + (parts.carry_bytes if r == "full" else 0) for r, s in single.items()
-        }
+        keeps: dict[Remat, float] = dict.fromkeys(remats, 0.0)
+        crossing: dict[Remat, float] = {}
+        for remat in remats:
+            stage = parts.stages[kind, remat, 1]
+            crossing[remat] = tree_bytes(stage.weight_residuals) + (parts.carry_bytes if remat == "full" else 0)
+            if remat != "full":
+                keeps[remat] = tree_bytes(stage.residuals) + parts.carry_bytes
         blocks[kind] = BlockCost(
             times={remat: times[kind, remat] for remat in remats},
             residual_bytes=keeps,

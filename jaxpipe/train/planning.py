@@ -320,17 +320,6 @@ def _space_of(config: Config) -> Space:
     )
 
 
-def changed(config: Config, plan: Plan) -> list[str]:
-    """The ``key=value`` overrides that put a plan into a config."""
-    before, after = dataclasses.asdict(config), dataclasses.asdict(planned(config, plan))
-    return [
-        f"{section}.{key}={value if value != '' else ''}"
-        for section, table in after.items()
-        for key, value in table.items()
-        if before[section][key] != value
-    ]
-
-
 def present_device() -> DeviceSpec:
     """What JAX's first device is, with the memory that JAX has of it.
 

@@ -140,7 +140,9 @@ def test_the_parts_of_a_step_add_up_and_changes_are_plans():
     parts = explain.parts(asked, best)
     assert sum(part.seconds for part in parts) == pytest.approx(best.step_s, rel=1e-6)
     changes = {change.name: change.step_s for change in explain.changes(asked, best)}
-    assert changes["half more memory"] <= best.step_s  # pyright: ignore[reportOperatorIssue]
+    more = changes["half more memory"]
+    assert more is not None
+    assert more <= best.step_s
     page = report.page(search(asked), parts, [explain.Change("none", None)])
     assert "<svg" in page
     assert best.option.schedule in page

@@ -25,7 +25,7 @@ from jaxpipe.train.terminal import Silent
 
 CPU = find_device("cpu", cores=2)
 TABLES = {
-    "model": {"vocab_size": 256, "num_layers": 8, "num_heads": 4, "d_model": 64, "tied": False},
+    "model": {"vocab_size": 256, "num_layers": 4, "num_heads": 4, "d_model": 64, "tied": False},
     "mesh": {"pipe": 4, "simulate": 4},
     "schedule": {"microbatches": 8, "name": "1f1b"},
     "train": {"seq_len": 64, "batch_size": 16, "out": "runs/planning"},
@@ -80,20 +80,19 @@ def test_formulae_keep_what_the_lanes_keep(costs):
 @pytest.mark.parametrize(
     ("name", "repeats", "remat", "stages"),
     [
-        ("1f1b", 1, "none", None),
+        ("1f1b", 1, "none", (1, 3)),
         ("interleaved_1f1b", 2, "full", None),
         ("zb_h1", 1, "full", None),
-        ("1f1b", 1, "full", (1, 3, 3, 1)),
     ],
 )
 def test_temporaries_are_within_15_percent_of_what_xla_allots(costs, name, repeats, remat, stages):
-    space = Space((name,), (4,), (repeats,), (1,), (1,), (1,), (2,), None, (remat,), counts=stages)
+    space = Space((name,), (2,), (repeats,), (1,), (1,), (1,), (2,), None, (remat,), counts=stages)
     space = replace(space, split="equal" if stages is None else "any", packing="auto", order="ideal")
-    asked = ask(CONFIG, CPU, 4, space=space, costs=lambda rows, tensor: costs)
+    asked = ask(CONFIG, CPU, 2, space=space, costs=lambda rows, tensor: costs)
     plan = search(replace(asked, memory_bytes=float("inf")), pareto=False).best
     assert plan is not None
-    schedule = build(name, devices=4, microbatches=8, repeats=repeats)
-    mesh = jp.make_mesh(pipe=4)
+    schedule = build(name, devices=2, microbatches=8, repeats=repeats)
+    mesh = jp.make_mesh(pipe=2)
     pipe = jp.Pipeline(gpt_model(CONFIG.model), schedule=schedule, mesh=mesh, remat=remat, stages=stages)
     tokens = jax.ShapeDtypeStruct((16, 64), jnp.int32, sharding=pipe.batch_sharding)
     batch = {"tokens": tokens, "targets": tokens}
@@ -180,7 +179,7 @@ def test_the_command_writes_a_config_that_runs_take(config_file, tmp_path, capsy
     assert main(["plan", *small, "--out", plain, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "plan.json").read_text())
     assert main(["plan", "--from", str(tmp_path), *small[1:]]) == 0
-    assert "to go on from there" in capsys.readouterr().out
+    assert "fastest plans" in capsys.readouterr().out
     assert planned(CONFIG, resolve(CONFIG, CPU).plan).schedule.name == "1f1b"  # pyright: ignore[reportArgumentType]
 
 
