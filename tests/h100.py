@@ -16,7 +16,7 @@ import jaxpipe as jp
 from jaxpipe.models.encdec_config import EncDecConfig
 from jaxpipe.models.gpt import GPTConfig
 from jaxpipe.runtime.compile import Program
-from jaxpipe.runtime.mesh import AXES
+from jaxpipe.runtime.mesh import AXES, batch_shards
 from jaxpipe.runtime.sizes import memory_of
 from jaxpipe.schedule import build
 from jaxpipe.train.model import encdec_model, gpt_model
@@ -66,15 +66,18 @@ class Step:
     memory: Any
 
 
-def mesh(devices: int = DEVICES) -> Mesh:
-    """A mesh of H100s."""
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="h100", topology=f"1x1x{devices}", target_config=H100
-    )
-    return Mesh(np.asarray(topology.devices).reshape(devices, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+def mesh(pipe: int = DEVICES, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh of H100s, eight to a node."""
+    count = pipe * data * fsdp * tensor
+    shape = f"1x1x{count}" if count <= 8 else f"1x{count // 8}x8"
+    topology = topologies.get_topology_desc(platform="cuda", topology_name="h100", topology=shape, target_config=H100)
+    grid = np.asarray(topology.devices).reshape(pipe, data, fsdp, tensor)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 4)
 
 
-def step(name: str, repeats: int = 1, *, blocks: int = 2, kinds: int = 1, **options: Any) -> Step:
+def step(
+    name: str, repeats: int = 1, *, blocks: int = 2, kinds: int = 1, axes: dict | None = None, **options: Any
+) -> Step:
     """The step of a small model in bfloat16 with float32 weights, no two sizes of its weights and slots equal.
 
     Args:
@@ -82,6 +85,7 @@ def step(name: str, repeats: int = 1, *, blocks: int = 2, kinds: int = 1, **opti
         repeats: V.
         blocks: Per stage, where `options` has no `stages`.
         kinds: 1: a GPT; 2: an encoder-decoder, encoder blocks in the first half of the stages.
+        axes: Sizes of the mesh's other axes.
         options: Of `Pipeline`.
     """
     schedule = build(name, devices=DEVICES, microbatches=MICROBATCHES, repeats=repeats)
@@ -93,8 +97,9 @@ def step(name: str, repeats: int = 1, *, blocks: int = 2, kinds: int = 1, **opti
         model = encdec_model(
             EncDecConfig(num_encoder_layers=half, num_decoder_layers=half, head_dim=64, d_ff=640, **SIZES)
         )
-    pipe = jp.Pipeline(model, schedule=schedule, mesh=mesh(), **options)
-    tokens = jax.ShapeDtypeStruct((2 * MICROBATCHES, LENGTH), jnp.int32, sharding=pipe.batch_sharding)
+    pipe = jp.Pipeline(model, schedule=schedule, mesh=mesh(**axes or {}), **options)
+    rows = 2 * MICROBATCHES * batch_shards(pipe.mesh)
+    tokens = jax.ShapeDtypeStruct((rows, LENGTH), jnp.int32, sharding=pipe.batch_sharding)
     batch = {"tokens": tokens, "targets": tokens}
     batch |= {"encoder_tokens": tokens} if kinds == 2 else {}
     params = jax.eval_shape(pipe.init, jax.random.key(0), batch)

@@ -20,6 +20,7 @@ PAGES = [
     ("theory.md", 15),
     ("wrap-your-model.md", 40),
     ("models.md", 60),
+    ("parallelism.md", 20),
     ("choose-a-schedule.md", 40),
     ("performance.md", 4),
     ("gpus.md", 6),

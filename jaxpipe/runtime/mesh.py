@@ -49,7 +49,7 @@ def make_mesh(pipe: int = 1, data: int = 1, fsdp: int = 1, tensor: int = 1, *, d
     _check_number(sizes, given)
     need = math.prod(sizes)
     if devices is None and need == len(given) and given[0].platform != "cpu":
-        grid = _by_links(sizes, given)
+        grid = by_links(sizes, given)
     else:
         grid = np.asarray(given[:need]).reshape(sizes)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -141,8 +141,13 @@ def _nearest(sizes: Sequence[int], available: int) -> str:
     return max(found, key=lambda pair: pair[0])[1] if found else ""
 
 
-def _by_links(sizes: Sequence[int], devices: Sequence) -> np.ndarray:
-    """Devices of accelerators in the order of their links; over several hosts the outer axes cross them."""
+def by_links(sizes: Sequence[int], devices: Sequence) -> np.ndarray:
+    """Devices of accelerators in the order of their links; over several hosts the outer axes cross them.
+
+    Args:
+        sizes: Of the axes, outermost first.
+        devices: As many as their product.
+    """
     granule = next((name for name in ("slice_index", "process_index") if _several(devices, name)), None)
     if granule is not None:
         rest, across = len({getattr(device, granule) for device in devices}), []

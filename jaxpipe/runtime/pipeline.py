@@ -18,7 +18,7 @@ from jaxpipe.runtime.ends import Ends, check_weight, metric_shapes
 from jaxpipe.runtime.initial import init_params
 from jaxpipe.runtime.lane import Skip
 from jaxpipe.runtime.logical import logical_optimizer
-from jaxpipe.runtime.mesh import BATCH, PIPE, batch_shards, batch_text, check_axes
+from jaxpipe.runtime.mesh import BATCH, PIPE, TENSOR, batch_shards, batch_text, check_axes
 from jaxpipe.runtime.model import Model, Tree
 from jaxpipe.runtime.options import check_offload, check_tensor, stage_counts, stage_remats, vocab_leaves
 from jaxpipe.runtime.relayout import Layout, Shard
@@ -56,8 +56,10 @@ class Pipeline:
         costs: Relative times of the phases, for ``packing="auto"``; by default those of `remat` and `stages`.
         second_stream: On GPUs, give the second of the two hops that a lane starts on the placement ``v`` a stream of
             its own, so that both fly while the other lane computes. It rests on an undocumented hint to XLA, was read
-            off compiled programs only, and is unverified with tensor parallelism, where two collectives in flight on
-            different streams may deadlock NCCL. Without effect on the placement ``loop``, which has one hop per lane.
+            off compiled programs only. Where the mesh axis `tensor` is larger than 1 all hops take that stream, for
+            what crosses `tensor` in a lane would make them wait otherwise; this is unverified on GPUs, and two
+            collectives in flight on different streams may deadlock NCCL. Else without effect on the placement ``loop``,
+            which has one hop per lane.
         shard: What lies cut over the mesh axis `fsdp`. ``params``: parameters, gradients and optimizer state; a step
             gathers the parameters once, before the loop. ``optimizer``: gradients and optimizer state only (ZeRO-1);
             parameters rest whole on each of its devices, and updates are gathered instead.
@@ -104,7 +106,7 @@ class Pipeline:
                 f"scan_blocks=True cannot split the backwards of schedule {schedule.name!r} into I and W; "
                 "try scan_blocks=False, or '1f1b' or 'interleaved_1f1b'"
             )
-        if second_stream and schedule.placement != "v":
+        if second_stream and schedule.placement != "v" and mesh.shape.get(TENSOR, 1) == 1:
             warnings.warn(
                 f"second_stream=True has no effect on placement={schedule.placement!r} of schedule {schedule.name!r}, "
                 "whose lanes start one hop each; try second_stream=False",

@@ -36,7 +36,7 @@ class Rest:
 
         Example:
             >>> Rest(pipe=0, fsdp=0, tensor=1).spec()
-            PartitionSpec(('pipe', 'fsdp'), 'tensor')
+            P(('pipe', 'fsdp'), 'tensor')
         """
         names: dict[int, list[str]] = {}
         for axis in (PIPE, FSDP, TENSOR):

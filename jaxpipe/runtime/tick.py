@@ -23,6 +23,7 @@ from jaxpipe.runtime import end_lanes, vocab_lanes
 from jaxpipe.runtime.device import Device
 from jaxpipe.runtime.end_lanes import start_metrics
 from jaxpipe.runtime.ends import accumulator_dtype
+from jaxpipe.runtime.mesh import TENSOR
 from jaxpipe.runtime.model import Tree
 from jaxpipe.runtime.stage_lanes import backward_kinds, backward_lane, forward_lane, weight_lane
 from jaxpipe.runtime.transfer import fence, hop
@@ -115,9 +116,11 @@ def hops(device: Device, values: Tree, sides: list[str]) -> dict[str, Tree]:
     """What arrives from each side when every device sends `values`."""
     schedule = device.table.schedule
     ring = schedule.placement == "loop" and schedule.repeats > 1
+    shares_stages = jax.sharding.get_abstract_mesh().shape.get(TENSOR, 1) > 1
     arrived = {}
     for side in sides:
-        second = device.second_stream and any(other != "own" for other in arrived)
+        # What crosses `tensor` in a lane takes the one stream that there is, so a hop behind it needs another.
+        second = device.second_stream and (shares_stages or any(other != "own" for other in arrived))
         arrived[side] = values if side == "own" else hop(values, schedule.devices, ring, STEP[side], second)
     return arrived
 

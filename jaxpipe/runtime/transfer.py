@@ -5,9 +5,9 @@ places a permute next to its consumer unless a barrier fixes where it starts and
 `collective-permute-motion`); with the barriers the schedulers of GPU and TPU start it before the lane and wait for it
 after.
 
-On GPUs XLA keeps one hop in flight at a time, so that of the two hops that a lane starts on the placement ``v`` one
-waits for the other and hides behind little. A hop may be put on a stream of its own; XLA then keeps one of each in
-flight.
+On GPUs XLA keeps one collective in flight at a time, so that of the two hops that a lane starts on the placement ``v``
+one waits for the other and hides behind little, and every hop for what crosses `tensor` in a lane. A hop may be put on
+a stream of its own; XLA then keeps one of each in flight.
 """
 
 from contextlib import nullcontext

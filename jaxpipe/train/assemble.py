@@ -4,14 +4,15 @@ What is cheap to get wrong is looked at first; nothing is compiled and no weight
 """
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec
 
 from jaxpipe.errors import ScheduleError
 from jaxpipe.plan import Plan
-from jaxpipe.runtime.mesh import make_mesh, simulate_devices
+from jaxpipe.runtime.mesh import TENSOR, make_mesh, simulate_devices
 from jaxpipe.runtime.model import Model
 from jaxpipe.runtime.pipeline import Pipeline
 from jaxpipe.schedule import Schedule, build, show
@@ -49,7 +50,7 @@ class Assembly:
         return self.pipe.mesh.devices.flat[0].platform == "cpu"
 
     def put(self, batches: Batches, index: int) -> dict[str, jax.Array]:
-        """Batch `index` on the devices, rows spread over the data axis; a process reads what its own devices hold."""
+        """Batch `index` on the devices, rows spread over the axes data and fsdp; a process reads what its own devices hold."""
         size = batches.batch_size
 
         def read(first: int, stop: int):
@@ -89,8 +90,10 @@ class Assembly:
 def _warnings(config: Config) -> list[str]:
     """What is allowed and yet hardly meant."""
     found = []
-    if config.mesh.tensor > 1:
-        found.append("mesh.tensor: no weight is split over this axis yet, its devices repeat the same work")
+    if config.mesh.sequence_parallel and config.mesh.tensor == 1:
+        found.append("mesh.sequence_parallel=true has no effect with mesh.tensor=1; try mesh.tensor=2")
+    if config.mesh.shard == "optimizer" and config.mesh.fsdp == 1:
+        found.append('mesh.shard="optimizer" has no effect with mesh.fsdp=1; try mesh.fsdp=2')
     if config.model.dtype == "float16" and config.train.loss_scale == 1.0:
         found.append('train.loss_scale=1.0: with model.dtype="float16" gradients below 6e-8 become zero; try 128')
     return found
@@ -120,10 +123,14 @@ def assemble(config: Config, model: Model | None = None) -> Assembly:
         simulate_devices(config.mesh.simulate)
     found = resolved(config) if model is None else Resolved(config, None)
     config, schedule = found.config, schedule if found.config is config else _schedule(found.config)
-    mesh = make_mesh(pipe=config.mesh.pipe, data=config.mesh.data, tensor=config.mesh.tensor)
+    sizes = config.mesh
+    mesh = make_mesh(pipe=sizes.pipe, data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor)
     check_mesh(mesh)
+    model = gpt_model(config.model) if model is None else model
+    if sizes.sequence_parallel:
+        model = replace(model, carry_spec=PartitionSpec(None, TENSOR))
     pipe = Pipeline(
-        gpt_model(config.model) if model is None else model,
+        model,
         schedule=schedule,
         mesh=mesh,
         stages=config.schedule.stages or None,
@@ -134,6 +141,7 @@ def assemble(config: Config, model: Model | None = None) -> Assembly:
         packing=config.schedule.packing,
         memory=config.schedule.memory,
         second_stream=config.gpu.second_stream,
+        shard=sizes.shard,
     )
     vocab_size = config.model.vocab_size
     corpus = open_corpus(config.data, vocab_size=vocab_size)

@@ -5,6 +5,7 @@ preset included.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,13 +43,16 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def __post_init__(self):
-        slices = self.schedule.microbatches * self.mesh.data
+        sizes = {"data": self.mesh.data, "fsdp": self.mesh.fsdp}
+        sizes = {name: size for name, size in sizes.items() if size > 1 or name == "data"}
+        slices = self.schedule.microbatches * math.prod(sizes.values())
         batch = self.train.batch_size
         if batch % slices:
             near = " or ".join(str(size) for size in (batch // slices * slices, (batch // slices + 1) * slices) if size)
             raise ConfigError(
-                f"train.batch_size={batch} must be divisible by schedule.microbatches*mesh.data="
-                f"{self.schedule.microbatches}*{self.mesh.data}={slices}; try {near}"
+                f"train.batch_size={batch} must be divisible by schedule.microbatches*"
+                f"{'*'.join(f'mesh.{name}' for name in sizes)}="
+                f"{'*'.join(map(str, (self.schedule.microbatches, *sizes.values())))}={slices}; try {near}"
             )
         longest = self.model.max_seq_len
         if self.train.seq_len > longest:

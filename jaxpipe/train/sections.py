@@ -52,17 +52,24 @@ class MeshConfig:
     Attributes:
         pipe: Devices on the pipeline axis, P.
         data: Copies of the pipeline that share the batch.
-        tensor: Chips that share each matrix product.
+        fsdp: Devices that share the batch too, and among them what `shard` says.
+        tensor: Devices that share each matrix product; it must divide the model's heads.
+        shard: ``params``: weights, gradients and optimizer state lie cut over `fsdp`. ``optimizer``: weights rest whole
+            (ZeRO-1).
+        sequence_parallel: Between matrix products, cut sequences over `tensor` too.
         simulate: Run on this many simulated CPU devices; 0 means real devices.
     """
 
     pipe: int = 1
     data: int = 1
+    fsdp: int = 1
     tensor: int = 1
+    shard: Literal["params", "optimizer"] = "params"
+    sequence_parallel: bool = False
     simulate: int = 0
 
     def __post_init__(self):
-        _at_least(self, "mesh", 1, "pipe", "data", "tensor")
+        _at_least(self, "mesh", 1, "pipe", "data", "fsdp", "tensor")
         _at_least(self, "mesh", 0, "simulate")
 
 

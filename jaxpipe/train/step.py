@@ -9,6 +9,9 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxpipe.runtime.meeting import check_meetings
+from jaxpipe.runtime.mesh import TENSOR
+
 
 class TrainState(NamedTuple):
     """All that changes from step to step.
@@ -58,6 +61,9 @@ def make_train_step(
         key: Where dropout keys come from, folded with the step; None means no dropout.
         loss_scale: See `Pipeline.value_and_grad`; metrics do not show it.
 
+    Raises:
+        PartitionError: Annotations of the model over `tensor` that would hang, see `jaxpipe.runtime.meeting`.
+
     Returns:
         The step. Its metrics are scalars on the device: ``loss``, ``grad_norm`` before clipping, and ``lr``.
     """
@@ -73,7 +79,10 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     rest_alike = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(rest_alike, None)).lower(state, batch).compile()
+    step = jax.jit(train_step, donate_argnums=0, out_shardings=(rest_alike, None)).lower(state, batch).compile()
+    if pipe.mesh.shape.get(TENSOR, 1) > 1:
+        check_meetings(step.as_text())
+    return step
 
 
 def make_eval_step(pipe, params, batch) -> Callable:

@@ -1,12 +1,16 @@
 """Wrong input to the mesh, the pipeline and the oracle: one line that says rule, value and nearest valid choice."""
 
+from dataclasses import dataclass, replace
+
 import jax
 import jax.numpy as jnp
 import pytest
 from helpers import toy_batch, toy_model, toy_pipeline
+from jax.sharding import PartitionSpec
 
 import jaxpipe as jp
 from jaxpipe.errors import ConfigError, PartitionError, ScheduleError
+from jaxpipe.runtime.mesh import by_links
 from jaxpipe.schedule import build
 
 
@@ -26,6 +30,49 @@ def test_too_few_devices():
     )
 
 
+@pytest.mark.parametrize(
+    ("sizes", "asked", "near"),
+    [
+        ({"pipe": 2, "data": 8}, "pipe=2 * data=8 needs 16", "mesh.pipe=1"),
+        ({"pipe": 3, "fsdp": 3, "tensor": 1}, "pipe=3 * fsdp=3 needs 9", "mesh.pipe=2"),
+        ({"tensor": 9}, "tensor=9 needs 9", "mesh.tensor=8"),
+    ],
+)
+def test_a_product_of_axes_that_is_too_large_names_both_numbers_and_the_nearest(sizes, asked, near):
+    with pytest.raises(ConfigError) as error:
+        jp.make_mesh(**sizes)
+    assert f"mesh {asked} devices but there are 8 (cpu); try {near} or mesh.simulate=" in one_line(error)
+
+
+@dataclass
+class FakeDevice:
+    """What a mesh asks of a device."""
+
+    id: int
+    process_index: int
+    platform: str = "gpu"
+    device_kind: str = "H100"
+
+
+def test_processes_may_not_be_left_over():
+    devices = [FakeDevice(n, n // 4) for n in range(8)]
+    with pytest.raises(ConfigError) as error:
+        jp.make_mesh(pipe=4, devices=devices)
+    assert one_line(error) == (
+        "mesh pipe=4 uses 4 devices but the 2 processes have 8, and none may be left over; try mesh.data=2"
+    )
+
+
+def test_the_pipe_crosses_hosts_first():
+    devices = [FakeDevice(n, n // 4) for n in range(16)]
+    grid = by_links((4, 1, 2, 2), devices)
+    hosts = [{device.process_index for device in grid[place].flat} for place in range(4)]
+    assert hosts == [{0}, {1}, {2}, {3}]
+    grid = by_links((2, 4, 1, 2), devices)
+    assert [sorted({device.process_index for device in grid[place].flat}) for place in range(2)] == [[0, 1], [2, 3]]
+    assert all(len({device.process_index for device in row}) == 1 for row in grid.reshape(-1, 2))
+
+
 @pytest.mark.parametrize("size", [0, -1, 2.0])
 def test_axis_sizes_are_whole_numbers(size):
     with pytest.raises(ConfigError) as error:
@@ -38,6 +85,46 @@ def test_simulating_after_jax_has_started_is_refused():
     with pytest.raises(ConfigError) as error:
         jp.simulate_devices(64)
     assert "must be set before JAX starts, and it already runs with 8 cpu devices" in one_line(error)
+
+
+def test_annotations_that_do_not_fit():
+    model = toy_model(2)
+
+    def door(specs, tensor=2, carry=None):
+        blocks = [replace(model.blocks[0], specs=specs)] * 2
+        pipe = jp.Pipeline(
+            jp.Model(model.embed, blocks, model.head_loss, carry_spec=carry or PartitionSpec()),
+            schedule=build("1f1b", devices=1, microbatches=2),
+            mesh=jp.make_mesh(tensor=tensor),
+        )
+        return pipe.init(jax.random.key(0), toy_batch(4))
+
+    columns = PartitionSpec(None, "tensor")
+    for specs, tensor, message in [
+        (
+            {"upp": columns},
+            2,
+            "specs of blocks/block name 'upp', which is no parameter; try one of 'down', 'scale', 'up'",
+        ),
+        ({"scale": columns}, 2, "specs of blocks/block cut dim 1 of 'scale', which has shape [8]; try dim 0"),
+        (
+            {"up": columns},
+            3,
+            "blocks/block/up has size 16 in dim 1, which must be divisible by mesh.tensor=3; try mesh.tensor=2",
+        ),
+        ({"up": PartitionSpec("fsdp", "tensor")}, 2, "may name only the axis 'tensor', the others are the pipeline's"),
+    ]:
+        with pytest.raises(PartitionError) as error:
+            door(specs, tensor)
+        assert message in one_line(error)
+    with pytest.raises(PartitionError, match=r"carry_spec=.* may name only the axis 'tensor'"):
+        door({}, carry=PartitionSpec("data"))
+
+
+def test_an_unknown_shard():
+    with pytest.raises(ConfigError) as error:
+        toy_pipeline("1f1b", 2, 2, shard="weights")
+    assert one_line(error) == "shard='weights' must be 'params' or 'optimizer'; try 'params'"
 
 
 def test_layers_that_do_not_divide():

@@ -93,6 +93,7 @@ def test_pipeline_options_survive_a_round_trip(tmp_path, overrides):
         (["train.batch_size=20"], r"train\.batch_size=20 must be divisible by .*=8\*1=8; try 16 or 24"),
         (["train.batch_size=3"], r"train\.batch_size=3 must be divisible by .*=8\*1=8; try 8"),
         (["train.batch_size=24", "mesh.data=2"], r"train\.batch_size=24 must be divisible by .*=8\*2=16; try 16 or 32"),
+        (["train.batch_size=24", "mesh.fsdp=2"], r"mesh\.data\*mesh\.fsdp=8\*1\*2=16; try 16 or 32"),
         (["model.max_seq_len=100"], r"train\.seq_len=256 must not exceed model\.max_seq_len=100; try 100"),
         (["model.vocab_size=100"], r"model\.vocab_size=100 must cover all 256 bytes; try 256"),
         (["data.source=text"], r'data\.train=\[\] must name at least one file for data\.source="text"'),

@@ -1,0 +1,118 @@
+"""The reference models over the axis `tensor`: the numbers of one device, and Megatron's collectives."""
+
+import re
+from collections import Counter
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from helpers import QUICK, tree_allclose
+from hlo import hlo_text, loop_bodies
+from jax.sharding import PartitionSpec
+
+import jaxpipe as jp
+from jaxpipe.errors import ConfigError, PartitionError
+from jaxpipe.models.encdec_config import EncDecConfig
+from jaxpipe.models.gpt import GPTConfig
+from jaxpipe.runtime.meeting import check_meetings
+from jaxpipe.schedule import build
+from jaxpipe.train.model import encdec_model, gpt_model
+
+ROWS, LENGTH, MICROBATCHES = 2, 8, 2
+SIZES = {"vocab_size": 32, "max_seq_len": LENGTH, "num_layers": 2, "num_heads": 4, "d_model": 16}
+LLAMA = {"positions": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "bias": False, "tied": False}
+T5 = {"vocab_size": 32, "num_encoder_layers": 1, "num_decoder_layers": 1, "num_heads": 2, "d_model": 16, "d_ff": 24}
+
+MODELS = {
+    "gpt": lambda: gpt_model(GPTConfig(**SIZES, dropout=0.1)),
+    "llama": lambda: gpt_model(GPTConfig(**SIZES, **LLAMA)),
+    "moe": lambda: gpt_model(GPTConfig(**SIZES, num_experts=4, experts_per_token=2)),
+    "encdec": lambda: encdec_model(EncDecConfig(**T5, head_dim=8)),
+}
+CASES = {
+    # model, mesh, sequence cut, schedule, repeats, remat, head
+    "gpt": ("gpt", (2, 1, 2, 2), False, "1f1b", 1, "none", "last"),
+    "gpt, sequence cut": ("gpt", (2, 1, 1, 4), True, "1f1b", 1, "none", "last"),
+    "llama, cut vocabulary": ("llama", (2, 1, 2, 2), False, "1f1b", 1, "full", "vocab_parallel"),
+    "moe": ("moe", (2, 1, 1, 2), False, "1f1b", 1, "full", "last"),
+    "encdec": ("encdec", (2, 1, 1, 2), False, "1f1b", 1, "full", "last"),
+}
+
+
+def batch_of(rows: int) -> dict[str, np.ndarray]:
+    """Random tokens."""
+    tokens = np.random.default_rng(rows).integers(0, 32, (3, rows, LENGTH), dtype=np.int32)
+    return dict(zip(("tokens", "targets", "encoder_tokens"), tokens, strict=True))
+
+
+@pytest.fixture(scope="module", params=CASES)
+def step(request):
+    """A compiled step, its arguments, and the case."""
+    name, mesh, cut, schedule, repeats, remat, head = CASES[request.param]
+    model = replace(MODELS[name](), carry_spec=PartitionSpec(None, "tensor" if cut else None))
+    pipe = jp.Pipeline(
+        model,
+        schedule=build(schedule, devices=mesh[0], microbatches=MICROBATCHES, repeats=repeats),
+        mesh=jp.make_mesh(*mesh),
+        remat=remat,
+        head=head,
+    )
+    batch = batch_of(ROWS * MICROBATCHES * mesh[2])
+    params = pipe.init(jax.random.key(0), batch)
+    args = params, jax.device_put(batch, pipe.batch_sharding), jax.random.key(1)
+    return request.param, pipe, jax.jit(pipe.value_and_grad, compiler_options=QUICK).lower(*args).compile(), args
+
+
+def test_loss_and_gradients_equal_those_of_one_device(step):
+    _, pipe, compiled, (params, batch, key) = step
+    loss, grads = compiled(params, batch, key)
+    oracle = jp.sequential(pipe.model, row_groups=MICROBATCHES * pipe.mesh.shape["fsdp"])
+    canonical, host = jax.device_get((pipe.to_canonical(params), batch))
+    expected, expected_grads = jax.jit(oracle.value_and_grad, compiler_options=QUICK)(canonical, host, key)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    tree_allclose(pipe.to_canonical(grads), expected_grads)
+
+
+def test_the_loop_holds_megatrons_collectives(step):
+    name, _, compiled, _ = step
+    if not name.startswith("gpt"):
+        return  # counted for one dense block per stage
+    found: Counter[str] = Counter()
+    steady = max(loop_bodies(hlo_text(compiled), inner=True), key=len)
+    for line in steady:
+        operation = re.search(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)\(", line)
+        if not operation:
+            continue
+        # Work of the model's two ends is marked by what it does; blocks have products only.
+        where = re.search(r'op_name="([^"]*)"', line)
+        at_end = where and re.search(r"take|vd|reduce|scatter-add|sharding_constraint", where[1])
+        width = f"{ROWS},{LENGTH},{SIZES['d_model']}"
+        if operation[1] == "collective-permute":
+            found["hop"] += 1
+        elif not at_end:
+            found[operation[1]] += line.partition(operation[0])[0].count(f"[{width}]")  # XLA combines some
+    assert found["hop"] == 2 and not found["all-to-all"]
+    if "cut" not in name:
+        assert found == {"hop": 2, "all-reduce": 4}  # two forward, two backward
+    else:  # each becomes a gather before and a scattered sum after; the backward gathers the inputs again for weights
+        assert found["all-gather"] == 2 + 2 + 2
+        assert found["all-reduce"] + found["reduce-scatter"] in (3, 4)  # one may be combined with sums for norms
+
+
+def test_heads_that_tensor_does_not_divide():
+    schedule, mesh = build("1f1b", devices=1, microbatches=2), jp.make_mesh(tensor=8)
+    with pytest.raises(ConfigError) as error:
+        jp.Pipeline(gpt_model(GPTConfig(**SIZES | {"num_heads": 4})), schedule=schedule, mesh=mesh)
+    assert str(error.value) == "num_heads=4 must be divisible by mesh.tensor=8; try mesh.tensor=4"
+
+
+def test_a_permute_in_a_lane_is_found_before_it_hangs():
+    """An encoder-decoder whose sequences are cut: its relative positions are turned by slices."""
+    model = replace(MODELS["encdec"](), carry_spec=PartitionSpec(None, "tensor"))
+    pipe = jp.Pipeline(model, schedule=build("1f1b", devices=2, microbatches=2), mesh=jp.make_mesh(2, tensor=2))
+    batch = batch_of(4)
+    params = jax.eval_shape(pipe.init, jax.random.key(0), batch)
+    compiled = jax.jit(pipe.value_and_grad, compiler_options=QUICK).lower(params, batch).compile()
+    with pytest.raises(PartitionError, match="in a lane that not all devices run moves data that is cut over 'tensor'"):
+        check_meetings(hlo_text(compiled))
