@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
     if config.mesh.simulate:
         simulate_devices(config.mesh.simulate)
     keep_freed_memory()
-    own = config.train.batch_size // (config.schedule.microbatches * config.mesh.data)
+    own = config.train.batch_size // (config.schedule.microbatches * config.mesh.data * config.mesh.fsdp)
     found = profile(
         config,
         present_device(),

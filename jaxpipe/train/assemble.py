@@ -50,7 +50,7 @@ class Assembly:
         return self.pipe.mesh.devices.flat[0].platform == "cpu"
 
     def put(self, batches: Batches, index: int) -> dict[str, jax.Array]:
-        """Batch `index` on the devices, rows spread over the axes data and fsdp; a process reads what its own devices hold."""
+        """Batch `index` on the devices, rows spread over data and fsdp; a process reads what its own devices hold."""
         size = batches.batch_size
 
         def read(first: int, stop: int):

@@ -281,7 +281,7 @@ def nothing_fits(answer: Answer) -> str:
 
 
 def _num_devices(mesh: MeshConfig) -> int:
-    return mesh.pipe * mesh.data * mesh.tensor * getattr(mesh, "fsdp", 1)
+    return mesh.pipe * mesh.data * mesh.tensor * mesh.fsdp
 
 
 def _space_of(config: Config) -> Space:
@@ -302,13 +302,13 @@ def _space_of(config: Config) -> Space:
         counts = counts or parse_stages(mine.stages, mesh.pipe * mine.repeats)
     if counts is not None and sum(counts) != layers:
         raise PartitionError(f"stages={list(counts)} hold {sum(counts)} blocks but the model has {layers}")
-    shards = mesh.data * getattr(mesh, "fsdp", 1)
+    shards = mesh.data * mesh.fsdp
     return Space(
         schedules=names,
         pipe=(mesh.pipe,),
         repeats=repeats,
         tensor=(mesh.tensor,),
-        fsdp=(getattr(mesh, "fsdp", 1),),
+        fsdp=(mesh.fsdp,),
         data=(mesh.data,),
         rows=(config.train.batch_size // (shards * mine.microbatches),),
         microbatches=(mine.microbatches,),
