@@ -95,7 +95,7 @@ def logical_optimizer(
     inner = optax.with_extra_args_support(tx)
 
     def run(function: Callable, *trees) -> Tree:
-        paths = _block_paths(trees[0])
+        paths = block_paths(trees[0])
         leaves, structure = jax.tree.flatten_with_path(trees)
         values = [_as_lanes(path, leaf, paths, layout) for path, leaf in leaves]
         one_lane = [jax.ShapeDtypeStruct(v.array.shape[v.laned :], v.array.dtype) for v in values]
@@ -118,13 +118,13 @@ def logical_optimizer(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _block_paths(tree: Tree) -> set[tuple]:
+def block_paths(tree: Tree) -> set[tuple]:
     """The paths of the leaves that have lanes: those below `blocks`."""
     paths = {path for path, _ in jax.tree.leaves_with_path(tree)}
     return {path for path in paths if path[0] == jax.tree_util.DictKey("blocks")}
 
 
-def _find(path: tuple, paths: set[tuple]) -> tuple | None:
+def find_path(path: tuple, paths: set[tuple]) -> tuple | None:
     """The parameter path that stands somewhere in a path of optimizer state."""
     for start in range(len(path)):
         for stop in range(len(path), start, -1):
@@ -140,7 +140,7 @@ def _position(path: tuple, layout: Layout) -> Position:
 
 def _as_lanes(path: tuple, leaf: Any, paths: set[tuple], layout: Layout) -> Lanes:
     leaf = jnp.asarray(leaf)
-    found = _find(path, paths)
+    found = find_path(path, paths)
     if found is not None:
         real = _position(found, layout).real
         return Lanes(leaf.reshape(real.size, *leaf.shape[real.ndim :]), True, Leaf(found, tuple(real.reshape(-1))))
@@ -238,7 +238,7 @@ def _bind(jaxpr: Jaxpr, eqn: JaxprEqn, arrays: Sequence) -> list:
 
 def _place(path: tuple, shape: Any, result: Lanes, paths: set[tuple], mesh: Mesh, layout: Layout):
     """An output in its place: with lanes exactly where a block leaf's output belongs, sharded like the parameters."""
-    found = _find(path, paths)
+    found = find_path(path, paths)
     if found is None:
         if result.laned:
             raise ConfigError(

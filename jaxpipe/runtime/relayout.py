@@ -183,7 +183,7 @@ class Layout:
 
             @jax.jit
             def stack(leaves, positions=tuple(position for *_, position in held)):
-                out = _stack(positions, leaves)
+                out = stack_rows(positions, leaves)
                 return jax.lax.with_sharding_constraint(out, self.canonical_sharding(out.shape))
 
             stacked[kind] = jax.tree.unflatten(jax.tree.structure(trees[0]), [stack(leaf) for leaf in leaves])
@@ -214,7 +214,7 @@ class Layout:
         for kind in kinds:
             held = self._held(kind)
             leaves, structure = jax.tree.flatten(canonical["blocks"][kind])
-            cut = jax.jit(partial(_cut, [position for *_, position in held]), out_shardings=on_blocks)
+            cut = jax.jit(partial(cut_rows, [position for *_, position in held]), out_shardings=on_blocks)
             moved = [cut(jax.device_put(leaf, self.canonical_sharding(leaf.shape))) for leaf in leaves]
             for n, (repeat, p, _) in enumerate(held):
                 blocks[repeat][p] = jax.tree.unflatten(structure, [leaf[n] for leaf in moved])
@@ -236,7 +236,7 @@ class Layout:
         ]
 
 
-def _stack(positions: Sequence[Position], leaves: Sequence):
+def stack_rows(positions: Sequence[Position], leaves: Sequence):
     """Leaves ``[P, ...]`` of the positions of a kind as one ``[L_kind, ...]``."""
     rest = leaves[0].shape[1 if positions[0].count is None else 2 :]
     flat = jnp.concatenate([leaf.reshape(-1, *rest) for leaf in leaves])
@@ -245,7 +245,7 @@ def _stack(positions: Sequence[Position], leaves: Sequence):
     return flat[np.array([place[row] for row in range(len(place) - (-1 in place))])]
 
 
-def _cut(positions: Sequence[Position], leaf) -> list:
+def cut_rows(positions: Sequence[Position], leaf) -> list:
     """One leaf ``[L_kind, ...]`` as those of the positions of the kind, ``[P, ...]`` each."""
     outs = []
     for position in positions:

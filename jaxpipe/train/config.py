@@ -14,12 +14,16 @@ from jaxpipe.errors import ConfigError
 from jaxpipe.models.gpt import BYTES, PRESETS, GPTConfig
 from jaxpipe.train import toml
 from jaxpipe.train.sections import (
+    CheckpointConfig,
     DataConfig,
+    HealthConfig,
     MeshConfig,
+    MetricsConfig,
     OptimConfig,
     SampleConfig,
     ScheduleConfig,
     TrainConfig,
+    WatchdogConfig,
 )
 
 
@@ -38,6 +42,10 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
     def __post_init__(self):
         slices = self.schedule.microbatches * self.mesh.data
@@ -60,19 +68,23 @@ class Config:
                 f'sample.length={self.sample.length} needs text, but data.source="tokens" has none; try sample.length=0'
             )
 
+        if self.health.nonfinite == "rollback" and not self.checkpoint.enabled:
+            raise ConfigError('health.nonfinite="rollback" needs checkpoints; try checkpoint.enabled=true')
+
     def to_toml(self) -> str:
         """The run as TOML text that `load` reads back to an equal value."""
         return toml.write(dataclasses.asdict(self))
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a run from a TOML file, with `section.key=value` overrides on top.
+    """Reads a run from a TOML file, with `section.key=value` overrides on top; `resume=` and `init_from=` need no section.
 
     Raises:
         ConfigError: See `jaxpipe.train.toml` and the sections.
     """
     tables = toml.check(toml.read(path), SCHEMA)
-    return from_tables(toml.override(tables, overrides, SCHEMA))
+    pairs = [f"checkpoint.{pair}" if pair.partition("=")[0] in ("resume", "init_from") else pair for pair in overrides]
+    return from_tables(toml.override(tables, pairs, SCHEMA))
 
 
 def from_tables(tables: dict[str, dict[str, Any]]) -> Config:
@@ -111,6 +123,10 @@ _SECTIONS = {
     "optim": OptimConfig,
     "train": TrainConfig,
     "sample": SampleConfig,
+    "checkpoint": CheckpointConfig,
+    "health": HealthConfig,
+    "watchdog": WatchdogConfig,
+    "metrics": MetricsConfig,
 }
 
 SCHEMA: toml.Schema = {

@@ -1,7 +1,7 @@
 """Which tokens make up which batch.
 
 The order is a pure function of (seed, index): batch `index` is the same on every machine and in every run, so the
-whole state of the data is one integer and a run that continues asks for the next index.
+whole state of the data is one integer and a run that continues asks for the next.
 """
 
 from collections.abc import Sequence
@@ -59,7 +59,14 @@ class Batches:
         Raises:
             DataError: A token id that the vocabulary does not hold.
         """
-        first = index * self.batch_size
+        return self.rows(index * self.batch_size)
+
+    def rows(self, first: int) -> dict[str, np.ndarray]:
+        """The batch that starts at the `first` window of the order, epochs counted on: the state of the data is this number.
+
+        Raises:
+            DataError: A token id that the vocabulary does not hold.
+        """
         rows = [self._window(*divmod(first + row, self.num_windows)) for row in range(self.batch_size)]
         ids = np.stack(rows).astype(np.int32)  # [B, T + 1]
         return {"tokens": ids[:, :-1].copy(), "targets": ids[:, 1:].copy()}

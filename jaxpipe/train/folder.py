@@ -11,37 +11,47 @@ class RunFolder:
     Args:
         path: The folder.
         overwrite: Accept a folder that is not empty; the run then replaces its own files there, no others.
+        resume: Accept a folder with a run that can be gone on with: one that has left a heartbeat.
 
     Raises:
         ConfigError: The folder holds something and may not be overwritten, or the path is no folder.
     """
 
-    def __init__(self, path: str | Path, *, overwrite: bool = False):
+    def __init__(self, path: str | Path, *, overwrite: bool = False, resume: bool = False):
         self.path = Path(path)
         self.config = self.path / "config.toml"
         self.metrics = self.path / "metrics.jsonl"
         self.loss = self.path / "loss.png"
         self.schedule = self.path / "schedule.svg"
         self.sample = self.path / "sample.txt"
+        self.page = self.path / "report.html"
+        self.heartbeat = self.path / "heartbeat.json"
+        self.watchdog = self.path / "watchdog.log"
+        self.checkpoints = self.path / "checkpoints"
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(
                 f"train.out={str(path)!r} must be a folder, a file is there; try train.out={str(path) + '-run'!r}"
             )
-        if self.path.is_dir() and any(self.path.iterdir()) and not overwrite:
+        resume = resume and self.heartbeat.exists()
+        if self.path.is_dir() and any(self.path.iterdir()) and not overwrite and not resume:
             raise ConfigError(
                 f"train.out={str(path)!r} already holds a run; to start over delete that folder or pass "
                 "train.overwrite=true, to keep it pass another train.out=…"
             )
 
-    def make(self):
-        """Makes the folder and clears the files of an earlier run.
+    def make(self, *, keep_metrics: bool = False):
+        """Makes the folder and clears the files of an earlier run; its checkpoints stay.
+
+        Args:
+            keep_metrics: The run goes on and so do its metrics.
 
         Raises:
             ConfigError: The folder cannot be made.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for file in (self.config, self.metrics, self.loss, self.schedule, self.sample):
+            files = [self.config, self.loss, self.schedule, self.sample, self.page]
+            for file in files if keep_metrics else [*files, self.metrics]:
                 file.unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError(

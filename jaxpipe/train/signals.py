@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from types import FrameType
 
 
@@ -12,10 +13,12 @@ class StopSignal:
 
     Attributes:
         name: ``SIGINT`` or ``SIGTERM`` once one has come, else None.
+        at: `time.monotonic` when it came, else None.
     """
 
     def __init__(self):
         self.name: str | None = None
+        self.at: float | None = None
         self._before = {}
 
     def __enter__(self) -> "StopSignal":
@@ -27,7 +30,7 @@ class StopSignal:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None):
-        self.name = signal.Signals(number).name
+        self.name, self.at = signal.Signals(number).name, time.monotonic()
         self._restore()
 
     def _restore(self):
