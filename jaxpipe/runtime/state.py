@@ -145,14 +145,10 @@ class Chunk:
         shardings = [[self._rest[source].sharding for source in leaf.sources] for leaf in self.leaves]
 
         def scatter(wholes):
-            return [_parts(leaf, whole) for leaf, whole in zip(self.leaves, wholes, strict=True)]
+            parts = [_parts(leaf, whole) for leaf, whole in zip(self.leaves, wholes, strict=True)]
+            return parts, jnp.stack([checksum(whole) for whole in wholes])
 
-        return jax.jit(scatter, out_shardings=shardings)
-
-    @cached_property
-    def sums(self):
-        """``canonical leaves -> checksums``, uint32 ``[leaves, 2]``."""
-        return jax.jit(lambda wholes: jnp.stack([checksum(whole) for whole in wholes]))
+        return jax.jit(scatter, out_shardings=(shardings, None))
 
     def compile(self) -> None:
         """Compiles the way to the canonical layout now, so that the first use does not wait for it."""
@@ -166,16 +162,21 @@ class Chunk:
         """
         return self._gather([[flat[source] for source in leaf.sources] for leaf in self.leaves])
 
-    def scatter(self, wholes: Sequence, flat: list) -> None:
+    def scatter(self, wholes: Sequence, flat: list) -> jax.Array:
         """Puts canonical leaves into a flattened state, in the pipeline's layout.
 
         Args:
             wholes: Arrays on the mesh, in the order of `leaves`.
             flat: The state; its entries are replaced.
+
+        Returns:
+            The checksums of the canonical leaves, uint32 ``[leaves, 2]``.
         """
-        for leaf, parts in zip(self.leaves, self._scatter(wholes), strict=True):
+        groups, sums = self._scatter(wholes)
+        for leaf, parts in zip(self.leaves, groups, strict=True):
             for source, part in zip(leaf.sources, parts, strict=True):
                 flat[source] = part
+        return sums
 
 
 def _canonical_leaves(layout: Layout, paths: Sequence, rest: Sequence, blocks: set) -> tuple[CanonicalLeaf, ...]:

@@ -4,8 +4,10 @@ A save that fails never ends the training: it is told, and tried again. Only the
 state is safe.
 """
 
+import gc
 import math
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -50,7 +52,7 @@ class Keeper:
         self._writing: tuple[int, float] | None = None
         self._val_loss: dict[int, float] = {}
         self._last_time = time.monotonic()
-        self._retry_at = math.inf
+        self._retry_at, self._late = math.inf, False
 
     def begin(self, safe: int, made_here: bool) -> None:
         """Looks at what is there, and clears what killed saves left.
@@ -75,13 +77,17 @@ class Keeper:
             chunk.compile()
 
     def due(self, step: int) -> bool:
-        """Whether the state after a step shall be saved now."""
+        """Whether the state after a step shall be saved now. While a save is being written, the next one waits for it."""
         every, minutes = self._config.every_steps, self._config.every_minutes
-        if every and step % every == 0:
+        self._late = self._late or bool(every and step % every == 0)
+        if self._late and (jax.process_count() > 1 or not self._store.busy):
+            self._late = False
             return True
         if jax.process_count() > 1 and step % ASK_EVERY:
             return False
         now = time.monotonic()
+        if self._late or (self._store.busy and jax.process_count() == 1):
+            return False
         return first_says(bool(minutes and now - self._last_time >= 60 * minutes) or now >= self._retry_at)
 
     def save(self, state: Any, step: int, row: int) -> None:
@@ -106,7 +112,10 @@ class Keeper:
             self._writing = step, math.inf if meta.val_loss is None else meta.val_loss
         except Exception as error:
             self._failed(step, error)
-        self.stall_s.append(time.perf_counter() - start)
+        else:
+            self.stall_s.append(time.perf_counter() - start)
+            return
+        _forget_failures()
 
     def poll(self) -> None:
         """Looks whether the save in the background has ended, without waiting for it."""
@@ -152,10 +161,12 @@ class Keeper:
             self._store.finish()
         except Exception as error:
             self._failed(step, error)
+        else:
+            self.safe = step
+            self._val_loss[step] = val_loss
+            self._prune()
             return
-        self.safe = step
-        self._val_loss[step] = val_loss
-        self._prune()
+        _forget_failures()
 
     def _failed(self, step: int, error: Exception) -> None:
         self._retry_at = time.monotonic() + RETRY_S
@@ -186,6 +197,13 @@ def stale(val_loss: dict[int, float], keep: int, keep_best: int) -> list[int]:
     measured = [step for step in val_loss if math.isfinite(val_loss[step])]
     best = sorted(measured, key=lambda step: (val_loss[step], -step))[:keep_best]
     return sorted(set(val_loss) - set(sorted(val_loss)[-keep:]) - set(best))
+
+
+def _forget_failures() -> None:
+    """Lets go of what a failed save left behind, whose coroutines warn that nobody ran them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
+        gc.collect()
 
 
 def _entry(leaf: CanonicalLeaf, sums: Any) -> dict[str, Any]:

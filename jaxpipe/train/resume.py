@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import jax
 from etils import epath
 
 from jaxpipe.errors import CheckpointError, ConfigError
@@ -15,7 +14,7 @@ from jaxpipe.runtime.state import Chunk, StateLayout
 from jaxpipe.train.config import Config, load
 from jaxpipe.train.folder import RunFolder
 from jaxpipe.train.meta import Meta
-from jaxpipe.train.store import Store, check_leaves, read_leaves, read_meta
+from jaxpipe.train.store import Store, check_leaves, check_sums, read_leaves, read_meta
 from jaxpipe.train.terminal import Report
 
 MAY_CHANGE = {"model": {"dropout", "dtype"}}
@@ -228,8 +227,8 @@ def restore(start: Start, template: StateLayout, check, report: Report) -> tuple
 def _read(path: epath.Path, meta: Meta, chunks: Sequence[Chunk], size: int) -> list:
     flat: list = [None] * size
     for chunk in chunks:
-        chunk.scatter(read_leaves(path, meta, chunk.leaves, chunk.sums), flat)
-        jax.block_until_ready([flat[source] for leaf in chunk.leaves for source in leaf.sources])
+        sums = chunk.scatter(read_leaves(path, chunk.leaves), flat)
+        check_sums(path, meta, chunk.leaves, sums)
     return flat
 
 

@@ -119,7 +119,13 @@ class Store:
     def _open(self) -> ocp.AsyncCheckpointer:
         if self._writer is None:
             _hush()
-            self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+            # Folders are made at once: where that fails in the background, Orbax's threads wait 20 minutes for them and
+            # keep the process from ending.
+            at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+            handler = ocp.CompositeCheckpointHandler(
+                composite_options=ocp.CompositeOptions(async_options=at_once)
+            )
+            self._writer = ocp.AsyncCheckpointer(handler, async_options=at_once)
         return self._writer
 
     def close(self) -> None:
@@ -168,17 +174,15 @@ def check_leaves(path: epath.Path, meta: Meta, leaves: Sequence[CanonicalLeaf]) 
             )
 
 
-def read_leaves(path: epath.Path, meta: Meta, leaves: Sequence[CanonicalLeaf], sums: Any) -> list[jax.Array]:
+def read_leaves(path: epath.Path, leaves: Sequence[CanonicalLeaf]) -> list[jax.Array]:
     """Canonical leaves of a checkpoint, on the mesh, each process reading its own shards.
 
     Args:
         path: The checkpoint's folder.
-        meta: Its description.
         leaves: What to read, and how it shall rest.
-        sums: ``arrays -> checksums``, uint32 ``[leaves, 2]``.
 
     Raises:
-        CheckpointError: A leaf cannot be read, or does not match its checksum.
+        CheckpointError: A leaf cannot be read.
     """
     error: Exception | None = None
     arrays: list[jax.Array] = []
@@ -188,10 +192,24 @@ def read_leaves(path: epath.Path, meta: Meta, leaves: Sequence[CanonicalLeaf], s
         error = caught
     if not all_agree(error is None):
         raise CheckpointError(f"{path} cannot be read: {_one_line(error)}") from error
-    for leaf, found in zip(leaves, np.asarray(sums(arrays)), strict=True):
+    return arrays
+
+
+def check_sums(path: epath.Path, meta: Meta, leaves: Sequence[CanonicalLeaf], sums: Any) -> None:
+    """Checks that leaves are what was saved.
+
+    Args:
+        path: The checkpoint's folder.
+        meta: Its description.
+        leaves: The leaves.
+        sums: Their checksums, uint32 ``[leaves, 2]``.
+
+    Raises:
+        CheckpointError: One does not match its checksum.
+    """
+    for leaf, found in zip(leaves, np.asarray(sums), strict=True):
         if as_text(found) != meta.leaves[leaf.name]["sum"]:
             raise CheckpointError(f"{path}: {leaf.name} does not match its checksum, its files were changed or damaged")
-    return arrays
 
 
 def damage(path: epath.Path) -> Iterator[tuple[str, str | None]]:
