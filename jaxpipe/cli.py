@@ -40,13 +40,14 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="train a model from a config file",
-        description="Trains a model and writes metrics, curves, timetable, checkpoints and resolved config to train.out. "
+        description="Trains a model and writes metrics, curves, timetable, checkpoints and config to train.out. "
         "A run that was stopped or killed goes on where it was saved.",
         epilog="exit codes: 0 done, 1 failed or not saved, 2 bad arguments or config, 3 stopped early by Ctrl-C or "
         "SIGTERM: the same command goes on",
     )
     train.add_argument("config", metavar="CONFIG", help="TOML file with sections model, data, mesh, schedule, …")
-    train.add_argument("overrides", metavar="key=value", nargs="*", help="such as train.steps=100 or resume=PATH; the last one wins")
+    overrides = "such as train.steps=100 or resume=PATH; the last one wins"
+    train.add_argument("overrides", metavar="key=value", nargs="*", help=overrides)
     train.set_defaults(run=_train)
     cli_schedule.register(commands)
     cli_bench.register(commands)

@@ -27,7 +27,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser = commands.add_parser(
         "checkpoint",
         help="list, show, verify and delete checkpoints",
-        description="Looks after the checkpoints of a run. PATH is a run's folder, a folder of checkpoints, or one of them.",
+        description="Looks after checkpoints. PATH is a run's folder, a folder of checkpoints, or one of them.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -65,7 +65,7 @@ def _ls(options: argparse.Namespace) -> int:
         if "damaged" in row:
             print(f"{row['step']:>10}  {row['damaged']}")
             continue
-        losses = "  ".join(f"{'-' if row[name] is None else format(row[name], '.4f'):>8}" for name in ("loss", "val_loss"))
+        losses = "  ".join(f"{_loss(row[name]):>8}" for name in ("loss", "val_loss"))
         mesh = " ".join(f"{name}={size}" for name, size in row["mesh"].items() if size > 1 or name == "pipe")
         print(f"{row['step']:>10}  {_size(row['bytes']):>9}  {losses}  {row['saved']:16}  {mesh}, {row['schedule']}")
     return DAMAGED if damaged else DONE
@@ -186,6 +186,10 @@ def _row(store: "Store", step: int, meta: "Meta") -> dict[str, Any]:
         "mesh": meta.mesh,
         "schedule": meta.schedule,
     }
+
+
+def _loss(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:.4f}"
 
 
 def _when(seconds: float) -> str:

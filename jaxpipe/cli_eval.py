@@ -19,7 +19,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser = commands.add_parser(
         "eval",
         help="measure a checkpoint on held-out data",
-        description="Prints loss, perplexity and bits per byte of a checkpoint over all windows of its validation data.",
+        description="Prints loss, perplexity and bits per byte of a checkpoint on all of its validation data.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -46,7 +46,7 @@ class Runs:
             env=environment
             | {
                 "JAX_PLATFORMS": "cpu",
-                # Of use, and safe, for one device only: CPU programs of several that come from the cache can order their
+                # Of use for one device only: CPU programs of several that come from the cache can order their
                 # collectives differently and wait for each other for ever.
                 "JAX_COMPILATION_CACHE_DIR": f"{self._folder.name}/cache",
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

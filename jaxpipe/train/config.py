@@ -77,7 +77,9 @@ class Config:
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a run from a TOML file, with `section.key=value` overrides on top; `resume=` and `init_from=` need no section.
+    """Reads a run from a TOML file, with `section.key=value` overrides on top.
+
+    The keys `resume` and `init_from` of the section `checkpoint` can be given without it.
 
     Raises:
         ConfigError: See `jaxpipe.train.toml` and the sections.

@@ -62,7 +62,7 @@ class Batches:
         return self.rows(index * self.batch_size)
 
     def rows(self, first: int) -> dict[str, np.ndarray]:
-        """The batch that starts at the `first` window of the order, epochs counted on: the state of the data is this number.
+        """The batch that starts at the `first` window of the order, counted over all epochs.
 
         Raises:
             DataError: A token id that the vocabulary does not hold.

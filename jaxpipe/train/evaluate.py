@@ -143,7 +143,8 @@ def _fitting(config: Config, devices: int, report: Report) -> Config:
     report.note(f"devices    {math.prod(sizes)} are not there; measuring on one")
     try:
         mesh = replace(config.mesh, **{name: 1 for name in asdict(config.mesh) if name != "simulate"})
-        schedule = replace(config.schedule, name="1f1b", repeats=1, stages="", remat="full", packing="auto", memory="ideal")
+        plain: Any = {"stages": "", "remat": "full", "packing": "auto", "memory": "ideal"}
+        schedule = replace(config.schedule, name="1f1b", repeats=1, **plain)
         return replace(config, mesh=mesh, schedule=schedule)
     except ConfigError as error:
         raise ConfigError(f"{error}; or run on {math.prod(sizes)} devices") from error

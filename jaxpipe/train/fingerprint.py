@@ -14,8 +14,8 @@ MOST_BLOCKS = 1024
 def fingerprint(segments: Sequence[Segment]) -> str:
     """A digest of the segments' types, lengths and contents.
 
-    Up to 1 GiB every byte counts. Of more, 1024 blocks of 1 MiB do, spread evenly, and the last block of each segment: a
-    file that was exchanged, cut or appended to is noticed, a byte changed in between may not be.
+    Up to 1 GiB every byte counts. Of more, 1024 blocks of 1 MiB do, spread evenly, and the last block of each segment:
+    a file that was exchanged, cut or appended to is noticed, a byte changed in between may not be.
     """
     sizes = [segment.ids.nbytes for segment in segments]
     total = sum(-(-size // BLOCK_BYTES) for size in sizes)

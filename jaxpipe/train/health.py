@@ -64,10 +64,11 @@ class Health:
             self._losses.clear()
             raise RollBack(text)
         if policy == "skip" and not name.startswith("validation"):
+            most = self._config.max_skips
             self._in_a_row += 1
             self.skipped += 1
-            if self._in_a_row > self._config.max_skips:
-                raise NonFiniteError(f"{text}; health.max_skips={self._config.max_skips} in a row are used up; {ADVICE}")
+            if self._in_a_row > most:
+                raise NonFiniteError(f"{text}; health.max_skips={most} in a row are used up; {ADVICE}")
             return True
         raise NonFiniteError(f"{text}; {ADVICE}")
 

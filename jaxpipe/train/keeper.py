@@ -77,7 +77,7 @@ class Keeper:
             chunk.compile()
 
     def due(self, step: int) -> bool:
-        """Whether the state after a step shall be saved now. While a save is being written, the next one waits for it."""
+        """Whether the state after a step shall be saved now; while a save is being written, the next one waits."""
         every, minutes = self._config.every_steps, self._config.every_minutes
         self._late = self._late or bool(every and step % every == 0)
         if self._late and (jax.process_count() > 1 or not self._store.busy):
@@ -107,7 +107,8 @@ class Keeper:
         self._last_time, self._retry_at = time.monotonic(), math.inf
         try:
             leaves, sums = self._to_host(state)
-            meta = self._describe(step, row, {leaf.name: _entry(leaf, s) for (leaf, _), s in zip(leaves, sums, strict=True)})
+            entries = {leaf.name: _entry(leaf, own) for (leaf, _), own in zip(leaves, sums, strict=True)}
+            meta = self._describe(step, row, entries)
             self._store.start(step, leaves, meta)
             self._writing = step, math.inf if meta.val_loss is None else meta.val_loss
         except Exception as error:

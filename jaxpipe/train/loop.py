@@ -304,7 +304,8 @@ class _Training:
         self._restore(Start(own, own=True))
         self.row = row
         self.log.write(step=self.step, event="rolled back", reason=reason)
-        self.report.note(f"rolled     back to step {self.step}, data of steps {self.step + 1} to {bad} are skipped: {reason}")
+        skipped = f"data of steps {self.step + 1} to {bad} are skipped"
+        self.report.note(f"rolled     back to step {self.step}, {skipped}: {reason}")
         self.track.restart_clock()
 
     def _describe(self, key: list[int]):

@@ -10,13 +10,22 @@ import json
 import platform
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from jaxpipe import __version__
 from jaxpipe.errors import CheckpointError
 
 FORMAT = "jaxpipe-checkpoint-1"
 SHOWN_VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_KINDS: dict[Any, tuple[str, ...]] = {
+    int: ("step", "row"),
+    (int, float): ("time",),
+    (int, float, type(None)): ("loss", "val_loss"),
+    list: ("key",),
+    dict: ("data", "config", "mesh", "leaves", "versions"),
+    str: ("schedule",),
+}
+"""The types that fields must have."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +97,13 @@ def from_json(facts: Any, where: str) -> Meta:
     if given.pop("digest", None) != _digest(given):
         raise CheckpointError(f"{where}: its description does not match its digest, it was changed or is damaged")
     given.pop("format")
-    kinds = get_type_hints(Meta)
-    if set(given) != set(kinds):
-        raise CheckpointError(f"{where}: its description lacks {', '.join(sorted(set(kinds) - set(given))) or 'nothing'}")
-    for name, kind in kinds.items():
-        allowed = tuple(get_origin(option) or option for option in (get_args(kind) if _is_union(kind) else (kind,)))
-        if not isinstance(given[name], allowed) and not (kind is float and type(given[name]) is int):
-            raise CheckpointError(f"{where}: {name}={given[name]!r} is not of type {kind}")
+    names = {spec.name for spec in dataclasses.fields(Meta)}
+    if set(given) != names:
+        raise CheckpointError(f"{where}: its description must hold {', '.join(sorted(names))}; it has {sorted(given)}")
+    for kind, those in _KINDS.items():
+        for name in those:
+            if not isinstance(given[name], kind) or isinstance(given[name], bool):
+                raise CheckpointError(f"{where}: {name}={given[name]!r} in its description is of another type")
     for name, leaf in given["leaves"].items():
         if not isinstance(leaf, dict) or set(leaf) != {"shape", "dtype", "sum"} or ".." in name.split("/"):
             raise CheckpointError(f"{where}: leaf {name!r} is not described by shape, dtype and sum")
@@ -108,10 +117,6 @@ def versions() -> dict[str, str]:
         "jaxpipe": __version__,
         **{name: version(name) for name in SHOWN_VERSIONS},
     }
-
-
-def _is_union(kind: Any) -> bool:
-    return get_origin(kind) is not None and type(None) in get_args(kind) or str(kind).endswith("| None")
 
 
 def _numpy_name(dtype: str) -> str:

@@ -2,13 +2,14 @@
 
 A training line has ``step``, ``loss`` (nats per token), ``lr``, ``grad_norm`` (before clipping), ``step_time_s`` (mean
 since the last line) and ``tokens_per_s``; a validation line has ``step`` and ``val_loss``. Step n means: after n
-optimizer steps, except that ``loss`` and ``grad_norm`` are those the n-th step started from. ``data_time_s`` is the part
-of the step time that the host spent on making the batch, ``mfu`` the model's arithmetic over what the devices could do in
-that time. A line with ``event`` tells what happened: ``resumed``, ``skipped``, ``rolled back``, ``spike``.
+optimizer steps, except that ``loss`` and ``grad_norm`` are those the n-th step started from. ``data_time_s`` is the
+part of the step time that the host spent on making the batch, ``mfu`` the model's arithmetic over what the devices
+could do in that time. A line with ``event`` tells what happened: ``resumed``, ``skipped``, ``rolled back``, ``spike``.
 """
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -76,10 +77,8 @@ class MetricsLog:
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
         except OSError as error:
-            try:
+            with suppress(OSError):  # what it holds is written again
                 self._file.close()
-            except OSError:
-                pass  # what it holds is written again
             self._file = None
             self._cannot_write(error)
 

@@ -15,7 +15,7 @@ PEAKS = {
     "L40S": {"bfloat16": 362e12, "float16": 362e12, "float32": 91.6e12},
     "V100": {"float16": 125e12, "float32": 15.7e12},
 }
-"""Dense floating-point operations per second of matrix products, from NVIDIA's data sheets, by a part of the device's name."""
+"""Dense floating-point operations per second of matrix products, from NVIDIA's data sheets, by a part of the name."""
 
 
 def peak_flops(kind: str, dtype: str) -> float | None:

@@ -27,8 +27,8 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1360p
 h1 { font-size: 1.4rem; } h2 { font-size: 1.05rem; margin: 1.6rem 0 .4rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(520px, 1fr)); gap: 0 2rem; }
 svg { max-width: 100%; height: auto; } table { border-collapse: collapse; }
-td { padding: .15rem 1.2rem .15rem 0; vertical-align: top; } pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; }
-.note { color: #666; }
+td { padding: .15rem 1.2rem .15rem 0; vertical-align: top; }
+pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; }
 """
 
 
@@ -55,8 +55,10 @@ def page(run: Any, lines: Sequence[dict[str, Any]], summary: Summary | None) -> 
         parts.append(f"<h2>Summary</h2>{table(summary.rows())}")
     else:
         parts.append("<p>The run failed; these are its numbers up to there.</p>")
-    plots = [(heading, names, _points(lines, names)) for heading, names in CURVES]
-    drawn = [f"<div><h2>{escape(heading)}</h2>{plot(points, names)}</div>" for heading, names, points in plots if points]
+    drawn = []
+    for heading, names in CURVES:
+        if points := _points(lines, names):
+            drawn.append(f"<div><h2>{escape(heading)}</h2>{plot(points, names)}</div>")
     parts.append(f'<div class="plots">{"".join(drawn)}</div>')
     events = [(str(line["step"]), _event(line)) for line in lines if "event" in line]
     if events:

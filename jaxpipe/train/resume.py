@@ -179,8 +179,8 @@ def check_data(config: Config, meta: Meta, data: dict[str, Any], where: Any) -> 
         what = {"digest": "the training data", "seed": "train.seed", "seq_len": "train.seq_len"}
         name = changed[0] if changed[0] in what else "digest"
         raise CheckpointError(
-            f"{what[name]} differs from that of {where}: was {meta.data.get(name)}, is {data.get(name)}; bring it back, or "
-            "pass checkpoint.allow_new_data=true to go on with the first batch of the new data"
+            f"{what[name]} differs from that of {where}: was {meta.data.get(name)}, is {data.get(name)}; bring it "
+            "back, or pass checkpoint.allow_new_data=true to go on with the first batch of the new data"
         )
     return False
 

@@ -213,8 +213,8 @@ class CheckpointConfig:
         resume: ``auto`` goes on where the run in `train.out` stopped, if there is one; ``never`` starts over (see
             `train.overwrite`). Else a checkpoint, or a run's folder, to start from.
         init_from: A checkpoint, or a run's folder, whose weights a new run starts with.
-        allow_new_data: Go on although the data, or their order, are not those of the checkpoint; their first batch comes
-            next.
+        allow_new_data: Go on although the data, or their order, are not those of the checkpoint, with their first
+            batch.
         grace_s: Seconds that a stopped run has for its last step and its save; 0 means no limit.
     """
 
@@ -269,7 +269,7 @@ class WatchdogConfig:
 
     Attributes:
         timeout_s: Seconds without a finished step after which the run ends with exit code 1, once stacks of all threads
-            and the state of the devices are in ``watchdog.log``; 0 means never. Saves and measurements count as progress.
+            and the state of the devices are in ``watchdog.log``; 0 means never. Saves and measurements are progress.
     """
 
     timeout_s: float = 1800.0

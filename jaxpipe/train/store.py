@@ -7,7 +7,10 @@ killed leaves nothing that looks like a checkpoint; checksums in ``meta`` tell w
 
 import json
 import logging
+import sys
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -122,9 +125,7 @@ class Store:
             # Folders are made at once: where that fails in the background, Orbax's threads wait 20 minutes for them and
             # keep the process from ending.
             at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
-            handler = ocp.CompositeCheckpointHandler(
-                composite_options=ocp.CompositeOptions(async_options=at_once)
-            )
+            handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(async_options=at_once))
             self._writer = ocp.AsyncCheckpointer(handler, async_options=at_once)
         return self._writer
 
@@ -242,7 +243,7 @@ def _read(path: epath.Path, shapes: dict[tuple[str, ...], jax.ShapeDtypeStruct])
             below = below.setdefault(word, {})
         below[words[-1]] = shape
     _hush()
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    with _silent_stragglers(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
         found: Any = reader.restore(
             path / STATE, args=ocp.args.PyTreeRestore(item=tree, restore_args=restore_args, partial_restore=True)
@@ -254,6 +255,25 @@ def _read(path: epath.Path, shapes: dict[tuple[str, ...], jax.ShapeDtypeStruct])
             below = below[word]
         arrays.append(below)
     return arrays
+
+
+@contextmanager
+def _silent_stragglers():
+    """When one read fails, Orbax closes the event loop that the others still report to; that is nobody's problem."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    except BaseException:
+        time.sleep(0.5)  # until they have reported
+        raise
+    finally:
+        sys.unraisablehook = before
 
 
 def _one_line(error: Exception | None) -> str:

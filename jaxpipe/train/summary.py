@@ -113,7 +113,7 @@ def summarize(track: Any, keeper: Any, health: Any, log: Any, run: Any, train_st
 
 
 def simulated_bubble(run: Any) -> float:
-    """Share of the devices' time that the ticks leave idle, where a stage's blocks and its recomputation set the times."""
+    """Share of the devices' time that the ticks leave idle, if only blocks and their recomputation take time."""
     pipe = run.pipe
     costs = relative_costs(pipe.stages, pipe.remats, pipe.schedule)
     memory = run.config.schedule.memory

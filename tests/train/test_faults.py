@@ -155,8 +155,11 @@ def remount(folder: Path, options: str):
     subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True, capture_output=True)
 
 
+DISKS = {"full": ("100k", "size=100k", "size=50m"), "read-only": ("50m", "ro", "rw")}
+
+
 @pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounts a file system, which only root may do")
-@pytest.mark.parametrize(("size", "bad", "good"), [("100k", "size=100k", "size=50m"), ("50m", "ro", "rw")], ids=["full", "read-only"])
+@pytest.mark.parametrize(("size", "bad", "good"), DISKS.values(), ids=DISKS)
 def test_a_disk_that_is_full_or_read_only_does_not_stop_the_run(runs, folder, size, bad, good):
     disk = folder / "disk"
     if not mounted(disk, size):
