@@ -136,7 +136,7 @@ def _prune(options: argparse.Namespace) -> int:
         raise ConfigError("prune needs --keep or --after, one of them; try --keep 3")
     if options.keep is not None and options.keep < 1:
         raise ConfigError(f"--keep {options.keep} must be at least 1; try 1")
-    if options.after is not None:
+    if options.keep is None:
         if options.keep_best is not None:
             raise ConfigError(f"--keep-best {options.keep_best} has no effect with --after; leave it out")
         gone = [step for step in steps if step > options.after]

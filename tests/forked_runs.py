@@ -56,9 +56,7 @@ class Runs:
         return self
 
     def __exit__(self, *_):
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        self._process.communicate()  # no more requests, so it ends
         self._folder.cleanup()
 
     def start(self, *words: str, hang_at: int = 0) -> Run:
@@ -85,7 +83,7 @@ def hang(step: int):
         while number == step:
             time.sleep(1.0)
 
-    Track.settle = hang_after
+    setattr(Track, "settle", hang_after)  # noqa: B010
 
 
 def serve():

@@ -3,8 +3,6 @@
 import hashlib
 from collections.abc import Sequence
 
-import numpy as np
-
 from jaxpipe.train.corpus import Segment
 
 BLOCK_BYTES = 2**20
@@ -27,6 +25,6 @@ def fingerprint(segments: Sequence[Segment]) -> str:
         blocks = -(-size // BLOCK_BYTES)
         for block in range(blocks):
             if number % stride == 0 or block == blocks - 1:
-                digest.update(np.ascontiguousarray(segment.ids[block * ids_per_block : (block + 1) * ids_per_block]))
+                digest.update(segment.ids[block * ids_per_block : (block + 1) * ids_per_block].tobytes())
             number += 1
     return digest.hexdigest()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -156,7 +157,7 @@ class _Training:
         self.step = self.row = 0
         root = jax.random.key(config.train.seed)
         if start.meta and not start.weights_only:
-            root = jax.random.wrap_key_data(np.asarray(start.meta.key, np.uint32))
+            root = jax.random.wrap_key_data(jnp.asarray(start.meta.key, jnp.uint32))
         init_key, dropout_key, self.sample_key = jax.random.split(root, 3)
         self._compile(optimizer, init_key, dropout_key)
         self.layout = StateLayout(run.pipe.layout, self.state, self.state.params)
@@ -191,6 +192,7 @@ class _Training:
         """Trains, saves and samples."""
         config, keeper = self.run.config, self.keeper
         self.track.restart_clock()
+        self.watch.alive("starting")  # compiling may take longer than any step
         while True:
             try:
                 if self._fresh and not self.stop.name:
@@ -243,9 +245,9 @@ class _Training:
     def _settle(self, in_flight: int):
         """Deals with the numbers of all steps but the last `in_flight`."""
         while len(self._waiting) > in_flight:
-            step, *numbers = self._waiting.popleft()
+            step, metrics, made = self._waiting.popleft()
             self.watch.alive(f"running step {step}")
-            self.track.settle(step, *numbers)
+            self.track.settle(step, metrics, made)
             self.watch.alive(f"running step {step + 1}")
             if self.keeper:
                 self._heart.beat(step)

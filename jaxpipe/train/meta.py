@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-from jaxpipe import __version__
+import jaxpipe
 from jaxpipe.errors import CheckpointError
 
 FORMAT = "jaxpipe-checkpoint-1"
@@ -90,7 +90,7 @@ def from_json(facts: Any, where: str) -> Meta:
         raise CheckpointError(f"{where} is not a checkpoint of jaxpipe; name a run's folder or one of its checkpoints")
     if facts["format"] != FORMAT:
         raise CheckpointError(
-            f"{where} has format {facts['format']!r} but this jaxpipe {__version__} reads {FORMAT!r}; "
+            f"{where} has format {facts['format']!r} but this jaxpipe {jaxpipe.__version__} reads {FORMAT!r}; "
             "try the version that wrote it"
         )
     given = dict(facts)
@@ -114,7 +114,7 @@ def versions() -> dict[str, str]:
     """Versions of Python, jaxpipe and the libraries that decide about numbers."""
     return {
         "python": platform.python_version(),
-        "jaxpipe": __version__,
+        "jaxpipe": jaxpipe.__version__,
         **{name: version(name) for name in SHOWN_VERSIONS},
     }
 

@@ -61,7 +61,7 @@ class Summary:
             ("of it making batches", _number(self.data_time_s, "{:.2g} s")),
             ("share of the devices' peak", _number(self.mfu, "{:.1%}")),
             ("bubble, simulated", _number(self.bubble, "{:.1%}")),
-            ("memory per device", _number(max(self.memory_bytes, default=None), "{:,} bytes")),
+            ("memory per device", _number(max(self.memory_bytes) if self.memory_bytes else None, "{:,} bytes")),
             ("saves", str(self.saves) if self.saves else None),
             ("longest stall by a save", _number(self.longest_stall_s, "{:.3g} s")),
             ("steps skipped", str(self.skipped) if self.skipped else None),
@@ -125,7 +125,7 @@ def memory_bytes(run: Any, train_step: Any) -> tuple[int, ...]:
     devices = [device for device in run.pipe.mesh.devices.flat if device.process_index == jax.process_index()]
     counted = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
     if all(counted):
-        return tuple(counted)
+        return tuple(size or 0 for size in counted)
     plan = train_step.memory_analysis()
     if plan is None:
         return ()

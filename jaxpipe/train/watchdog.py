@@ -6,6 +6,7 @@ thread is stuck in a call that cannot be interrupted, so it ends the process wit
 
 import faulthandler
 import json
+import math
 import os
 import sys
 import threading
@@ -44,7 +45,7 @@ class Heartbeat:
 
 
 class Watchdog:
-    """While entered, ends the process when nothing happens for too long.
+    """While entered, ends the process when nothing happens for too long after the first sign of life.
 
     Args:
         timeout_s: The longest time between two signs of life; 0 means any.
@@ -55,7 +56,7 @@ class Watchdog:
 
     def __init__(self, timeout_s: float, log: Path, *, grace_s: float = 0.0, stopped_at: Callable = lambda: None):
         self._timeout_s, self._grace_s, self._log, self._stopped_at = timeout_s, grace_s, log, stopped_at
-        self._alive, self._doing = time.monotonic(), "starting"
+        self._alive, self._doing = math.inf, "starting"
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 

@@ -5,10 +5,13 @@ import math
 from dataclasses import replace
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jaxpipe as jp
 from jaxpipe.train import NonFiniteError, load, train
+from jaxpipe.train.corpus import Segment
+from jaxpipe.train.data import Batches
 from jaxpipe.train.health import FEWEST, Health, RollBack
 from jaxpipe.train.model import gpt_model
 from jaxpipe.train.sections import HealthConfig
@@ -49,11 +52,19 @@ every_steps = 2
 
 @pytest.fixture
 def config(tmp_path):
-    """Runs of one epoch of 8 batches, one of them poisoned."""
-    (tmp_path / "train.txt").write_bytes(b"a" * 130 + bytes([POISON]) + b"a" * 126)
+    """Runs of 8 of an epoch's 16 batches, one of them poisoned."""
+    text = b"a" * 130 + bytes([POISON]) + b"a" * 382
+    (tmp_path / "train.txt").write_bytes(text)
     (tmp_path / "val.txt").write_bytes(b"a" * 65)
     (tmp_path / "run.toml").write_text(CONFIG.format(folder=tmp_path))
-    return lambda *overrides: load(tmp_path / "run.toml", overrides)
+    segment = Segment("train", np.frombuffer(text, np.uint8))
+
+    def bad_step(seed: int) -> int:
+        batches = Batches([segment], batch_size=4, seq_len=8, vocab_size=256, seed=seed)
+        return next(n + 1 for n in range(16) if (batches[n]["targets"] == POISON).any())
+
+    seed = next(seed for seed in range(100) if bad_step(seed) == 5)
+    return lambda *overrides: load(tmp_path / "run.toml", [f"train.seed={seed}", *overrides])
 
 
 def poisoned(config):
@@ -80,8 +91,8 @@ def losses(result) -> list[int]:
 def test_skip_leaves_the_step_out_and_rollback_its_data(config):
     run = config("health.nonfinite=skip")
     skipped = train(run, model=poisoned(run))
-    ((bad, event),) = events(skipped)
-    assert event == "skipped"
+    bad = 5
+    assert events(skipped) == [(bad, "skipped")]
     assert skipped.step == 8
     assert losses(skipped) == [step for step in range(1, 9) if step != bad]
 
@@ -89,7 +100,7 @@ def test_skip_leaves_the_step_out_and_rollback_its_data(config):
     back = train(run, model=poisoned(run))
     ((at, event),) = events(back)
     assert event == "rolled back"
-    assert at <= bad - 1
+    assert at in (2, 3, 4)  # the newest that was saved
     assert back.step == 8
     assert losses(back) == list(range(1, 9))
 

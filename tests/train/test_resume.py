@@ -10,11 +10,15 @@ import jax
 import numpy as np
 import pytest
 
+from jaxpipe.cli import main
 from jaxpipe.errors import CheckpointError, ConfigError
 from jaxpipe.runtime.checksum import as_text
 from jaxpipe.runtime.state import StateLayout
 from jaxpipe.train import load, train
 from jaxpipe.train.assemble import assemble
+from jaxpipe.train.corpus import Segment
+from jaxpipe.train.data import Batches
+from jaxpipe.train.evaluate import evaluate, mean_loss
 from jaxpipe.train.optim import adamw
 from jaxpipe.train.resume import Start, check_data, find, restore
 from jaxpipe.train.step import init_state
@@ -266,3 +270,69 @@ def test_damage_is_found_and_the_checkpoint_before_is_taken(whole, one_device, t
     assert "damaged" in str(notes)
     with pytest.raises(CheckpointError, match=r"there is no other; to start over pass train\.overwrite=true"):
         restore(Start((store.at(6),)), one_device, lambda *_: None, notes)
+
+
+def test_a_checkpoint_is_measured_on_every_window(whole, capsys):
+    _, out = whole
+    one = ("mesh.pipe=1", "schedule.repeats=1", "schedule.microbatches=1")
+    score = evaluate(str(out), [*one, "train.batch_size=6"])
+    assert (score.step, score.tokens) == (6, (len(TEXT) - round(0.9 * len(TEXT)) - 1) // 16 * 16)
+    assert score.loss == pytest.approx(curves(out)["val_loss"][-1][1], rel=0.02)  # that was of one batch
+    assert score.perplexity == pytest.approx(np.exp(score.loss))
+    assert score.bits_per_byte == pytest.approx(score.loss / np.log(2))
+    assert main(["eval", str(out), *one, "--batches", "1", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["tokens"] == 8 * 16
+    assert answer["checkpoint"].endswith("/checkpoints/6")
+
+
+def test_rows_that_windows_do_not_fill_do_not_count():
+    batches = Batches([Segment("digits", np.arange(23, dtype=np.uint8))], batch_size=3, seq_len=4, vocab_size=23)
+    seen = []
+
+    def measure(batch):
+        kept = batch["targets"][batch["mask"] > 0]
+        seen.extend(kept.tolist())
+        return float(kept.mean())
+
+    loss, tokens = mean_loss(batches, 2, measure)
+    assert (tokens, sorted(seen)) == (20, list(range(1, 21)))
+    assert loss == pytest.approx(np.mean(range(1, 21)))
+
+
+def test_the_commands_list_show_verify_and_prune(whole, tmp_path, capsys):
+    shutil.copytree(whole[1] / "checkpoints", tmp_path / "checkpoints")
+    path = str(tmp_path)
+    assert main(["checkpoint", "ls", path]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["step", "size", "loss", "val", "loss", "saved", "mesh"]
+    assert [row.split()[0] for row in rows] == ["3", "6"]
+    assert "pipe=4, interleaved_1f1b V=2 M=4" in rows[0]
+    assert main(["checkpoint", "show", path]) == 0
+    shown = capsys.readouterr().out
+    assert "jaxpipe 0.1.0" in shown
+    assert "d_model = 16" in shown
+    assert main(["checkpoint", "verify", path]) == 0
+    assert capsys.readouterr().out.count("whole") == 2
+    flip(largest(tmp_path / "checkpoints" / "6" / "state"))
+    assert main(["checkpoint", "verify", path, "--json"]) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert [bool(found) for found in answer.values()] == [False, True]
+    assert main(["checkpoint", "prune", path, "--keep", "1", "--dry-run"]) == 0
+    assert capsys.readouterr().out == "would delete 3; kept 6\n"
+    assert main(["checkpoint", "prune", path, "--after", "3"]) == 0
+    assert capsys.readouterr().out == "deleted 6; kept 3\n"
+    assert Store(tmp_path / "checkpoints").steps() == [3]
+    for words, message in ((["prune", path], "needs --keep or --after"), (["ls", "nowhere"], "nowhere does not exist")):
+        assert main(["checkpoint", *words]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_page_of_a_run_stands_alone(whole):
+    _, out = whole
+    page = (out / "report.html").read_text()
+    assert page.count("<polyline") >= 5
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert "<script" not in page
+    for words in ("Summary", "Timetable", "Memory", "Config", "bubble, simulated", "d_model = 16"):
+        assert words in page
