@@ -100,7 +100,7 @@ def test_skip_leaves_the_step_out_and_rollback_its_data(config):
     back = train(run, model=poisoned(run))
     ((at, event),) = events(back)
     assert event == "rolled back"
-    assert at in (2, 3, 4)  # the newest that was saved
+    assert at < bad  # the newest that was on disk
     assert back.step == 8
     assert losses(back) == list(range(1, 9))
 
