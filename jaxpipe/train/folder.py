@@ -26,6 +26,7 @@ class RunFolder:
         self.sample = self.path / "sample.txt"
         self.page = self.path / "report.html"
         self.heartbeat = self.path / "heartbeat.json"
+        self.wandb_id = self.path / "wandb-id.txt"
         self.watchdog = self.path / "watchdog.log"
         self.checkpoints = self.path / "checkpoints"
         if self.path.exists() and not self.path.is_dir():
@@ -51,7 +52,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             files = [self.config, self.loss, self.schedule, self.sample, self.page]
-            for file in files if keep_metrics else [*files, self.metrics]:
+            for file in files if keep_metrics else [*files, self.metrics, self.wandb_id]:
                 file.unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError(

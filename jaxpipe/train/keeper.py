@@ -49,7 +49,7 @@ class Keeper:
     ):
         self.safe, self.stall_s = -1, []
         self._store, self._config, self._layout, self._describe, self._report = store, config, layout, describe, report
-        self._writing: tuple[int, float] | None = None
+        self._writing: int | None = None
         self._val_loss: dict[int, float] = {}
         self._last_time = time.monotonic()
         self._retry_at, self._late = math.inf, False
@@ -98,7 +98,7 @@ class Keeper:
             step: Its optimizer steps.
             row: Its place in the data.
         """
-        if self._writing is not None and self._writing[0] == step:
+        if self._writing == step:
             return
         start = time.perf_counter()
         self._settle(wait=True)
@@ -109,8 +109,8 @@ class Keeper:
             leaves, sums = self._to_host(state)
             entries = {leaf.name: _entry(leaf, own) for (leaf, _), own in zip(leaves, sums, strict=True)}
             meta = self._describe(step, row, entries)
-            self._store.start(step, leaves, meta)
-            self._writing = step, math.inf if meta.val_loss is None else meta.val_loss
+            self._store.start(step, leaves, meta, lambda: self._prune(step, meta.val_loss))
+            self._writing = step
         except Exception as error:
             self._failed(step, error)
         else:
@@ -157,15 +157,13 @@ class Keeper:
         """Takes note of how the save in the background ended."""
         if self._writing is None or (not wait and self._store.busy):
             return
-        (step, val_loss), self._writing = self._writing, None
+        step, self._writing = self._writing, None
         try:
             self._store.finish()
         except Exception as error:
             self._failed(step, error)
         else:
             self.safe = step
-            self._val_loss[step] = val_loss
-            self._prune()
             return
         _forget_failures()
 
@@ -176,8 +174,9 @@ class Keeper:
             f"warning    checkpoint of step {step} was not saved: {text[:300]}; the run goes on and tries again"
         )
 
-    def _prune(self) -> None:
-        """Deletes what is neither among the newest nor among the best."""
+    def _prune(self, step: int, val_loss: float | None) -> None:
+        """After a save, in the background: deletes what is neither among the newest nor among the best."""
+        self._val_loss[step] = math.inf if val_loss is None else val_loss
         if jax.process_index() != 0:
             return
         for step in stale(self._val_loss, self._config.keep, self._config.keep_best):

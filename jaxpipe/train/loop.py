@@ -105,7 +105,7 @@ def train(
     folder.config.write_text(resolved.to_toml(), encoding="utf-8")
     folder.schedule.write_text(run.timetable_svg(), encoding="utf-8")
     report.note(run.describe())
-    sinks = open_sinks(config, folder.path, asdict(resolved))
+    sinks = open_sinks(config, folder, asdict(resolved))
     log = MetricsLog(folder.metrics, start.meta.step if start.own and start.meta else None, sinks, report.note)
     summary = None
     try:

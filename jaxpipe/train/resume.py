@@ -106,17 +106,21 @@ def check_start(config: Config, start: Start, data: dict[str, Any]) -> Start:
         The start with the description of that candidate.
 
     Raises:
-        CheckpointError: It is of another model or other data.
+        CheckpointError: It is of another model or other data, or none can be read.
     """
+    first: CheckpointError | None = None
     for path in start.candidates:
         try:
             meta = read_meta(path)
-        except CheckpointError:
+        except CheckpointError as error:
+            first = first or error
             continue  # told when it is tried
         compare(config, meta, path)
         if not start.weights_only:
             check_data(config, meta, data, path)
         return replace(start, meta=meta)
+    if first is not None:
+        raise CheckpointError(f"{first}; to start over pass train.overwrite=true") from first
     return start
 
 

@@ -1,5 +1,6 @@
 """Numbers to TensorBoard and to Weights & Biases, where their packages are installed and the config asks for them."""
 
+import uuid
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 from jaxpipe.errors import ConfigError
 from jaxpipe.train.config import Config
+from jaxpipe.train.folder import RunFolder
 from jaxpipe.train.metrics import Sink
 
 
@@ -33,14 +35,17 @@ class WeightsAndBiases:
 
     Args:
         project: Its project.
-        folder: The run's folder; its path names the run.
+        folder: The run's folder.
         config: The run's sections.
     """
 
-    def __init__(self, project: str, folder: Path, config: dict[str, Any]):
+    def __init__(self, project: str, folder: RunFolder, config: dict[str, Any]):
         package = _package("wandb", "metrics.wandb", "wandb")
-        name = "-".join(folder.resolve().parts[-2:])
-        self._run = package.init(project=project, name=name, id=name, resume="allow", dir=str(folder), config=config)
+        if not folder.wandb_id.exists():
+            folder.wandb_id.write_text(uuid.uuid4().hex, encoding="utf-8")
+        own = folder.wandb_id.read_text(encoding="utf-8")
+        where, name = str(folder.path), folder.path.name
+        self._run = package.init(project=project, name=name, id=own, resume="allow", dir=where, config=config)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._run.log({**values, "step": step})
@@ -61,7 +66,7 @@ def check_sinks(config: Config) -> None:
         _package("wandb", "metrics.wandb", "wandb")
 
 
-def open_sinks(config: Config, folder: Path, sections: dict[str, Any]) -> Sequence[Sink]:
+def open_sinks(config: Config, folder: RunFolder, sections: dict[str, Any]) -> Sequence[Sink]:
     """What the config asks for.
 
     Args:
@@ -74,7 +79,7 @@ def open_sinks(config: Config, folder: Path, sections: dict[str, Any]) -> Sequen
     """
     sinks: list[Sink] = []
     if config.metrics.tensorboard:
-        sinks.append(TensorBoard(folder / "tensorboard"))
+        sinks.append(TensorBoard(folder.path / "tensorboard"))
     if config.metrics.wandb:
         sinks.append(WeightsAndBiases(config.metrics.wandb_project, folder, sections))
     return sinks

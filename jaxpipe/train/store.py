@@ -8,8 +8,9 @@ killed leaves nothing that looks like a checkpoint; checksums in ``meta`` tell w
 import json
 import logging
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +39,8 @@ class Store:
     def __init__(self, path: Any):
         self.path = epath.Path(path)
         self._writer: ocp.AsyncCheckpointer | None = None
+        self._waiter: threading.Thread | None = None
+        self._error: BaseException | None = None
 
     def steps(self) -> list[int]:
         """The steps of the finished checkpoints, ascending."""
@@ -51,18 +54,21 @@ class Store:
         """The folder of a checkpoint."""
         return self.path / str(step)
 
-    def start(self, step: int, leaves: Sequence[tuple[CanonicalLeaf, jax.Array]], meta: Meta) -> None:
+    def start(
+        self, step: int, leaves: Sequence[tuple[CanonicalLeaf, jax.Array]], meta: Meta, then: Callable[[], None]
+    ) -> None:
         """Begins a save: returns when the arrays are copied to the host, and writes them in the background.
 
-        Waits for the save before it. All processes must call it.
+        The save before must have been finished. All processes must call it.
 
         Args:
             step: Of the state; a checkpoint of the same step is replaced.
             leaves: Canonical arrays.
             meta: What is said about them.
+            then: Is called in the background when all is written.
 
         Raises:
-            OSError: The folder cannot be written; or, like any other exception, the save before could not be finished.
+            Exception: The folder cannot be written.
         """
         tree: dict[str, Any] = {}
         for leaf, array in leaves:
@@ -76,21 +82,33 @@ class Store:
             args=ocp.args.Composite(**{STATE: ocp.args.PyTreeSave(tree), META: ocp.args.JsonSave(meta.to_json())}),
         )
 
+        self._waiter = threading.Thread(target=self._wait, args=(then,), name="checkpoint", daemon=True)
+        self._waiter.start()
+
+    def _wait(self, then: Callable[[], None]) -> None:
+        try:
+            self._open().wait_until_finished()
+            then()
+        except BaseException as error:
+            self._error = error
+
     def finish(self) -> None:
         """Waits for the save in the background, if there is one.
 
         Raises:
             Exception: It failed; the folder then holds what it held before.
         """
-        if self._writer is not None:
-            self._writer.wait_until_finished()
+        if self._waiter is not None:
+            self._waiter.join()
+            self._waiter = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
     @property
     def busy(self) -> bool:
         """Whether a save is being written."""
-        manager = getattr(self._writer, "_async_manager", None)
-        thread = getattr(manager, "_thread", None)
-        return thread is not None and thread.is_alive()
+        return self._waiter is not None and self._waiter.is_alive()
 
     def meta(self, step: int) -> Meta:
         """What a checkpoint says about itself.
@@ -131,6 +149,8 @@ class Store:
 
     def close(self) -> None:
         """Ends the background threads. A save that is still being written is waited for."""
+        if self._waiter is not None:
+            self._waiter.join()
         if self._writer is not None:
             self._writer.close()
             self._writer = None

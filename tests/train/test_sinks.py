@@ -10,6 +10,7 @@ import pytest
 from jaxpipe.errors import ConfigError
 from jaxpipe.models.gpt import PRESETS
 from jaxpipe.train.config import Config
+from jaxpipe.train.folder import RunFolder
 from jaxpipe.train.metrics import MetricsLog
 from jaxpipe.train.sections import MetricsConfig, TrainConfig
 from jaxpipe.train.sinks import check_sinks, open_sinks
@@ -20,7 +21,9 @@ def config(**keys) -> Config:
 
 
 def write(folder: Path, run: Config):
-    log = MetricsLog(folder / "metrics.jsonl", sinks=open_sinks(run, folder, {"model": {"d_model": 8}}))
+    log = MetricsLog(
+        folder / "metrics.jsonl", sinks=open_sinks(run, RunFolder(folder, overwrite=True), {"model": {"d_model": 8}})
+    )
     log.write(step=1, loss=2.0, lr=0.1)
     log.write(step=1, event="spike", loss=9.0, mean=2.0)
     log.close()
@@ -39,9 +42,10 @@ def test_weights_and_biases_gets_numbers_of_one_run_however_often_it_goes_on(tmp
     fake: Any = SimpleNamespace(init=lambda **words: calls.append(words) or run)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     write(tmp_path, config(wandb=True, wandb_project="mine"))
-    first, numbers, end = calls
+    write(tmp_path, config(wandb=True, wandb_project="mine"))
+    first, numbers, end, second, *_ = calls
     assert (first["project"], first["resume"], first["config"]) == ("mine", "allow", {"model": {"d_model": 8}})
-    assert first["id"] == first["name"]
+    assert second == first
     assert (numbers, end) == ({"loss": 2.0, "lr": 0.1, "step": 1}, "finish")
 
 
