@@ -55,6 +55,18 @@ class RunFolder:
             for file in files if keep_metrics else [*files, self.metrics, self.wandb_id]:
                 file.unlink(missing_ok=True)
         except OSError as error:
-            raise ConfigError(
-                f"train.out={str(self.path)!r} cannot be written: {error}; try another train.out=…"
-            ) from error
+            raise self._unwritable(error) from error
+
+    def write(self, file: Path, text: str):
+        """Writes one of the files.
+
+        Raises:
+            ConfigError: It cannot be written.
+        """
+        try:
+            file.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> ConfigError:
+        return ConfigError(f"train.out={str(self.path)!r} cannot be written: {error}; try another train.out=…")

@@ -21,7 +21,7 @@ from jaxpipe.train.assemble import Assembly, assemble
 from jaxpipe.train.config import Config
 from jaxpipe.train.fingerprint import fingerprint
 from jaxpipe.train.folder import RunFolder
-from jaxpipe.train.health import Health, RollBack
+from jaxpipe.train.health import Health, NonFiniteError, RollBack
 from jaxpipe.train.keeper import Keeper
 from jaxpipe.train.meta import Meta
 from jaxpipe.train.metrics import MetricsLog, plot_loss
@@ -102,8 +102,8 @@ def train(
     if config.train.overwrite:
         store.clear()
     resolved = replace(config, train=replace(config.train, overwrite=False))  # whoever reruns it decides that anew
-    folder.config.write_text(resolved.to_toml(), encoding="utf-8")
-    folder.schedule.write_text(run.timetable_svg(), encoding="utf-8")
+    folder.write(folder.config, resolved.to_toml())
+    folder.write(folder.schedule, run.timetable_svg())
     report.note(run.describe())
     sinks = open_sinks(config, folder, asdict(resolved))
     log = MetricsLog(folder.metrics, start.meta.step if start.own and start.meta else None, sinks, report.note)
@@ -297,12 +297,13 @@ class _Training:
 
     def _go_back(self, reason: str):
         """Takes the newest checkpoint, and goes on with the data after those that were read since."""
-        if self.keeper is None:
-            raise AssertionError("rollback without checkpoints")
-        self.keeper.wait()
+        if self.keeper is not None:
+            self.keeper.wait()
         self._waiting.clear()
         bad, row = self.step, self.row
         own = tuple(self._store.at(step) for step in reversed(self._store.steps()))
+        if not own:
+            raise NonFiniteError(f"{reason}; there is no checkpoint to go back to")
         self._restore(Start(own, own=True))
         self.row = row
         self.log.write(step=self.step, event="rolled back", reason=reason)

@@ -191,7 +191,7 @@ def test_a_run_that_hangs_ends_with_its_stacks_in_a_file(runs, folder):
     process = runs.start("train", f"{folder}/run.toml", "watchdog.timeout_s=5", hang_at=5)
     code, out = process.wait()
     assert code == 1, out
-    assert "no sign of life for watchdog.timeout_s=5 s while running step 6; stacks are in " in out
+    assert "no sign of life for watchdog.timeout_s=5 s while running step 5; stacks are in " in out
     log = (folder / "run" / "watchdog.log").read_text()
     assert "forked_runs.py" in log and "hang" in log
     assert "cpu 0: no memory statistics\nend of devices" in log.lower()
