@@ -75,7 +75,7 @@ def lines(folder: Path, out: str = "run") -> list[dict]:
     return [json.loads(line) for line in (folder / out / "metrics.jsonl").read_text().splitlines()]
 
 
-def wait_for(condition, what: str, timeout_s: float = 240.0):
+def wait_for(condition, what: str, timeout_s: float = 600.0):
     end = time.monotonic() + timeout_s
     while not (found := condition()):
         assert time.monotonic() < end, f"{what} did not happen"
