@@ -1,6 +1,6 @@
 """The command line: parses, delegates, and turns the end of a run into an exit code.
 
-Exit codes: 0 done, 1 failed, 2 bad arguments or config, 3 stopped early by a signal.
+Exit codes: 0 done, 1 failed, 2 bad arguments or config, 3 stopped early by a signal, saved, resumable.
 """
 
 import argparse
@@ -8,7 +8,16 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jaxpipe import __version__, cli_bench, cli_plan, cli_processes, cli_profile, cli_schedule
+from jaxpipe import (
+    __version__,
+    cli_bench,
+    cli_checkpoint,
+    cli_eval,
+    cli_plan,
+    cli_processes,
+    cli_profile,
+    cli_schedule,
+)
 from jaxpipe.errors import JaxpipeError
 
 if TYPE_CHECKING:
@@ -44,17 +53,18 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="train a model from a config file",
-        description="Trains a model and writes metrics, loss curves, timetable and resolved config to train.out.",
-        epilog="exit codes: 0 done, 1 failed, 2 bad arguments or config, 3 stopped early by Ctrl-C or SIGTERM",
+        description="Trains a model and writes metrics, curves, timetable, checkpoints and config to train.out. "
+        "A run that was stopped or killed goes on where it was saved.",
+        epilog="exit codes: 0 done, 1 failed or not saved, 2 bad arguments or config, 3 stopped early by Ctrl-C or "
+        "SIGTERM: the same command goes on",
     )
     train.add_argument("config", metavar="CONFIG", help="TOML file with sections model, data, mesh, schedule, …")
-    train.add_argument("overrides", metavar="key=value", nargs="*", help="such as train.steps=100; the last one wins")
+    overrides = "such as train.steps=100 or resume=PATH; the last one wins"
+    train.add_argument("overrides", metavar="key=value", nargs="*", help=overrides)
     cli_processes.add_options(train)
     train.set_defaults(run=_train)
-    cli_schedule.register(commands)
-    cli_bench.register(commands)
-    cli_plan.register(commands)
-    cli_profile.register(commands)
+    for command in (cli_schedule, cli_bench, cli_plan, cli_profile, cli_eval, cli_checkpoint):
+        command.register(commands)
     return parser
 
 
@@ -76,24 +86,25 @@ def _train_here(options: argparse.Namespace, crew: "Crew | None" = None) -> int:
         cli_processes.start_jax(crew, config, options)
     result = train(config, report=report, crew=crew)
     if result.stopped_by:
-        report.note(
-            f"stopped    by {result.stopped_by} after {result.step} steps; metrics and curves are in {result.out}, "
-            "the weights were not saved"
-        )
-        return STOPPED
+        what = "the same command goes on" if result.saved else "the last state was not saved"
+        report.note(f"stopped    by {result.stopped_by} after {result.step} steps; {result.out} has the run, {what}")
+        return FAILED if result.saved is False else STOPPED
     if result.sample is not None:
         report.note(f"\n--- sample ---\n{result.sample}\n--------------\n")
     if crew is not None and not crew.lead:
-        return DONE
+        return FAILED if result.saved is False else DONE
     files = ", ".join(sorted(path.name for path in result.out.iterdir()))
     unit = config.data.unit
     report.note(f"done       validation loss {result.val_loss:.3f} nats per {unit}; {result.out} holds {files}")
+    if result.saved is False:
+        report.note("failed     the last state was not saved, see the warnings above")
+        return FAILED
     return DONE
 
 
 def exit_code(error: BaseException) -> int:
     """Whether an error is one of the input or happened later, with input that was good."""
-    later = [("jaxpipe.train.track", "NonFiniteError"), ("jaxpipe.train.processes.line", "LineError")]
+    later = [("jaxpipe.train.health", "NonFiniteError"), ("jaxpipe.train.processes.line", "LineError")]
     modules = [(sys.modules.get(module), name) for module, name in later]  # loaded only by those that need them
     if not isinstance(error, JaxpipeError) or any(isinstance(error, getattr(m, name)) for m, name in modules if m):
         return FAILED

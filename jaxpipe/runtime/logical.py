@@ -97,7 +97,7 @@ def logical_optimizer(
     inner = optax.with_extra_args_support(tx)
 
     def run(function: Callable, *trees, gives_updates: bool = False) -> Tree:
-        paths, known = _block_paths(trees[0]), dict(jax.tree.leaves_with_path(trees[0]))
+        paths, known = block_paths(trees[0]), dict(jax.tree.leaves_with_path(trees[0]))
         leaves, structure = jax.tree.flatten_with_path(trees)
         values = [_as_lanes(path, leaf, paths, layout) for path, leaf in leaves]
         one_lane = [jax.ShapeDtypeStruct(v.array.shape[v.laned :], v.array.dtype) for v in values]
@@ -124,13 +124,13 @@ def logical_optimizer(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _block_paths(tree: Tree) -> set[tuple]:
+def block_paths(tree: Tree) -> set[tuple]:
     """The paths of the leaves that have lanes: those below `blocks`."""
     paths = {path for path, _ in jax.tree.leaves_with_path(tree)}
     return {path for path in paths if path[0] == jax.tree_util.DictKey("blocks")}
 
 
-def _find(path: tuple, paths: set[tuple]) -> tuple | None:
+def find_path(path: tuple, paths: set[tuple]) -> tuple | None:
     """The parameter path that stands somewhere in a path of optimizer state."""
     for start in range(len(path)):
         for stop in range(len(path), start, -1):
@@ -146,7 +146,7 @@ def _position(path: tuple, layout: Layout) -> Position:
 
 def _as_lanes(path: tuple, leaf: Any, paths: set[tuple], layout: Layout) -> Lanes:
     leaf = jnp.asarray(leaf)
-    found = _find(path, paths)
+    found = find_path(path, paths)
     if found is not None:
         real = _position(found, layout).real
         return Lanes(leaf.reshape(real.size, *leaf.shape[real.ndim :]), True, Leaf(found, tuple(real.reshape(-1))))
@@ -256,7 +256,7 @@ def _place(
         known: All leaves of the pipeline tree by path.
         layout: Where the layers live.
     """
-    found = _find(path, paths)
+    found = find_path(path, paths)
     if found is not None:
         lanes = _position(found, layout).real.shape
         array = result.array if result.laned else jnp.broadcast_to(result.array, (math.prod(lanes), *shape.shape))

@@ -211,6 +211,17 @@ class Layout:
             dim = None if dim is None else dim + 1
         return NamedSharding(self.mesh, end_rest(shape, self.sizes, dim).spec())
 
+    def state_sharding(self, path: Sequence[str], shape: Sequence[int]) -> NamedSharding:
+        """How a leaf of a training state in the canonical layout rests: like the parameter whose path is in its own."""
+        at = next((n for n, name in enumerate(path) if name in ("embed", "blocks", "head")), None)
+        dim = None
+        if at is not None:
+            lead = 1 if path[at] == "blocks" else 0
+            part = "/".join(path[at : at + 1 + lead])
+            own = self.tensor.get(part, {}).get("/".join(path[at + 1 + lead :]))
+            dim = own + lead if own is not None and own + lead < len(shape) else None
+        return NamedSharding(self.mesh, end_rest(shape, self.sizes, dim).spec())
+
     def _tensor_dim(self, part: str, path: Sequence[Any]) -> int | None:
         return self.tensor.get(part, {}).get(slashed(path))
 
@@ -289,17 +300,24 @@ class Layout:
 
 @partial(jax.jit, static_argnums=(0, 2))
 def _stack(positions: Sequence[Position], leaves: Sequence, sharding: NamedSharding):
+    return jax.lax.with_sharding_constraint(stack_rows(positions, leaves), sharding)
+
+
+def stack_rows(positions: Sequence[Position], leaves: Sequence):
     """Leaves ``[P, ...]`` of the positions of a kind as one ``[L_kind, ...]``."""
     rest = leaves[0].shape[positions[0].lead :]
     flat = jnp.concatenate([leaf.reshape(-1, *rest) for leaf in leaves])
     rows = [row for position in positions for rows in position.rows for row in position.padded(rows, -1)]
     place = {row: at for at, row in enumerate(rows)}
-    out = flat[np.array([place[row] for row in range(len(place) - (-1 in place))])]
-    return jax.lax.with_sharding_constraint(out, sharding)
+    return flat[np.array([place[row] for row in range(len(place) - (-1 in place))])]
 
 
 @partial(jax.jit, static_argnums=(0, 2))
 def _cut(positions: Sequence[Position], leaf, sharding: NamedSharding) -> list:
+    return [jax.lax.with_sharding_constraint(rows, sharding) for rows in cut_rows(positions, leaf)]
+
+
+def cut_rows(positions: Sequence[Position], leaf) -> list:
     """One leaf ``[L_kind, ...]`` as those of the positions of the kind, ``[P, ...]`` each."""
     outs = []
     for position in positions:
@@ -308,4 +326,4 @@ def _cut(positions: Sequence[Position], leaf, sharding: NamedSharding) -> list:
         if (order < 0).any():
             rows = jnp.where((order >= 0).reshape(*order.shape, *[1] * (leaf.ndim - 1)), rows, 0)
         outs.append(rows[:, 0] if position.count is None else rows)
-    return jax.lax.with_sharding_constraint(outs, sharding)
+    return outs

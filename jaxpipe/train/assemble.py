@@ -3,9 +3,7 @@
 What is cheap to get wrong is looked at first; nothing is compiled and no weights exist when this is done.
 """
 
-import zlib
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
@@ -49,20 +47,17 @@ class Assembly:
         """Whether the devices are CPU devices, which share the host's threads."""
         return self.pipe.mesh.devices.flat[0].platform == "cpu"
 
-    def put(self, batches: Batches, index: int) -> dict[str, jax.Array]:
-        """Batch `index` on the devices, rows spread over data and fsdp; a process reads what its own devices hold."""
+    def put(self, batches: Batches, row: int) -> dict[str, jax.Array]:
+        """The batch that begins with a row of `Batches.rows`, on the devices.
+
+        Its rows are spread over data and fsdp; a process reads what its own devices hold.
+        """
         size = batches.batch_size
 
         def read(first: int, stop: int):
-            return batches.rows(index * size + first, stop - first)
+            return batches.rows(row + first, stop - first)
 
         return put_rows(read, size, self.pipe.batch_sharding)
-
-    def facts(self) -> dict[str, Any]:
-        """What must be the same where several processes read the data."""
-        first = b"".join(self.train[0][name].tobytes() for name in ("tokens", "targets"))
-        counts = {"training windows": self.train.num_windows, "validation windows": self.val.num_windows}
-        return {**counts, "checksum of the first batch": zlib.crc32(first)}
 
     def timetable_svg(self) -> str:
         """The ticks that the compiled loop runs, drawn."""

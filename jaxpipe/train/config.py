@@ -16,12 +16,16 @@ from jaxpipe.models.gpt import BYTES, PRESETS, GPTConfig
 from jaxpipe.runtime.gpu import GpuOptions
 from jaxpipe.train import toml
 from jaxpipe.train.sections import (
+    CheckpointConfig,
     DataConfig,
+    HealthConfig,
     MeshConfig,
+    MetricsConfig,
     OptimConfig,
     SampleConfig,
     ScheduleConfig,
     TrainConfig,
+    WatchdogConfig,
 )
 
 
@@ -41,6 +45,10 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
     def __post_init__(self):
         sizes = {"data": self.mesh.data, "fsdp": self.mesh.fsdp}
@@ -66,6 +74,9 @@ class Config:
                 f'sample.length={self.sample.length} needs text, but data.source="tokens" has none; try sample.length=0'
             )
 
+        if self.health.nonfinite == "rollback" and not self.checkpoint.enabled:
+            raise ConfigError('health.nonfinite="rollback" needs checkpoints; try checkpoint.enabled=true')
+
     def to_toml(self) -> str:
         """The run as TOML text that `load` reads back to an equal value."""
         return toml.write(dataclasses.asdict(self))
@@ -74,11 +85,14 @@ class Config:
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a run from a TOML file, with `section.key=value` overrides on top.
 
+    The keys `resume` and `init_from` of the section `checkpoint` can be given without it.
+
     Raises:
         ConfigError: See `jaxpipe.train.toml` and the sections.
     """
     tables = toml.check(toml.read(path), SCHEMA)
-    return from_tables(toml.override(tables, overrides, SCHEMA))
+    pairs = [f"checkpoint.{pair}" if pair.partition("=")[0] in ("resume", "init_from") else pair for pair in overrides]
+    return from_tables(toml.override(tables, pairs, SCHEMA))
 
 
 def from_tables(tables: dict[str, dict[str, Any]]) -> Config:
@@ -118,6 +132,10 @@ _SECTIONS = {
     "optim": OptimConfig,
     "train": TrainConfig,
     "sample": SampleConfig,
+    "checkpoint": CheckpointConfig,
+    "health": HealthConfig,
+    "watchdog": WatchdogConfig,
+    "metrics": MetricsConfig,
 }
 
 SCHEMA: toml.Schema = {

@@ -1,7 +1,7 @@
 """Which tokens make up which batch.
 
 The order is a pure function of (seed, index): batch `index` is the same on every machine and in every run, so the
-whole state of the data is one integer and a run that continues asks for the next index.
+whole state of the data is one integer and a run that continues asks for the next.
 """
 
 from collections.abc import Sequence

@@ -163,8 +163,8 @@ class TrainConfig:
         eval_every: Steps between two measurements of the validation loss; 0 measures only the first and last.
         eval_batches: Batches per measurement, always the same ones.
         log_every: Steps between two lines of metrics.
-        out: Folder that takes metrics, plots and the resolved config.
-        overwrite: Replace what an earlier run left in `out`.
+        out: Folder that takes metrics, plots, checkpoints and the resolved config.
+        overwrite: Replace what an earlier run left in `out`, its checkpoints included.
     """
 
     steps: int = 1000
@@ -203,6 +203,103 @@ class SampleConfig:
         _at_least(self, "sample", 0, "length", "temperature")
         if not self.prompt:
             raise ConfigError('sample.prompt="" must hold at least one byte; try "def "')
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Section `[checkpoint]`: when the run is saved, and what it starts from.
+
+    Besides, the run is saved at its end and when a signal stops it.
+
+    Attributes:
+        enabled: Save at all.
+        dir: Folder of the checkpoints, on a disk or any path that Orbax takes, such as ``gs://…``; empty means
+            ``checkpoints`` in `train.out`.
+        every_steps: Steps between two saves; 0 means none by steps.
+        every_minutes: Minutes between two saves; 0 means none by time.
+        keep: How many of the newest checkpoints stay.
+        keep_best: How many of those with the lowest validation loss stay besides.
+        resume: ``auto`` goes on where the run in `train.out` stopped, if there is one; ``never`` starts over (see
+            `train.overwrite`). Else a checkpoint, or a run's folder, to start from.
+        init_from: A checkpoint, or a run's folder, whose weights a new run starts with.
+        allow_new_data: Go on although the data, or their order, are not those of the checkpoint, with their first
+            batch.
+        grace_s: Seconds that a stopped run has for its last step and its save; 0 means no limit.
+    """
+
+    enabled: bool = True
+    dir: str = ""
+    every_steps: int = 0
+    every_minutes: float = 10.0
+    keep: int = 3
+    keep_best: int = 1
+    resume: str = "auto"
+    init_from: str = ""
+    allow_new_data: bool = False
+    grace_s: float = 0.0
+
+    def __post_init__(self):
+        _at_least(self, "checkpoint", 0, "every_steps", "every_minutes", "keep_best", "grace_s")
+        _at_least(self, "checkpoint", 1, "keep")
+        if not self.resume:
+            raise ConfigError('checkpoint.resume="" must be "auto", "never" or a checkpoint; try "auto"')
+        if self.init_from and self.resume not in ("auto", "never"):
+            raise ConfigError(
+                f"checkpoint.init_from={self.init_from!r} and checkpoint.resume={self.resume!r} name two starts; "
+                "leave one out"
+            )
+
+
+@dataclass(frozen=True)
+class HealthConfig:
+    """Section `[health]`: what happens when numbers go wrong.
+
+    Attributes:
+        nonfinite: When loss or gradient are not finite: ``stop`` fails; ``skip`` leaves weights and optimizer as they
+            are; ``rollback`` goes back to the last checkpoint and skips the data since.
+        max_skips: Steps in a row that ``skip`` may leave out before the run fails.
+        max_rollbacks: How often ``rollback`` may go back before the run fails.
+        spike: A loss this many standard deviations above the mean of the last 64 is logged as a spike; 0 means none is.
+    """
+
+    nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    max_skips: int = 10
+    max_rollbacks: int = 3
+    spike: float = 6.0
+
+    def __post_init__(self):
+        _at_least(self, "health", 1, "max_skips", "max_rollbacks")
+        _at_least(self, "health", 0, "spike")
+
+
+@dataclass(frozen=True)
+class WatchdogConfig:
+    """Section `[watchdog]`: a run that hangs ends itself, so that whoever started it can start it again.
+
+    Attributes:
+        timeout_s: Seconds without a finished step after which the run ends with exit code 1, once stacks of all threads
+            and the state of the devices are in ``watchdog.log``; 0 means never. Saves and measurements are progress.
+    """
+
+    timeout_s: float = 1800.0
+
+    def __post_init__(self):
+        _at_least(self, "watchdog", 0, "timeout_s")
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """Section `[metrics]`: who gets the numbers besides ``metrics.jsonl``.
+
+    Attributes:
+        tensorboard: Write event files into ``tensorboard`` in `train.out` (extra ``tensorboard``).
+        wandb: Send them to Weights & Biases (extra ``wandb``).
+        wandb_project: The project there.
+    """
+
+    tensorboard: bool = False
+    wandb: bool = False
+    wandb_project: str = "jaxpipe"
 
 
 def _at_least(section, prefix: str, least: int, *names: str):

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from types import FrameType
 
 from jaxpipe.train.processes.crew import Crew
@@ -18,11 +19,13 @@ class StopSignal:
     Attributes:
         name: ``SIGINT`` or ``SIGTERM`` once one has come, else None. With a crew: signal and process, once it is
             agreed and that step is reached.
+        at: `time.monotonic` when it came to this process, else None.
     """
 
     def __init__(self, crew: Crew | None = None):
         self._crew = crew
         self.name: str | None = None
+        self.at: float | None = None
         self._before = {}
 
     def __enter__(self) -> "StopSignal":
@@ -40,6 +43,7 @@ class StopSignal:
         return self.name is not None
 
     def _note(self, number: int, frame: FrameType | None):
+        self.at = time.monotonic()
         if self._crew is None:
             self.name = signal.Signals(number).name
         else:

@@ -49,6 +49,7 @@ def make_train_step(
     rate: optax.Schedule | None,
     key,
     loss_scale: float = 1.0,
+    skip_nonfinite: bool = False,
 ) -> Callable:
     """Compiles ``(state, batch) -> (state, metrics)``; the state passed in is donated, its successor rests alike.
 
@@ -60,6 +61,7 @@ def make_train_step(
         rate: Learning rate by step, for the metrics only; None leaves ``lr`` out.
         key: Where dropout keys come from, folded with the step; None means no dropout.
         loss_scale: See `Pipeline.value_and_grad`; metrics do not show it.
+        skip_nonfinite: Where loss or gradient are not finite, keep parameters and optimizer as they are.
 
     Raises:
         PartitionError: Annotations of the model over `tensor` that would hang, see `jaxpipe.runtime.meeting`.
@@ -74,6 +76,10 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        if skip_nonfinite:
+            good = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
+            new, old = (params, opt_state), (state.params, state.opt_state)
+            params, opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
         if rate is not None:
             metrics["lr"] = jnp.asarray(rate(state.step), jnp.float32)
         return TrainState(state.step + 1, params, opt_state), metrics

@@ -47,7 +47,8 @@ def test_resolved_config_loads_to_the_same_run(tmp_path, path):
 
 def test_resolved_config_spells_out_every_default(tmp_path):
     text = config(tmp_path).to_toml()
-    for section in ("model", "data", "mesh", "schedule", "optim", "train", "sample"):
+    sections = ("model", "data", "mesh", "schedule", "optim", "train", "sample", "checkpoint", "health", "watchdog")
+    for section in (*sections, "metrics"):
         assert f"[{section}]" in text
     assert "eval_every = 100" in text
     assert "vocab_size = 256" in text

@@ -6,9 +6,10 @@ import math
 
 import pytest
 
+from jaxpipe.train.health import NonFiniteError
 from jaxpipe.train.metrics import MetricsLog
 from jaxpipe.train.terminal import Lines, Silent
-from jaxpipe.train.track import NonFiniteError, Track
+from jaxpipe.train.track import Track
 
 
 @pytest.fixture

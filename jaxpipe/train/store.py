@@ -1,0 +1,314 @@
+"""A folder of checkpoints: which are whole, how one is written, read, checked and removed.
+
+``FOLDER/STEP/`` holds ``state`` (the arrays, written by Orbax, every process its own shards) and ``meta`` (see
+`jaxpipe.train.meta`). Orbax writes into a folder of another name and renames it when all is on disk, so a save that was
+killed leaves nothing that looks like a checkpoint; checksums in ``meta`` tell what changed afterwards.
+"""
+
+import json
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from jaxpipe.errors import CheckpointError
+from jaxpipe.runtime.checksum import as_text, checksum
+from jaxpipe.runtime.state import CanonicalLeaf
+from jaxpipe.train.agree import all_agree
+from jaxpipe.train.meta import Meta, from_json
+
+STATE, META, TEXT = "state", "meta", "metadata"
+SAVING = ".orbax-checkpoint-tmp"
+
+
+class Store:
+    """One folder of checkpoints.
+
+    Args:
+        path: The folder, on a local disk or any that `etils.epath` knows, such as ``gs://…``.
+    """
+
+    def __init__(self, path: Any):
+        self.path = epath.Path(path)
+        self._writer: ocp.AsyncCheckpointer | None = None
+        self._waiter: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def steps(self) -> list[int]:
+        """The steps of the finished checkpoints, ascending."""
+        try:
+            names = [entry.name for entry in self.path.iterdir()] if self.path.is_dir() else []
+        except OSError as error:
+            raise CheckpointError(f"checkpoints in {self.path} cannot be listed: {error}") from error
+        return sorted(int(name) for name in names if name.isdecimal() and (self.path / name / META / TEXT).exists())
+
+    def at(self, step: int) -> epath.Path:
+        """The folder of a checkpoint."""
+        return self.path / str(step)
+
+    def start(
+        self, step: int, leaves: Sequence[tuple[CanonicalLeaf, jax.Array]], meta: Meta, then: Callable[[], None]
+    ) -> None:
+        """Begins a save: returns when the arrays are copied to the host, and writes them in the background.
+
+        The save before must have been finished. All processes must call it.
+
+        Args:
+            step: Of the state; a checkpoint of the same step is replaced.
+            leaves: Canonical arrays.
+            meta: What is said about them.
+            then: Is called in the background when all is written.
+
+        Raises:
+            Exception: The folder cannot be written.
+        """
+        tree: dict[str, Any] = {}
+        for leaf, array in leaves:
+            below = tree
+            for word in leaf.path[:-1]:
+                below = below.setdefault(word, {})
+            below[leaf.path[-1]] = array
+        self._open().save(
+            self.at(step),
+            force=True,
+            args=ocp.args.Composite(**{STATE: ocp.args.PyTreeSave(tree), META: ocp.args.JsonSave(meta.to_json())}),
+        )
+
+        self._waiter = threading.Thread(target=self._wait, args=(then,), name="checkpoint", daemon=True)
+        self._waiter.start()
+
+    def _wait(self, then: Callable[[], None]) -> None:
+        try:
+            self._open().wait_until_finished()
+            then()
+        except BaseException as error:
+            self._error = error
+
+    def finish(self) -> None:
+        """Waits for the save in the background, if there is one.
+
+        Raises:
+            Exception: It failed; the folder then holds what it held before.
+        """
+        if self._waiter is not None:
+            self._waiter.join()
+            self._waiter = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is being written."""
+        return self._waiter is not None and self._waiter.is_alive()
+
+    def meta(self, step: int) -> Meta:
+        """What a checkpoint says about itself.
+
+        Raises:
+            CheckpointError: It is damaged or none of jaxpipe's.
+        """
+        return read_meta(self.at(step))
+
+    def remove(self, step: int) -> None:
+        """Deletes a checkpoint: first its description, so that a half-deleted one is none any more."""
+        (self.at(step) / META / TEXT).unlink(missing_ok=True)
+        self.at(step).rmtree(missing_ok=True)
+
+    def clear(self) -> None:
+        """Deletes all checkpoints."""
+        for step in self.steps():
+            self.remove(step)
+
+    def clear_torn(self) -> list[str]:
+        """Deletes what killed saves and deletions left, and names it."""
+        torn = []
+        for entry in self.path.iterdir() if self.path.is_dir() else ():
+            if SAVING in entry.name or (entry.name.isdecimal() and not (entry / META / TEXT).exists()):
+                entry.rmtree(missing_ok=True)
+                torn.append(entry.name)
+        return torn
+
+    def _open(self) -> ocp.AsyncCheckpointer:
+        if self._writer is None:
+            _hush()
+            # Folders are made at once: where that fails in the background, Orbax's threads wait 20 minutes for them and
+            # keep the process from ending.
+            at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+            handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(async_options=at_once))
+            self._writer = ocp.AsyncCheckpointer(handler, async_options=at_once)
+        return self._writer
+
+    def close(self) -> None:
+        """Ends the background threads. A save that is still being written is waited for."""
+        if self._waiter is not None:
+            self._waiter.join()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def read_meta(path: epath.Path) -> Meta:
+    """The description of the checkpoint in a folder.
+
+    Raises:
+        CheckpointError: There is none, it is damaged, or something else wrote it.
+    """
+    try:
+        text = (path / META / TEXT).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of jaxpipe; name a run's folder or one of its checkpoints"
+        ) from error
+    try:
+        facts = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its description is not JSON, it was cut off or is damaged") from error
+    return from_json(facts, str(path))
+
+
+def check_leaves(path: epath.Path, meta: Meta, leaves: Sequence[CanonicalLeaf]) -> None:
+    """Checks that a checkpoint has the leaves that a run needs.
+
+    Raises:
+        CheckpointError: One is missing or has another shape or type.
+    """
+    for leaf in leaves:
+        stored = meta.leaves.get(leaf.name)
+        if stored is None:
+            raise CheckpointError(
+                f"{path} has no {leaf.name}: its model or optimizer is another; "
+                f"try checkpoint.init_from={path}, which takes weights only"
+            )
+        if tuple(stored["shape"]) != leaf.shape or stored["dtype"] != str(leaf.dtype):
+            raise CheckpointError(
+                f"{path}: {leaf.name} is {stored['dtype']}{stored['shape']}, but this model's is "
+                f"{leaf.dtype}{list(leaf.shape)}; try the model of the checkpoint, see `jaxpipe checkpoint show {path}`"
+            )
+
+
+def read_leaves(path: epath.Path, leaves: Sequence[CanonicalLeaf]) -> list[jax.Array]:
+    """Canonical leaves of a checkpoint, on the mesh, each process reading its own shards.
+
+    Args:
+        path: The checkpoint's folder.
+        leaves: What to read, and how it shall rest.
+
+    Raises:
+        CheckpointError: A leaf cannot be read.
+    """
+    error: Exception | None = None
+    arrays: list[jax.Array] = []
+    try:
+        arrays = _read(path, {leaf.path: leaf.abstract for leaf in leaves})
+    except Exception as caught:
+        error = caught
+    if not all_agree(error is None):
+        raise CheckpointError(f"{path} cannot be read: {_one_line(error)}") from error
+    return arrays
+
+
+def check_sums(path: epath.Path, meta: Meta, leaves: Sequence[CanonicalLeaf], sums: Any) -> None:
+    """Checks that leaves are what was saved.
+
+    Args:
+        path: The checkpoint's folder.
+        meta: Its description.
+        leaves: The leaves.
+        sums: Their checksums, uint32 ``[leaves, 2]``.
+
+    Raises:
+        CheckpointError: One does not match its checksum.
+    """
+    for leaf, found in zip(leaves, np.asarray(sums), strict=True):
+        if as_text(found) != meta.leaves[leaf.name]["sum"]:
+            raise CheckpointError(f"{path}: {leaf.name} does not match its checksum, its files were changed or damaged")
+
+
+def damage(path: epath.Path) -> Iterator[tuple[str, str | None]]:
+    """Reads every leaf of a checkpoint on one CPU device and says what is wrong with it, if anything.
+
+    Yields:
+        Name of a leaf, and what is wrong, or None.
+
+    Raises:
+        CheckpointError: See `read_meta`.
+    """
+    meta = read_meta(path)
+    device = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    check = jax.jit(checksum)
+    for name, stored in meta.leaves.items():
+        shape = jax.ShapeDtypeStruct(tuple(stored["shape"]), np.dtype(stored["dtype"]), sharding=device)
+        try:
+            (array,) = _read(path, {tuple(name.split("/")): shape})
+        except Exception as error:
+            yield name, f"cannot be read: {_one_line(error)}"
+            continue
+        yield name, None if as_text(check(array)) == stored["sum"] else "does not match its checksum"
+
+
+def _read(path: epath.Path, shapes: dict[tuple[str, ...], jax.ShapeDtypeStruct]) -> list[jax.Array]:
+    tree: dict[str, Any] = {}
+    for words, shape in shapes.items():
+        below = tree
+        for word in words[:-1]:
+            below = below.setdefault(word, {})
+        below[words[-1]] = shape
+    _hush()
+    with _silent_stragglers(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
+        found: Any = reader.restore(
+            path / STATE, args=ocp.args.PyTreeRestore(item=tree, restore_args=restore_args, partial_restore=True)
+        )
+    arrays = []
+    for words in shapes:
+        below = found
+        for word in words:
+            below = below[word]
+        arrays.append(below)
+    return arrays
+
+
+@contextmanager
+def _silent_stragglers():
+    """When one read fails, Orbax closes the event loop that the others still report to; that is nobody's problem."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    except BaseException:
+        time.sleep(0.5)  # until they have reported
+        raise
+    finally:
+        sys.unraisablehook = before
+
+
+def _one_line(error: Exception | None) -> str:
+    text = " ".join(str(error).split()) if error is not None else "another process could not"
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+class _NotOrbax(logging.Filter):
+    """Drops Orbax's own log lines: what matters is raised, and told in one line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname
+
+
+def _hush() -> None:
+    logger = logging.getLogger("absl")
+    if not any(isinstance(own, _NotOrbax) for own in logger.filters):
+        logger.addFilter(_NotOrbax())

@@ -1,0 +1,140 @@
+"""Numbers that go wrong: the policies, one by one and in whole runs whose data hold one poisoned window."""
+
+import json
+import math
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxpipe as jp
+from jaxpipe.train import NonFiniteError, load, train
+from jaxpipe.train.corpus import Segment
+from jaxpipe.train.data import Batches
+from jaxpipe.train.health import FEWEST, Health, RollBack
+from jaxpipe.train.model import gpt_model
+from jaxpipe.train.sections import HealthConfig
+
+POISON = 1
+"""A byte that makes the loss of its window nan."""
+CONFIG = """
+[model]
+num_layers = 1
+num_heads = 1
+d_model = 8
+
+[data]
+source = "text"
+train = ["{folder}/train.txt"]
+val = ["{folder}/val.txt"]
+
+[mesh]
+pipe = 1
+
+[schedule]
+name = "1f1b"
+microbatches = 1
+
+[train]
+steps = 8
+batch_size = 4
+seq_len = 8
+eval_every = 0
+eval_batches = 1
+log_every = 1
+out = "{folder}/run"
+
+[checkpoint]
+every_steps = 2
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Runs of 8 of an epoch's 16 batches, one of them poisoned."""
+    text = b"a" * 130 + bytes([POISON]) + b"a" * 382
+    (tmp_path / "train.txt").write_bytes(text)
+    (tmp_path / "val.txt").write_bytes(b"a" * 65)
+    (tmp_path / "run.toml").write_text(CONFIG.format(folder=tmp_path))
+    segment = Segment("train", np.frombuffer(text, np.uint8))
+
+    def bad_step(seed: int) -> int:
+        batches = Batches([segment], batch_size=4, seq_len=8, vocab_size=256, seed=seed)
+        return next(n + 1 for n in range(16) if (batches[n]["targets"] == POISON).any())
+
+    seed = next(seed for seed in range(100) if bad_step(seed) == 5)
+    return lambda *overrides: load(tmp_path / "run.toml", [f"train.seed={seed}", *overrides])
+
+
+def poisoned(config):
+    model = gpt_model(config.model)
+    head = model.head_loss
+
+    def apply(params, carry, mb, key):
+        loss, weight = head.apply(params, carry, mb, key)[:2]
+        return jnp.where((mb["targets"] == POISON).any(), jnp.nan, loss), weight
+
+    return replace(model, head_loss=jp.HeadLoss(head.init, apply))
+
+
+def events(result) -> list[tuple[int, str]]:
+    lines = [json.loads(line) for line in (result.out / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["event"]) for line in lines if "event" in line]
+
+
+def losses(result) -> list[int]:
+    lines = [json.loads(line) for line in (result.out / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if "loss" in line and "event" not in line]
+
+
+def test_skip_leaves_the_step_out_and_rollback_its_data(config):
+    run = config("health.nonfinite=skip")
+    skipped = train(run, model=poisoned(run))
+    bad = 5
+    assert events(skipped) == [(bad, "skipped")]
+    assert skipped.step == 8
+    assert losses(skipped) == [step for step in range(1, 9) if step != bad]
+
+    run = config("health.nonfinite=rollback", f"train.out={run.train.out}-back")
+    back = train(run, model=poisoned(run))
+    ((at, event),) = events(back)
+    assert event == "rolled back"
+    assert at < bad  # the newest that was on disk
+    assert back.step == 8
+    assert losses(back) == list(range(1, 9))
+
+    run = config(f"train.out={run.train.out}-stop")
+    with pytest.raises(NonFiniteError, match=f"loss is nan at step {bad}; last good: step {bad - 1}"):
+        train(run, model=poisoned(run))
+
+
+def test_a_policy_runs_out():
+    skips = Health(HealthConfig(nonfinite="skip", max_skips=2))
+    for step in (1, 2):
+        assert skips.is_bad(f"loss at step {step}", math.nan, "good")
+    with pytest.raises(NonFiniteError, match=r"^loss is nan at step 3; good; health\.max_skips=2 in a row are used up"):
+        skips.is_bad("loss at step 3", math.nan, "good")
+    back = Health(HealthConfig(nonfinite="rollback", max_rollbacks=1))
+    with pytest.raises(RollBack):
+        back.is_bad("grad_norm at step 1", math.inf, "good")
+    with pytest.raises(NonFiniteError, match=r"health\.max_rollbacks=1 are used up"):
+        back.is_bad("grad_norm at step 1", math.inf, "good")
+    with pytest.raises(NonFiniteError, match="validation loss is nan at step 4"):
+        skips.is_bad("validation loss at step 4", math.nan, "good")
+
+
+def test_good_steps_in_between_are_no_row_of_bad_ones():
+    health = Health(HealthConfig(nonfinite="skip", max_skips=1))
+    for _ in range(3):
+        assert health.is_bad("loss at step 1", math.nan, "good")
+        health.spike({"loss": 1.0})
+    assert health.skipped == 3
+
+
+def test_a_loss_that_jumps_is_a_spike():
+    health = Health(HealthConfig(spike=6.0))
+    falling = [5.0 - 0.01 * n for n in range(FEWEST + 20)]
+    assert [health.spike({"loss": loss}) for loss in falling] == [None] * len(falling)
+    assert health.spike({"loss": 9.0}) == pytest.approx(sum(falling) / len(falling))
+    assert Health(HealthConfig(spike=0.0)).spike({"loss": 9.0}) is None
