@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxpipe.errors import ConfigError
-from jaxpipe.runtime.mesh import simulate_devices
+from jaxpipe.runtime.mesh import AXES, simulate_devices
 from jaxpipe.runtime.state import StateLayout
 from jaxpipe.train import toml
 from jaxpipe.train.assemble import assemble
@@ -18,6 +18,7 @@ from jaxpipe.train.data import Batches
 from jaxpipe.train.meta import Meta
 from jaxpipe.train.model import gpt_model
 from jaxpipe.train.resume import Start, find, restore
+from jaxpipe.train.sections import MeshConfig
 from jaxpipe.train.store import read_meta
 from jaxpipe.train.terminal import Report, Silent
 
@@ -137,12 +138,12 @@ def config_of(meta: Meta, overrides: Sequence[str] = (), data: Sequence[str] = (
 
 def _fitting(config: Config, devices: int, report: Report) -> Config:
     """The config on a mesh that there is: its own, or else one device."""
-    sizes = [size for name, size in asdict(config.mesh).items() if name != "simulate"]
+    sizes = [getattr(config.mesh, axis) for axis in AXES]
     if math.prod(sizes) <= devices:
         return config
     report.note(f"devices    {math.prod(sizes)} are not there; measuring on one")
     try:
-        mesh = replace(config.mesh, **{name: 1 for name in asdict(config.mesh) if name != "simulate"})
+        mesh = MeshConfig(simulate=config.mesh.simulate)
         plain: Any = {"stages": "", "remat": "full", "packing": "auto", "memory": "ideal"}
         schedule = replace(config.schedule, name="1f1b", repeats=1, **plain)
         return replace(config, mesh=mesh, schedule=schedule)

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from jaxpipe.runtime.arithmetic import dot_flops
+from jaxpipe.runtime.mesh import batch_shards
 from jaxpipe.runtime.sequential import sequential
 
 PEAKS = {
@@ -44,7 +45,7 @@ def peak_steps_per_s(pipe: Any, batch: Any, dtype: str) -> float | None:
     peak = peak_flops(device.device_kind, dtype)
     if peak is None:
         return None
-    groups = pipe.schedule.microbatches * pipe.mesh.shape["data"]
+    groups = pipe.schedule.microbatches * batch_shards(pipe.mesh)
     model, key = sequential(pipe.model, groups), jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
     canonical = jax.eval_shape(model.init, key, shapes)

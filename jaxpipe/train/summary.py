@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from jaxpipe.runtime.options import relative_costs
 from jaxpipe.schedule import simulate
+from jaxpipe.schedule.costs import relative_costs
 
 
 @dataclass(frozen=True)
