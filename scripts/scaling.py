@@ -1,0 +1,174 @@
+"""Predicted step times of a 7 B and a 70 B model on more and more H100s, from the simulator; nothing is measured.
+
+    python scripts/scaling.py --out docs/images/scaling.png
+
+Tensor and pipe stay as they are and the axis `fsdp` grows. *Strong*: the batch stays, so that each pipeline has fewer
+microbatches. *Weak*: the batch grows with the devices. The assumptions are the constants below.
+"""
+
+import argparse
+from dataclasses import dataclass
+
+from jaxpipe.models.gpt_config import GPTConfig, flops_per_token, num_params
+from jaxpipe.schedule import Costs, build, simulate
+
+PEAK_FLOPS = 989e12  # bfloat16, dense, from the data sheet
+EFFICIENCY = 0.5  # share of it that matrix products of these sizes reach
+HBM_BYTES_PER_S = 3.35e12
+NVLINK_BYTES_PER_S = 450e9  # per direction and GPU, within a node of 8
+NETWORK_BYTES_PER_S = 50e9  # per direction and GPU, between nodes
+SEQ_LEN = 4096
+LLAMA = {"positions": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "bias": False, "tied": False}
+LLAMA |= {"vocab_size": 32000, "max_seq_len": SEQ_LEN, "dtype": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model and how it is cut; one sequence per microbatch, `remat="full"`.
+
+    Attributes:
+        name: For people.
+        config: The model.
+        pipe: P.
+        tensor: Devices per stage, within a node.
+        repeats: V of the interleaved schedule.
+        batch: Sequences per step, for strong scaling.
+        microbatches: M of every pipeline, for weak scaling.
+    """
+
+    name: str
+    config: GPTConfig
+    pipe: int
+    tensor: int
+    repeats: int
+    batch: int
+    microbatches: int
+
+    def step_s(self, fsdp: int, microbatches: int, schedule: str = "interleaved_1f1b") -> float:
+        """Seconds of one step: the schedule's makespan, and what comes before and after the loop."""
+        repeats = self.repeats if schedule == "interleaved_1f1b" else 1
+        built = build(schedule, devices=self.pipe, microbatches=microbatches, repeats=repeats)
+        return simulate(built, self.costs(repeats), runtime="lockstep_local").makespan + self.around_s(fsdp)
+
+    def costs(self, repeats: int) -> Costs:
+        """Seconds of the phases of one microbatch on one device of the pipe; sums over tensor hide behind nothing."""
+        c, shards = self.config, self.pipe * self.tensor
+        products = flops_per_token(c, SEQ_LEN) * SEQ_LEN / (shards * PEAK_FLOPS * EFFICIENCY)
+        carry = SEQ_LEN * c.d_model * 2
+        one_sum = 2 * (self.tensor - 1) / self.tensor * carry / NVLINK_BYTES_PER_S
+        sums = 2 * c.num_layers / self.pipe * one_sum
+        forward = products + sums
+        hop = repeats * carry / self.tensor / NETWORK_BYTES_PER_S
+        return Costs(forward=forward, backward_input=forward, backward_weight=products, recompute=forward, hop=hop)
+
+    def around_s(self, fsdp: int) -> float:
+        """Seconds to gather weights, scatter gradients and run Adam: once per step, hidden behind nothing."""
+        held = num_params(self.config) / (self.pipe * self.tensor)
+        moved = (fsdp - 1) / fsdp * held * (2 + 4) / NETWORK_BYTES_PER_S
+        return moved + 28 * held / fsdp / HBM_BYTES_PER_S
+
+    def flops(self, sequences: int) -> float:
+        """Operations that the model needs for a step."""
+        return 3 * flops_per_token(self.config, SEQ_LEN) * SEQ_LEN * sequences
+
+
+SETUPS = [
+    Setup(
+        "7 B",
+        GPTConfig(num_layers=32, num_heads=32, d_model=4096, d_ff=11008, **LLAMA),
+        pipe=4,
+        tensor=2,
+        repeats=4,
+        batch=1024,
+        microbatches=32,
+    ),
+    Setup(
+        "70 B",
+        GPTConfig(num_layers=80, num_heads=64, d_model=8192, d_ff=24576, **LLAMA),
+        pipe=8,
+        tensor=8,
+        repeats=5,
+        batch=1024,
+        microbatches=64,
+    ),
+]
+FSDP = (1, 2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: step seconds and the share of all devices' peak that the model gets."""
+
+    model: str
+    scaling: str
+    devices: int
+    microbatches: int
+    one_f_one_b_s: float
+    interleaved_s: float
+    utilization: float
+
+
+def rows() -> list[Row]:
+    """All of them."""
+    found = []
+    for setup in SETUPS:
+        for scaling in ("strong", "weak"):
+            for fsdp in FSDP:
+                microbatches = setup.batch // fsdp if scaling == "strong" else setup.microbatches
+                devices = setup.pipe * setup.tensor * fsdp
+                plain, interleaved = (setup.step_s(fsdp, microbatches, name) for name in ("1f1b", "interleaved_1f1b"))
+                share = setup.flops(microbatches * fsdp) / (interleaved * devices * PEAK_FLOPS)
+                found.append(Row(setup.name, scaling, devices, microbatches, plain, interleaved, share))
+    return found
+
+
+def table(found: list[Row]) -> str:
+    """As markdown."""
+    head = "| model | scaling | devices | microbatches | 1f1b s | interleaved s | of peak |\n" + "|---" * 7 + "|"
+    lines = [
+        f"| {r.model} | {r.scaling} | {r.devices} | {r.microbatches} | {r.one_f_one_b_s:.2f} | {r.interleaved_s:.2f} | "
+        f"{r.utilization:.0%} |"
+        for r in found
+    ]
+    return "\n".join([head, *lines])
+
+
+def draw(found: list[Row], out: str) -> None:
+    """Step time against devices: strong scaling left, logarithmic, and weak right."""
+    from matplotlib.figure import Figure  # the extra viz
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for axis, scaling in zip(axes, ("strong", "weak"), strict=True):
+        for setup, color in zip(SETUPS, ("tab:blue", "tab:orange"), strict=True):
+            own = [row for row in found if (row.model, row.scaling) == (setup.name, scaling)]
+            devices = [row.devices for row in own]
+            first = own[0].interleaved_s
+            ideal = [first * devices[0] / n if scaling == "strong" else first for n in devices]
+            axis.plot(devices, [r.interleaved_s for r in own], "o-", color=color, label=f"{setup.name}, interleaved")
+            axis.plot(devices, [r.one_f_one_b_s for r in own], "s--", color=color, label=f"{setup.name}, 1f1b", ms=4)
+            axis.plot(devices, ideal, ":", color="gray", label="ideal" if setup is SETUPS[-1] else None)
+        axis.set(xscale="log", xlabel="H100s", title=f"{scaling} scaling")
+        if scaling == "strong":
+            axis.set(yscale="log", ylabel="predicted seconds per step")
+        else:
+            axis.set(ylim=(0, None))
+        axis.set_xticks([8, 32, 128, 512, 2048], ["8", "32", "128", "512", "2048"])
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(out, dpi=120, metadata={"Software": None})
+
+
+def main():
+    """Prints the table and draws it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", help="a picture to draw, .png or .svg")
+    args = parser.parse_args()
+    found = rows()
+    print(table(found))
+    if args.out:
+        draw(found, args.out)
+
+
+if __name__ == "__main__":
+    main()
