@@ -8,6 +8,7 @@ microbatches. *Weak*: the batch grows with the devices. The assumptions are the 
 
 import argparse
 from dataclasses import dataclass
+from typing import Any
 
 from jaxpipe.models.gpt_config import GPTConfig, flops_per_token, num_params
 from jaxpipe.schedule import Costs, build, simulate
@@ -18,7 +19,7 @@ HBM_BYTES_PER_S = 3.35e12
 NVLINK_BYTES_PER_S = 450e9  # per direction and GPU, within a node of 8
 NETWORK_BYTES_PER_S = 50e9  # per direction and GPU, between nodes
 SEQ_LEN = 4096
-LLAMA = {"positions": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "bias": False, "tied": False}
+LLAMA: Any = {"positions": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "bias": False, "tied": False}
 LLAMA |= {"vocab_size": 32000, "max_seq_len": SEQ_LEN, "dtype": "bfloat16"}
 
 

@@ -20,7 +20,7 @@ TENSOR = "tensor"
 
 def cut(value: jax.Array, dim: int) -> nnx.Param:
     """A parameter with an annotation: it may be cut over `TENSOR` in this dim."""
-    names = [None] * value.ndim
+    names: list[str | None] = [None] * value.ndim
     names[dim] = TENSOR
     return nnx.Param(value, out_sharding=tuple(names), eager_sharding=False)
 

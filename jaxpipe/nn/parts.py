@@ -13,13 +13,12 @@ from jaxpipe.runtime.tree import Tree
 
 
 class Part(Protocol):
-    """One module as two functions, and how its parameters may be cut.
+    """One module as two functions, and how its parameters may be cut."""
 
-    Attributes:
-        specs: Partition specs over the mesh axis `tensor`, see `jaxpipe.runtime.model.Model`.
-    """
-
-    specs: Specs
+    @property
+    def specs(self) -> Specs:
+        """Partition specs over the mesh axis `tensor`, see `jaxpipe.runtime.model.Model`."""
+        ...
 
     def init(self, key: Any, *inputs: Tree) -> dict[str, Any]:
         """The parameters of a new module, as nested dicts with string keys."""

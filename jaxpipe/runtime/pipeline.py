@@ -241,7 +241,8 @@ class Pipeline:
             raise ConfigError(
                 f"batch leaves have leading sizes {sorted(map(str, sizes))} but must share one; try [B, …]"
             )
-        rows, groups = sizes.pop(), self.schedule.microbatches * batch_shards(self.mesh)
+        rows: Any = sizes.pop()
+        groups = self.schedule.microbatches * batch_shards(self.mesh)
         if rows % groups or not rows:
             near = max(groups, round(rows / groups) * groups)
             raise ConfigError(

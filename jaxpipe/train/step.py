@@ -87,7 +87,7 @@ def make_train_step(
     rest_alike = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jax.jit(train_step, donate_argnums=0, out_shardings=(rest_alike, None)).lower(state, batch).compile()
     if pipe.mesh.shape.get(TENSOR, 1) > 1:
-        check_meetings(step.as_text())
+        check_meetings(step.as_text() or "")
     return step
 
 

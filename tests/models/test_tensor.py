@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,17 +21,24 @@ from jaxpipe.schedule import build
 from jaxpipe.train.model import encdec_model, gpt_model
 
 ROWS, LENGTH, MICROBATCHES = 2, 8, 2
-SIZES = {"vocab_size": 32, "max_seq_len": LENGTH, "num_layers": 2, "num_heads": 4, "d_model": 16}
-LLAMA = {"positions": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "bias": False, "tied": False}
-T5 = {"vocab_size": 32, "num_encoder_layers": 1, "num_decoder_layers": 1, "num_heads": 2, "d_model": 16, "d_ff": 24}
+SIZES: Any = {"vocab_size": 32, "max_seq_len": LENGTH, "num_layers": 2, "num_heads": 4, "d_model": 16}
+LLAMA: Any = {"positions": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "bias": False, "tied": False}
+T5: Any = {
+    "vocab_size": 32,
+    "num_encoder_layers": 1,
+    "num_decoder_layers": 1,
+    "num_heads": 2,
+    "d_model": 16,
+    "d_ff": 24,
+}
 
 MODELS = {
     "gpt": lambda: gpt_model(GPTConfig(**SIZES, dropout=0.1)),
     "llama": lambda: gpt_model(GPTConfig(**SIZES, **LLAMA)),
     "moe": lambda: gpt_model(GPTConfig(**SIZES, num_experts=4, experts_per_token=2)),
-    "encdec": lambda: encdec_model(EncDecConfig(**T5, head_dim=8)),
+    "encdec": lambda: encdec_model(EncDecConfig(**T5, head_dim=8, d_ff=24)),
 }
-CASES = {
+CASES: Any = {
     # model, mesh, sequence cut, schedule, repeats, remat, head
     "gpt": ("gpt", (2, 1, 2, 2), False, "1f1b", 1, "none", "last"),
     "gpt, sequence cut": ("gpt", (2, 1, 1, 4), True, "1f1b", 1, "none", "last"),

@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import Any
 
 import h100
 import jax
@@ -11,7 +12,7 @@ from hlo import hops, loop_bodies
 
 pytestmark = h100.MARKS
 
-CASES = {
+CASES: Any = {
     "data": ("1f1b", 1, {"remat": "none", "axes": {"data": 2, "tensor": 2}}),
     "fsdp": ("interleaved_1f1b", 2, {"remat": "full", "axes": {"fsdp": 2, "tensor": 2}, "blocks": 1}),
 }

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpipe.runtime.sizes import memory_of
 
-CASES = {
+CASES: Any = {
     # pipe, data, fsdp, tensor: schedule, repeats, microbatches, remat, dropout, tied, shard
     (2, 2, 2, 1): ("1f1b", 1, 4, "full", 0.25, True, "params"),
     (2, 1, 2, 2): ("1f1b", 1, 3, "none", 0.25, False, "optimizer"),
