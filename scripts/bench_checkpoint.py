@@ -69,7 +69,7 @@ def main() -> None:
 def measure(config: Config, folder: Path, saves: int) -> dict[str, float]:
     """Medians over some saves, in seconds."""
     run = assemble(config)
-    tx, batch = run.pipe.optimizer(adamw(config.optim, steps=100)), run.put(run.train[0])
+    tx, batch = run.pipe.optimizer(adamw(config.optim, steps=100)), run.put(run.train, 0)
     state = init_state(run.pipe, tx, jax.random.key(0), batch)
     rate = learning_rate(config.optim, steps=100)
     step = make_train_step(run.pipe, tx, state, batch, rate, None)

@@ -177,7 +177,7 @@ def _block(block: BlockShape, shape: ModelShape, device: DeviceSpec, rows: int, 
         times=times,
         residual_bytes={"full": 0.0, "none": keeps, "all": everything},
         weight_residual_bytes={"full": gradients + inputs_again, "none": gradients, "all": gradients},
-        # [3] What XLA allots on CPUs for blocks of several shapes, rounded; GPUs take no more.
+        # [3] What XLA allots on CPUs for blocks of several shapes, rounded; not compared with GPUs yet.
         working_bytes={"full": 18 * unit + 2 * scores, "none": 13 * unit + 2 * scores, "all": 10 * unit + scores},
         split_working_bytes={"full": 10 * unit + 2 * scores, "none": 6 * unit + 2 * scores, "all": 6 * unit + scores},
         params=params,

@@ -163,8 +163,6 @@ def ask(
     """
     shape = gpt_shape(config.model, config.train.seq_len)
     space = space or Space()
-    if not HAS_FSDP:
-        space = replace(space, fsdp=(1,))
     if config.schedule.scan_blocks:
         space = replace(space, schedules=[name for name in space.schedules if name not in SPLIT])
     return Problem(
@@ -181,7 +179,7 @@ def planned(config: Config, plan: Plan) -> Config:
     """The config with a plan put in."""
     o = plan.option
     even = len(set(plan.counts)) == 1
-    mesh = {"pipe": o.pipe, "data": o.data, "tensor": o.tensor} | ({"fsdp": o.fsdp} if HAS_FSDP else {})
+    mesh = {"pipe": o.pipe, "data": o.data, "fsdp": o.fsdp, "tensor": o.tensor}
     simulate = o.pipe * o.data * o.fsdp * o.tensor if config.mesh.simulate else 0
     return replace(
         config,
@@ -198,10 +196,6 @@ def planned(config: Config, plan: Plan) -> Config:
         ),
         train=replace(config.train, batch_size=plan.batch),
     )
-
-
-HAS_FSDP = "fsdp" in {field.name for field in dataclasses.fields(MeshConfig)}
-"""Whether a run can spread its weights over a mesh axis of their own."""
 
 
 @dataclass(frozen=True)
