@@ -87,8 +87,17 @@ def run(options: argparse.Namespace) -> int:
     if suffix is not None:
         _write(Path(options.out), suffix, config, answer, (parts, changes))
         if not options.json:
-            print(f"\nwrote {options.out}" + (f"; jaxpipe train {options.out} runs it" if suffix == ".toml" else ""))
+            print(f"\nwrote {options.out}" + (f"; {_command(options)}" if suffix == ".toml" else ""))
     return 0
+
+
+def _command(options: argparse.Namespace) -> str:
+    """What runs the plan; one for an earlier run goes on from its newest checkpoint, in a folder of its own."""
+    if options.source is None:
+        return f"jaxpipe train {options.out} runs it"
+    folder = Path(options.source)
+    own = folder.with_name(f"{folder.name}-on-{options.devices}")
+    return f"jaxpipe train {options.out} resume={folder} train.out={own} goes on with it"
 
 
 def _check(options: argparse.Namespace) -> str | None:
