@@ -19,11 +19,11 @@ def check_meetings(text: str) -> None:
         text: Optimized HLO of a step, as ``compiled.as_text()`` gives it.
     """
     parts = computations(text)
-    for lines in parts.values():
-        if not any(" collective-permute" in line and "/ppermute" in line for line in lines):
-            continue  # not the body of a loop that hops
-        for lane in (lane for line in lines for lane in _lanes(line)):
-            if made := _permute(parts, lane):
+    hopping = {name for name, lines in parts.items() if any("/ppermute" in line for line in lines)}
+    for line in (line for name in hopping for line in parts[name]):
+        for lane in _lanes(line):
+            # A loop of one turn is laid open, so that the next loop stands beside its hops: that is no lane.
+            if lane not in hopping and (made := _permute(parts, lane)):
                 raise PartitionError(
                     f"{made!r} in a lane that not all devices run moves data that is cut over 'tensor' between them, "
                     "so the program would hang; try other specs (fused columns in runs of whole heads), no carry_spec, "

@@ -13,10 +13,9 @@ from hlo import hlo_text, loop_bodies
 from jax.sharding import PartitionSpec
 
 import jaxpipe as jp
-from jaxpipe.errors import ConfigError, PartitionError
+from jaxpipe.errors import ConfigError
 from jaxpipe.models.encdec_config import EncDecConfig
 from jaxpipe.models.gpt import GPTConfig
-from jaxpipe.runtime.meeting import check_meetings
 from jaxpipe.schedule import build
 from jaxpipe.train.model import encdec_model, gpt_model
 
@@ -35,13 +34,13 @@ T5: Any = {
 MODELS = {
     "gpt": lambda: gpt_model(GPTConfig(**SIZES, dropout=0.1)),
     "llama": lambda: gpt_model(GPTConfig(**SIZES, **LLAMA)),
-    "moe": lambda: gpt_model(GPTConfig(**SIZES, num_experts=4, experts_per_token=2)),
+    "moe": lambda: gpt_model(GPTConfig(**SIZES, num_experts=4, experts_per_token=2, moe_every=1)),
     "encdec": lambda: encdec_model(EncDecConfig(**T5, head_dim=8, d_ff=24)),
 }
 CASES: Any = {
     # model, mesh, sequence cut, schedule, repeats, remat, head
     "gpt": ("gpt", (2, 1, 2, 2), False, "1f1b", 1, "none", "last"),
-    "gpt, sequence cut": ("gpt", (2, 1, 1, 4), True, "1f1b", 1, "none", "last"),
+    "gpt, sequence cut": ("gpt", (2, 1, 1, 2), True, "1f1b", 1, "none", "last"),
     "llama, cut vocabulary": ("llama", (2, 1, 2, 2), False, "1f1b", 1, "full", "vocab_parallel"),
     "moe": ("moe", (2, 1, 1, 2), False, "1f1b", 1, "full", "last"),
     "encdec": ("encdec", (2, 1, 1, 2), False, "1f1b", 1, "full", "last"),
@@ -94,7 +93,7 @@ def test_the_loop_holds_megatrons_collectives(step):
             continue
         # Work of the model's two ends is marked by what it does; blocks have products only.
         where = re.search(r'op_name="([^"]*)"', line)
-        at_end = where and re.search(r"take|vd|reduce|scatter-add|sharding_constraint", where[1])
+        at_end = where and re.search(r"take|vd|reduce|scatter-add", where[1])
         width = f"{ROWS},{LENGTH},{SIZES['d_model']}"
         if operation[1] == "collective-permute":
             found["hop"] += 1
@@ -104,7 +103,7 @@ def test_the_loop_holds_megatrons_collectives(step):
     if "cut" not in name:
         assert found == {"hop": 2, "all-reduce": 4}  # two forward, two backward
     else:  # each becomes a gather before and a scattered sum after; the backward gathers the inputs again for weights
-        assert found["all-gather"] == 2 + 2 + 2
+        assert found["all-gather"] == 2 + 2 + 2 + 2  # and for head and embedding, which see whole sequences
         assert found["all-reduce"] + found["reduce-scatter"] in (3, 4)  # one may be combined with sums for norms
 
 
@@ -113,14 +112,3 @@ def test_heads_that_tensor_does_not_divide():
     with pytest.raises(ConfigError) as error:
         jp.Pipeline(gpt_model(GPTConfig(**SIZES | {"num_heads": 4})), schedule=schedule, mesh=mesh)
     assert str(error.value) == "num_heads=4 must be divisible by mesh.tensor=8; try mesh.tensor=4"
-
-
-def test_a_permute_in_a_lane_is_found_before_it_hangs():
-    """An encoder-decoder whose sequences are cut: its relative positions are turned by slices."""
-    model = replace(MODELS["encdec"](), carry_spec=PartitionSpec(None, "tensor"))
-    pipe = jp.Pipeline(model, schedule=build("1f1b", devices=2, microbatches=2), mesh=jp.make_mesh(2, tensor=2))
-    batch = batch_of(4)
-    params = jax.eval_shape(pipe.init, jax.random.key(0), batch)
-    compiled = jax.jit(pipe.value_and_grad, compiler_options=QUICK).lower(params, batch).compile()
-    with pytest.raises(PartitionError, match="in a lane that not all devices run moves data that is cut over 'tensor'"):
-        check_meetings(hlo_text(compiled))
