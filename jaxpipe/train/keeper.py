@@ -4,10 +4,8 @@ A save that fails never ends the training: it is told, and tried again. Only the
 state is safe.
 """
 
-import gc
 import math
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +18,7 @@ from jaxpipe.runtime.state import CanonicalLeaf, StateLayout
 from jaxpipe.train.agree import first_says
 from jaxpipe.train.meta import Meta
 from jaxpipe.train.sections import CheckpointConfig
-from jaxpipe.train.store import Store
+from jaxpipe.train.store import Store, forget_failures
 from jaxpipe.train.terminal import Report
 
 RETRY_S = 30.0
@@ -116,7 +114,7 @@ class Keeper:
         else:
             self.stall_s.append(time.perf_counter() - start)
             return
-        _forget_failures()
+        forget_failures()
 
     def poll(self) -> None:
         """Looks whether the save in the background has ended, without waiting for it."""
@@ -165,7 +163,7 @@ class Keeper:
         else:
             self.safe = step
             return
-        _forget_failures()
+        forget_failures()
 
     def _failed(self, step: int, error: Exception) -> None:
         self._retry_at = time.monotonic() + RETRY_S
@@ -197,13 +195,6 @@ def stale(val_loss: dict[int, float], keep: int, keep_best: int) -> list[int]:
     measured = [step for step in val_loss if math.isfinite(val_loss[step])]
     best = sorted(measured, key=lambda step: (val_loss[step], -step))[:keep_best]
     return sorted(set(val_loss) - set(sorted(val_loss)[-keep:]) - set(best))
-
-
-def _forget_failures() -> None:
-    """Lets go of what a failed save left behind, whose coroutines warn that nobody ran them."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
-        gc.collect()
 
 
 def _entry(leaf: CanonicalLeaf, sums: Any) -> dict[str, Any]:

@@ -5,11 +5,15 @@
 killed leaves nothing that looks like a checkpoint; checksums in ``meta`` tell what changed afterwards.
 """
 
+import gc
+import inspect
 import json
 import logging
+import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -77,7 +81,7 @@ class Store:
                 below = below.setdefault(word, {})
             below[leaf.path[-1]] = array
         self._open().save(
-            self.at(step),
+            _absolute(self.at(step)),
             force=True,
             args=ocp.args.Composite(**{STATE: ocp.args.PyTreeSave(tree), META: ocp.args.JsonSave(meta.to_json())}),
         )
@@ -205,14 +209,14 @@ def read_leaves(path: epath.Path, leaves: Sequence[CanonicalLeaf]) -> list[jax.A
     Raises:
         CheckpointError: A leaf cannot be read.
     """
-    error: Exception | None = None
-    arrays: list[jax.Array] = []
+    wrong, arrays = None, []
     try:
         arrays = _read(path, {leaf.path: leaf.abstract for leaf in leaves})
-    except Exception as caught:
-        error = caught
-    if not all_agree(error is None):
-        raise CheckpointError(f"{path} cannot be read: {_one_line(error)}") from error
+    except Exception as error:
+        wrong = _one_line(error)
+    if not all_agree(wrong is None):
+        forget_failures()
+        raise CheckpointError(f"{path} cannot be read: {wrong or 'another process failed'}")
     return arrays
 
 
@@ -247,12 +251,23 @@ def damage(path: epath.Path) -> Iterator[tuple[str, str | None]]:
     check = jax.jit(checksum)
     for name, stored in meta.leaves.items():
         shape = jax.ShapeDtypeStruct(tuple(stored["shape"]), np.dtype(stored["dtype"]), sharding=device)
+        wrong = None
         try:
             (array,) = _read(path, {tuple(name.split("/")): shape})
+            if as_text(check(array)) != stored["sum"]:
+                wrong = "does not match its checksum"
         except Exception as error:
-            yield name, f"cannot be read: {_one_line(error)}"
-            continue
-        yield name, None if as_text(check(array)) == stored["sum"] else "does not match its checksum"
+            wrong = f"cannot be read: {_one_line(error)}"
+        if wrong:
+            forget_failures()
+        yield name, wrong
+
+
+def forget_failures() -> None:
+    """Lets go of what a failed save or read left behind, whose coroutines warn that nobody ran them."""
+    with _silent_stragglers(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
+        gc.collect()
 
 
 def _read(path: epath.Path, shapes: dict[tuple[str, ...], jax.ShapeDtypeStruct]) -> list[jax.Array]:
@@ -265,9 +280,8 @@ def _read(path: epath.Path, shapes: dict[tuple[str, ...], jax.ShapeDtypeStruct])
     _hush()
     with _silent_stragglers(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
-        found: Any = reader.restore(
-            path / STATE, args=ocp.args.PyTreeRestore(item=tree, restore_args=restore_args, partial_restore=True)
-        )
+        what = ocp.args.PyTreeRestore(item=tree, restore_args=restore_args, partial_restore=True)
+        found: Any = reader.restore(_absolute(path) / STATE, args=what)
     arrays = []
     for words in shapes:
         below = found
@@ -277,13 +291,18 @@ def _read(path: epath.Path, shapes: dict[tuple[str, ...], jax.ShapeDtypeStruct])
     return arrays
 
 
+def _absolute(path: epath.Path) -> epath.Path:
+    """The path as Orbax asks for it."""
+    return path if "://" in str(path) else epath.Path(os.path.abspath(path))
+
+
 @contextmanager
 def _silent_stragglers():
-    """When one read fails, Orbax closes the event loop that the others still report to; that is nobody's problem."""
+    """When one read fails, Orbax closes the event loop that the others still report to; nobody needs them any more."""
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+        if str(unraisable.exc_value) != "Event loop is closed" and not inspect.iscoroutine(unraisable.object):
             before(unraisable)
 
     sys.unraisablehook = hook
@@ -296,8 +315,8 @@ def _silent_stragglers():
         sys.unraisablehook = before
 
 
-def _one_line(error: Exception | None) -> str:
-    text = " ".join(str(error).split()) if error is not None else "another process could not"
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
