@@ -374,7 +374,7 @@ def test_two_processes_learn_what_one_does(folder):
     done = subprocess.run([*launch, *words], capture_output=True, text=True, env=environment(4), timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert "[0] devices    8 × CPU, pipe=4 × data=2 × tensor=1 in 2 processes" in lines
+    assert "[0] devices    8 × CPU, pipe=4 × data=2 × fsdp=1 × tensor=1 in 2 processes" in lines
     assert [line for line in lines if line.startswith("[1]")] == []
     one = train(load("small.toml", ["train.out=one"]))
     assert losses(folder / "two") == pytest.approx(losses(one.out), rel=2e-6)
