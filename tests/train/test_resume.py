@@ -150,7 +150,7 @@ MESHES = {
 """Meshes that hold the state of a checkpoint of P=4, V=2: one line is one case."""
 RUNS = {
     "P=2": ("mesh.pipe=2", "schedule.repeats=1"),
-    "data=2 pipe=2": ("mesh.pipe=2", "mesh.data=2", "schedule.microbatches=2"),
+    "data=2 pipe=2 tensor=2": ("mesh.pipe=2", "mesh.data=2", "mesh.tensor=2", "schedule.microbatches=2"),
 }
 """Meshes that go on with the run; row groups have 2 rows in all, so that dropout draws the same."""
 
