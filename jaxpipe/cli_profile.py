@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     from jaxpipe.train import load
     from jaxpipe.train.bench.memory import keep_freed_memory
     from jaxpipe.train.planning import present_device
-    from jaxpipe.train.profile import profile
+    from jaxpipe.train.profiling import profile
 
     config = load(options.config, options.overrides)
     if config.mesh.simulate:

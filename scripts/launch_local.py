@@ -16,9 +16,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable, Iterator
 
 WORST_LAST = (0, 3, 2, 1)
 """Done, stopped early, bad input, failed; anything else, such as death by a signal, is worse."""
+GLOO = ("[Gloo] Rank ", " is connected to ", " peer ranks. ", "Expected number of connected peer ranks is : ")
+"""The pieces of a message, with numbers between them."""
 GRACE_S = 20.0
 """How long the others have to end when one has failed."""
 
@@ -84,14 +87,30 @@ def _start(options: argparse.Namespace, number: int, port: int) -> subprocess.Po
 def _pass_on_output(number: int, process: subprocess.Popen) -> threading.Thread:
     def pass_on() -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            if not line.startswith("[Gloo] Rank "):  # one per device and collective, and nothing is wrong
-                sys.stdout.write(f"[{number}] {line}")
-                sys.stdout.flush()
+        for line in without_gloo(process.stdout):
+            sys.stdout.write(f"[{number}] {line}")
+            sys.stdout.flush()
 
     reader = threading.Thread(target=pass_on, daemon=True)
     reader.start()
     return reader
+
+
+def without_gloo(lines: Iterable[str]) -> Iterator[str]:
+    """Lines without those in which Gloo says who is connected: one per device and collective, and nothing is wrong.
+
+    Its threads write piece by piece, so that a message may end in a later line than it begins in.
+    """
+    open_ends = 0
+    for line in lines:
+        begun = line.count(GLOO[0])
+        if begun or (open_ends and any(piece in line for piece in GLOO)) or (open_ends and line.strip().isdigit()):
+            open_ends += begun - 1
+            for piece in GLOO:
+                line = line.replace(piece, "")
+            if not line.strip() or line.strip().isdigit():
+                continue
+        yield line
 
 
 def _wait(processes: list[subprocess.Popen]) -> int:

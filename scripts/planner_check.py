@@ -5,7 +5,7 @@
     python scripts/planner_check.py --ranking           # is the predicted best of ten among the measured best three?
     python scripts/planner_check.py --json
 
-First one block of each kind is timed (`jaxpipe.train.profile`), then every case is predicted, compiled and timed.
+First one block of each kind is timed (`jaxpipe.train.profiling`), then every case is predicted, compiled and timed.
 Devices share this machine's cores: with P = 4 on 2 cores a tick takes half of all its work. Run it on a quiet machine.
 """
 
@@ -28,14 +28,15 @@ from jaxpipe.runtime.sizes import memory_of
 from jaxpipe.schedule import build
 from jaxpipe.train import toml
 from jaxpipe.train.bench import num_cores
+from jaxpipe.train.bench.case import DEFAULT
 from jaxpipe.train.bench.memory import keep_freed_memory
 from jaxpipe.train.config import SCHEMA, Config, from_tables
 from jaxpipe.train.model import gpt_model
 from jaxpipe.train.planning import ask
-from jaxpipe.train.profile import Profile, profile
+from jaxpipe.train.profile import Profile
+from jaxpipe.train.profiling import profile
 
-MODEL: dict[str, dict[str, Any]] = {
-    "model": {"vocab_size": 256, "num_layers": 8, "num_heads": 4, "d_model": 256, "tied": False},
+MODEL: dict[str, dict[str, Any]] = DEFAULT | {
     "schedule": {"microbatches": 8},
     "train": {"seq_len": 128, "batch_size": 16},
 }

@@ -1,8 +1,9 @@
 """How to split, schedule and spread a model over given devices, and what it takes. Imports neither jax nor numpy."""
 
+from jaxpipe.plan.chain import Chain
 from jaxpipe.plan.cost import BlockCost, LaneTimes, ModelCosts, analytic
 from jaxpipe.plan.device import DEVICES, DeviceSpec, find_device
-from jaxpipe.plan.partition import Chain, Partition, partition
+from jaxpipe.plan.partition import Partition, partition
 from jaxpipe.plan.problem import Option, Plan, Problem, Space
 from jaxpipe.plan.search import Answer, Rejection, search
 from jaxpipe.plan.shape import Attention, BlockShape, Mlp, ModelShape

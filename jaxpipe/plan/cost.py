@@ -4,7 +4,7 @@
 
     analytic   counted here, from a `ModelShape` and a `DeviceSpec`
     compiled   the operations and bytes that XLA finds in one block (`jaxpipe.train.compiled`)
-    measured   one block of each kind timed on a device (`jaxpipe.train.profile`)
+    measured   one block of each kind timed on a device (`jaxpipe.train.profiling`)
 
 The analytic time of a part is the sum of three: its matrix products at `DeviceSpec.flops_per_s`, or the time to read
 and write their operands if that is longer; its elementwise work at the memory's bandwidth; and, where `tensor` devices

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from jaxpipe.plan.evaluate import SPLIT, ends_of, times_of
+from jaxpipe.plan.price import SPLIT, ends_of, times_of
 from jaxpipe.plan.problem import Plan, Problem
 from jaxpipe.plan.search import search
 

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 
 from jaxpipe.errors import PartitionError
+from jaxpipe.plan.bounds import bound, least_memory, least_s
 from jaxpipe.plan.cost import ModelCosts
-from jaxpipe.plan.evaluate import SPLIT, bound, least_memory, least_s, plans
+from jaxpipe.plan.evaluate import plans
 from jaxpipe.plan.memory import Memory
+from jaxpipe.plan.price import SPLIT
 from jaxpipe.plan.problem import Option, Plan, Problem
 from jaxpipe.schedule.catalog import CATALOG
 

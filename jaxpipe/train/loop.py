@@ -25,21 +25,19 @@ from jaxpipe.train.folder import RunFolder
 from jaxpipe.train.health import Health, NonFiniteError, RollBack
 from jaxpipe.train.keeper import Keeper
 from jaxpipe.train.meta import Meta
-from jaxpipe.train.metrics import MetricsLog, plot_loss
-from jaxpipe.train.model import gpt_logits
+from jaxpipe.train.metrics import MetricsLog
 from jaxpipe.train.optim import adamw, learning_rate
 from jaxpipe.train.peak import peak_steps_per_s
 from jaxpipe.train.predict import Beside
 from jaxpipe.train.processes.crew import Crew
-from jaxpipe.train.processes.share import check_crew, here
-from jaxpipe.train.report_page import write_page
+from jaxpipe.train.processes.share import check_crew
+from jaxpipe.train.products import draw, sample_text
 from jaxpipe.train.resume import Start, check_data, check_start, choose, compare, restore
-from jaxpipe.train.sample import continue_tokens
 from jaxpipe.train.signals import StopSignal
 from jaxpipe.train.sinks import check_sinks, open_sinks
-from jaxpipe.train.step import TrainState, init_state, make_eval_step, make_train_step
+from jaxpipe.train.step import init_state, make_eval_step, make_train_step
 from jaxpipe.train.store import Store
-from jaxpipe.train.summary import Summary, summarize
+from jaxpipe.train.summary import summarize
 from jaxpipe.train.terminal import Report, Silent
 from jaxpipe.train.track import Track
 from jaxpipe.train.watchdog import Heartbeat, Watchdog
@@ -144,7 +142,7 @@ def train(
         log.close()
         store.close()
         if lead:
-            _draw(run, log, folder, report, summary)
+            draw(run, log, folder, report, summary)
 
 
 class _Training:
@@ -203,8 +201,8 @@ class _Training:
         if config.checkpoint.enabled:
             self._heart = Heartbeat(folder.heartbeat)
             self._heart.beat(self.step, now=True)
-            key = [int(word) for word in np.asarray(jax.random.key_data(root))]
-            self.keeper = Keeper(store, config.checkpoint, self.layout, self._describe(key), report)
+            self._key = [int(word) for word in np.asarray(jax.random.key_data(root))]
+            self.keeper = Keeper(store, config.checkpoint, self.layout, self._describe, report)
             self.keeper.begin(self.step, start.own)
 
     def go(self) -> Result:
@@ -229,7 +227,7 @@ class _Training:
         saved = keeper.finish(self.state, self.step, self.row) if keeper else None
         sample = None
         if config.sample.length and not self.stop.reached(self.step):
-            sample = _sample(self.run, self.state, self.sample_key)
+            sample = sample_text(self.run, self.state, self.sample_key)
             self.folder.sample.write_text(sample, encoding="utf-8")
         return Result(
             step=self.step,
@@ -332,27 +330,22 @@ class _Training:
         self.report.note(f"rolled     back to step {self.step}, {skipped}: {reason}")
         self.track.restart_clock()
 
-    def _describe(self, key: list[int]):
-        """What checkpoints of this run say about themselves."""
-        run = self.run
-        config = {section: _plain(table) for section, table in asdict(run.config).items()}
-
-        def describe(step: int, row: int, leaves: dict) -> Meta:
-            return Meta(
-                step=step,
-                row=row,
-                time=time.time(),
-                loss=self.track.last.get("loss"),
-                val_loss=None if np.isnan(self.track.val_loss) else self.track.val_loss,
-                key=key,
-                data=self._data,
-                config=config,
-                mesh={name: int(size) for name, size in run.pipe.mesh.shape.items()},
-                schedule=f"{run.config.schedule.name} V={run.pipe.schedule.repeats} M={run.pipe.schedule.microbatches}",
-                leaves=leaves,
-            )
-
-        return describe
+    def _describe(self, step: int, row: int, leaves: dict[str, dict[str, Any]]) -> Meta:
+        """What a checkpoint of this run says about itself."""
+        config, schedule = self.run.config, self.run.pipe.schedule
+        return Meta(
+            step=step,
+            row=row,
+            time=time.time(),
+            loss=self.track.last.get("loss"),
+            val_loss=None if np.isnan(self.track.val_loss) else self.track.val_loss,
+            key=self._key,
+            data=self._data,
+            config={section: _plain(table) for section, table in asdict(config).items()},
+            mesh={name: int(size) for name, size in self.run.pipe.mesh.shape.items()},
+            schedule=f"{config.schedule.name} V={schedule.repeats} M={schedule.microbatches}",
+            leaves=leaves,
+        )
 
     def _compile(self, optimizer, init_key, dropout_key):
         """Draws the weights and compiles the two programs of the run, so that no step's time holds a compilation."""
@@ -380,37 +373,3 @@ def _describe_data(run: Assembly) -> dict[str, Any]:
 def _plain(table: dict[str, Any]) -> dict[str, Any]:
     """A section as JSON has it."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in table.items()}
-
-
-def _sample(run: Assembly, state: TrainState, key) -> str:
-    """Prompt and continuation; bytes that are no UTF-8, and control characters, become the replacement character."""
-    config = run.config
-    prompt = config.sample.prompt.encode()
-    params = here(run.pipe.to_canonical(state.params), run.pipe.mesh)
-    drawn = continue_tokens(
-        lambda params, tokens: gpt_logits(config.model, params, tokens),
-        params,
-        np.frombuffer(prompt, np.uint8),
-        length=config.sample.length,
-        window=config.train.seq_len,
-        temperature=config.sample.temperature,
-        key=key,
-    )
-    text = (prompt + bytes(min(int(token), 255) for token in drawn)).decode(errors="replace")
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
-
-
-def _draw(run: Assembly, log: MetricsLog, folder: RunFolder, report: Report, summary: Summary | None):
-    """The curve and the page; a disk that is full does not hide how the run ended."""
-    if not log.lines:
-        return
-    try:
-        plot_loss(log.lines, folder.loss, unit=run.config.data.unit)
-    except ImportError:
-        report.note("loss.png   left out: matplotlib is missing; try pip install 'jaxpipe[viz]'")
-    except OSError as error:
-        report.note(f"loss.png   left out: {error}")
-    try:
-        write_page(folder.page, run, log.lines, summary)
-    except OSError as error:
-        report.note(f"report.html left out: {error}")

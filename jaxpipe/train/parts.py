@@ -1,6 +1,6 @@
 """One block of each kind, the embedding and the head as the compiled loop runs them: lane functions and their shapes.
 
-What `jaxpipe.train.compiled` asks XLA about, and what `jaxpipe.train.profile` times.
+What `jaxpipe.train.compiled` asks XLA about, and what `jaxpipe.train.profiling` times.
 """
 
 from dataclasses import dataclass, replace

@@ -4,19 +4,11 @@ from typing import Any
 
 import jax
 
+from jaxpipe.errors import ConfigError
+from jaxpipe.plan import find_device
 from jaxpipe.runtime.arithmetic import dot_flops
 from jaxpipe.runtime.mesh import batch_shards
 from jaxpipe.runtime.sequential import sequential
-
-PEAKS = {
-    "A100": {"bfloat16": 312e12, "float16": 312e12, "float32": 19.5e12},
-    "H100 80GB HBM3": {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12},
-    "H100 PCIe": {"bfloat16": 756e12, "float16": 756e12, "float32": 51e12},
-    "H200": {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12},
-    "L40S": {"bfloat16": 362e12, "float16": 362e12, "float32": 91.6e12},
-    "V100": {"float16": 125e12, "float32": 15.7e12},
-}
-"""Dense floating-point operations per second of matrix products, from NVIDIA's data sheets, by a part of the name."""
 
 
 def peak_flops(kind: str, dtype: str) -> float | None:
@@ -28,7 +20,13 @@ def peak_flops(kind: str, dtype: str) -> float | None:
         >>> peak_flops("cpu", "float32") is None
         True
     """
-    return next((peaks.get(dtype) for name, peaks in PEAKS.items() if name in kind), None)
+    try:
+        device = find_device(kind)
+    except ConfigError:
+        return None
+    # [1] The planner's numbers are of SXM modules; the peak of a CPU is a guess.
+    other = device.cores is not None or (device.name == "h100" and "PCIe" in kind)
+    return None if other else device.peak_flops.get(dtype)
 
 
 def peak_steps_per_s(pipe: Any, batch: Any, dtype: str) -> float | None:

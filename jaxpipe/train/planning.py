@@ -24,7 +24,7 @@ from jaxpipe.plan import (
     find_device,
     search,
 )
-from jaxpipe.plan.evaluate import SPLIT
+from jaxpipe.plan.price import SPLIT
 from jaxpipe.plan.problem import SCHEDULES
 from jaxpipe.schedule.stages import parse_stages
 from jaxpipe.train.bench.measure import num_cores

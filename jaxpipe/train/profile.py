@@ -1,42 +1,18 @@
-"""One block of each kind timed on the present devices: what `jaxpipe profile` writes, `jaxpipe plan --costs` reads.
-
-Every lane is timed as the compiled loop runs it: in a loop, from stash slots and into them, weight gradients added to
-an accumulator. On CPU devices as many as there are cores run it at the same time, as in a pipeline there.
-"""
+"""What was measured of a model's blocks: what `jaxpipe profile` writes, `jaxpipe plan --costs` reads."""
 
 import json
-import statistics
-import time
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax import lax
-from jax.sharding import AxisType, Mesh, PartitionSpec
-
 from jaxpipe.errors import ConfigError
-from jaxpipe.plan import BlockCost, DeviceSpec, LaneTimes, ModelCosts, Space
-from jaxpipe.plan.cost import REMATS, Remat
-from jaxpipe.runtime import slots
-from jaxpipe.runtime.carry import join, part
-from jaxpipe.runtime.stage import Stage
-from jaxpipe.train.compiled import assemble_costs, embed_gradient, head
+from jaxpipe.plan import BlockCost, LaneTimes, ModelCosts, Space
 from jaxpipe.train.config import Config
-from jaxpipe.train.parts import Parts, arrays, parts_of
 from jaxpipe.train.planning import gpt_shape
 
 VERSION = 1
-
-TURNS = 4
-"""Turns of a timed loop."""
-
-HOP_BYTES = tuple(4**k * 1024 for k in range(7))
-"""Sizes of the messages that are timed: 1 KB to 4 MB."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +63,7 @@ class Profile:
         Raises:
             ConfigError: The profile is of another model, or has no microbatches of the size asked for.
         """
-        wanted = _plain(gpt_shape(config.model, config.train.seq_len).fields)
+        wanted = plain_fields(gpt_shape(config.model, config.train.seq_len).fields)
         # [1] The number of blocks is no property of a block.
         names = [name for name in wanted if name != "num_layers" and self.fields.get(name) != wanted[name]]
         if names:
@@ -142,218 +118,6 @@ def _costs(table: dict[str, Any]) -> ModelCosts:
     return ModelCosts(blocks=blocks, **table)
 
 
-def _plain(fields: Any) -> dict[str, Any]:
+def plain_fields(fields: Any) -> dict[str, Any]:
+    """A model's own options as JSON has them."""
     return json.loads(json.dumps(dict(fields)))
-
-
-def profile(
-    config: Config,
-    device: DeviceSpec,
-    *,
-    rows: Sequence[int],
-    remats: tuple[Remat, ...] = REMATS,
-    rounds: int = 7,
-    note: Callable[[str], None] = lambda text: None,
-) -> Profile:
-    """Measures.
-
-    Args:
-        config: Whose model.
-        device: What the present devices are.
-        rows: Rows of the microbatches to time.
-        remats: What forwards may keep.
-        rounds: How often each lane is timed after one run to warm up; medians count.
-        note: Is told what is being measured.
-    """
-    devices = jax.devices()
-    together = devices[: min(len(devices), device.cores)] if device.cores else devices[:1]
-    clock = _Clock(together, rounds)
-    costs = {}
-    for count in rows:
-        parts = parts_of(config, count, remats)
-        times = {}
-        for kind in parts.kinds:
-            for remat in remats:
-                times[kind, remat] = _lane_times(parts.stages[kind, remat, 1], clock)
-                lanes = ", ".join(f"{name} {1e3 * value:.3f}" for name, value in vars(times[kind, remat]).items())
-                note(f"{kind:8} rows={count} remat={remat:4}  {lanes} ms")
-        ends = _end_times(parts, clock)
-        note(
-            f"ends     rows={count}  embedding {1e3 * ends[0]:.3f}, its gradient {1e3 * ends[1]:.3f}, "
-            f"head {1e3 * ends[2]:.3f} ms"
-        )
-        costs[count] = assemble_costs(config, parts, remats, times, ends, source="measured", device=device)
-    hops = tuple((float(size), _hop_s(devices, size, rounds)) for size in HOP_BYTES) if len(devices) > 1 else ()
-    for size, seconds in hops:
-        note(f"hop      {size / 1024:6.0f} KB  {1e6 * seconds:.1f} us")
-    return Profile(
-        device=device.name,
-        kind=devices[0].device_kind,
-        cores=device.cores,
-        fields=_plain(gpt_shape(config.model, config.train.seq_len).fields),
-        costs=costs,
-        hops=hops,
-        traffic_bytes_per_s=_traffic(clock),
-    )
-
-
-class _Clock:
-    """Times a function that all of some devices run at once."""
-
-    def __init__(self, devices: Sequence[Any], rounds: int):
-        self.mesh = Mesh(np.asarray(devices), ("at",), axis_types=(AxisType.Auto,))
-        self.rounds = rounds
-
-    def seconds(self, run: Callable, *args: Any) -> float:
-        """The median time of ``run(place, *args)``, where `place` is 0 on all devices and not known to be."""
-
-        def body(place, *args):
-            # The results are not wanted, but all of them must be computed.
-            leaves = jax.tree.leaves(run(jnp.minimum(place[0], 0), *args))
-            return sum(lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).astype(jnp.float32).reshape(1) for x in leaves)
-
-        spec = PartitionSpec("at")
-        where = (spec, *[PartitionSpec()] * len(args))
-        mapped = jax.shard_map(body, mesh=self.mesh, in_specs=where, out_specs=spec, check_vma=False)
-        places = jnp.arange(self.mesh.size, dtype=jnp.int32)
-        compiled = jax.jit(mapped).lower(places, *args).compile()
-        args = jax.device_put((places, *args), tuple(jax.sharding.NamedSharding(self.mesh, s) for s in where))
-        times = []
-        for _ in range(self.rounds + 1):
-            start = time.perf_counter()
-            jax.block_until_ready(compiled(*args))
-            times.append(time.perf_counter() - start)
-        return statistics.median(times[1:])
-
-
-def _lane_times(stage: Stage, clock: _Clock) -> LaneTimes:
-    params, carry, context = (arrays(shapes) for shapes in (stage.params, stage.carry, stage.context))
-    gradient, aux = arrays(stage.gradient, 1), arrays(list(stage.aux), 2)
-    residuals, crossing = list(stage.residuals), list(stage.weight_residuals)
-    _, _, kept = jax.jit(stage.forward)(params, carry, context)
-    _, crossed = jax.jit(stage.backward_input)(params, carry, kept, context, gradient, aux)
-
-    def forward(place, params, carry, context):
-        def turn(state, at):
-            x, stash = state
-            y, _, kept = stage.forward(params, x, context)
-            return (y, slots.put(stash, at, kept)), None
-
-        return lax.scan(turn, (carry, _stash(residuals, place)), place + jnp.arange(TURNS) % 2)[0]
-
-    def backward(place, params, carry, kept, context, dy, daux):
-        def turn(state, at):
-            dy, sums = state
-            dw, dx = stage.backward(params, slots.get(inputs, at), slots.get(stash, at), context, dy, daux)
-            return (dx, jax.tree.map(_add, sums, dw)), None
-
-        inputs, stash = _filled(carry, place), _filled(kept, place)
-        return lax.scan(turn, (dy, _sums(stage.params)), place + jnp.arange(TURNS) % 2)[0]
-
-    def inputs_only(place, params, carry, kept, context, dy, daux):
-        def turn(state, at):
-            dy, left = state
-            dx, crossing = stage.backward_input(params, slots.get(inputs, at), slots.get(stash, at), context, dy, daux)
-            return (dx, slots.put(left, at, crossing)), None
-
-        inputs, stash = _filled(carry, place), _filled(kept, place)
-        return lax.scan(turn, (dy, _stash(crossing, place)), place + jnp.arange(TURNS) % 2)[0]
-
-    def weights_only(place, params, carry, kept, context, crossed):
-        def turn(sums, at):
-            dw = stage.backward_weight(
-                params, slots.get(inputs, at), slots.get(stash, at), context, slots.get(left, at)
-            )
-            return jax.tree.map(_add, sums, dw), None
-
-        inputs, stash, left = _filled(carry, place), _filled(kept, place), _filled(crossed, place)
-        return lax.scan(turn, _sums(stage.params), place + jnp.arange(TURNS) % 2)[0]
-
-    return LaneTimes(
-        forward=clock.seconds(forward, params, carry, context) / TURNS,
-        input=clock.seconds(inputs_only, params, carry, kept, context, gradient, aux) / TURNS,
-        weight=clock.seconds(weights_only, params, carry, kept, context, crossed) / TURNS,
-        backward=clock.seconds(backward, params, carry, kept, context, gradient, aux) / TURNS,
-    )
-
-
-def _end_times(parts: Parts, clock: _Clock) -> tuple[float, float, float]:
-    embed, top, carry, mb = (arrays(shapes) for shapes in (parts.embed, parts.head, parts.carry, parts.mb))
-    gradient = part(carry)[0]
-
-    def forward(place, embed, mb):
-        def turn(sums, at):
-            moved = jax.tree.map(lambda x: x + at.astype(x.dtype), mb)
-            return jax.tree.map(jnp.add, sums, parts.model.embed.apply(embed, moved, None)), None
-
-        return lax.scan(turn, jax.tree.map(jnp.zeros_like, carry), place + jnp.arange(TURNS) % 2)[0]
-
-    def backward(place, embed, mb, gradient):
-        def turn(sums, at):
-            moved = jax.tree.map(lambda x: x + at.astype(x.dtype), mb)
-            return jax.tree.map(_add, sums, embed_gradient(parts, embed, moved, gradient)), None
-
-        return lax.scan(turn, _sums(parts.embed), place + jnp.arange(TURNS) % 2)[0]
-
-    def both(place, top, carry, mb):
-        def turn(state, at):
-            x, sums = state
-            _, (dhead, dx) = head(parts, top, x, jax.tree.map(lambda x: x + at.astype(x.dtype), mb))
-            return (join(carry, dx, part(x)[1]), jax.tree.map(_add, sums, dhead)), None
-
-        return lax.scan(turn, (carry, _sums(parts.head)), place + jnp.arange(TURNS) % 2)[0]
-
-    return (
-        clock.seconds(forward, embed, mb) / TURNS,
-        clock.seconds(backward, embed, mb, gradient) / TURNS,
-        clock.seconds(both, top, carry, mb) / TURNS,
-    )
-
-
-def _hop_s(devices: Sequence[Any], size_bytes: int, rounds: int) -> float:
-    """Seconds in which every device sends to the next."""
-    turns = 16
-    mesh = Mesh(np.asarray(devices), ("at",), axis_types=(AxisType.Auto,))
-    pairs = [(k, (k + 1) % len(devices)) for k in range(len(devices))]
-
-    def body(x):
-        return lax.scan(lambda x, _: (lax.ppermute(x, "at", pairs), None), x, None, length=turns)[0]
-
-    spec = PartitionSpec("at")
-    run = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
-    x = jax.device_put(jnp.zeros((len(devices), size_bytes // 4)), jax.sharding.NamedSharding(mesh, spec))
-    times = []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        jax.block_until_ready(run(x))
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:]) / turns
-
-
-def _traffic(clock: _Clock) -> float:
-    """Bytes per second of elementwise work on arrays that no cache holds."""
-    size = 8 * 2**20
-    x, y = (arrays(jax.ShapeDtypeStruct((size,), jnp.float32), seed) for seed in (0, 1))
-
-    def update(place, x, y):
-        return lax.scan(lambda x, at: (x * (1 + at.astype(x.dtype)) + y, None), x, place + jnp.arange(TURNS))[0]
-
-    return 3 * 4 * size * TURNS / clock.seconds(update, x, y)
-
-
-def _add(sums: Any, new: Any) -> Any:
-    return sums + new.astype(sums.dtype)
-
-
-def _sums(shapes: Any) -> Any:
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes)
-
-
-def _stash(shapes: Any, place: Any) -> Any:
-    """Two slots and a scratch one."""
-    return jax.tree.map(lambda s: jnp.full((3, *s.shape), place.astype(s.dtype)), shapes)
-
-
-def _filled(values: Any, place: Any) -> Any:
-    """The same, with values in them that XLA does not see to be equal."""
-    return jax.tree.map(lambda x: jnp.stack([x, x, x]) + place.astype(x.dtype), values)

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxpipe.errors import PartitionError
-from jaxpipe.plan.partition import Chain, partition, ties
+from jaxpipe.plan.chain import Chain
+from jaxpipe.plan.partition import partition, ties
 from jaxpipe.schedule import parse_stages
 
 

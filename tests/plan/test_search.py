@@ -21,7 +21,8 @@ from jaxpipe.plan import (
     report,
     search,
 )
-from jaxpipe.plan.evaluate import bound, least_memory, least_s, plans
+from jaxpipe.plan.bounds import bound, least_memory, least_s
+from jaxpipe.plan.evaluate import plans
 from jaxpipe.plan.search import options, way_out
 
 H100 = find_device("h100")

@@ -1,0 +1,48 @@
+"""What a run leaves for people beside its numbers: a sample of text, the curve, the page."""
+
+import numpy as np
+
+from jaxpipe.train.assemble import Assembly
+from jaxpipe.train.folder import RunFolder
+from jaxpipe.train.metrics import MetricsLog, plot_loss
+from jaxpipe.train.model import gpt_logits
+from jaxpipe.train.processes.share import here
+from jaxpipe.train.report_page import write_page
+from jaxpipe.train.sample import continue_tokens
+from jaxpipe.train.step import TrainState
+from jaxpipe.train.summary import Summary
+from jaxpipe.train.terminal import Report
+
+
+def sample_text(run: Assembly, state: TrainState, key) -> str:
+    """Prompt and continuation; bytes that are no UTF-8, and control characters, become the replacement character."""
+    config = run.config
+    prompt = config.sample.prompt.encode()
+    params = here(run.pipe.to_canonical(state.params), run.pipe.mesh)
+    drawn = continue_tokens(
+        lambda params, tokens: gpt_logits(config.model, params, tokens),
+        params,
+        np.frombuffer(prompt, np.uint8),
+        length=config.sample.length,
+        window=config.train.seq_len,
+        temperature=config.sample.temperature,
+        key=key,
+    )
+    text = (prompt + bytes(min(int(token), 255) for token in drawn)).decode(errors="replace")
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
+
+
+def draw(run: Assembly, log: MetricsLog, folder: RunFolder, report: Report, summary: Summary | None):
+    """The curve and the page; a disk that is full does not hide how the run ended."""
+    if not log.lines:
+        return
+    try:
+        plot_loss(log.lines, folder.loss, unit=run.config.data.unit)
+    except ImportError:
+        report.note("loss.png   left out: matplotlib is missing; try pip install 'jaxpipe[viz]'")
+    except OSError as error:
+        report.note(f"loss.png   left out: {error}")
+    try:
+        write_page(folder.page, run, log.lines, summary)
+    except OSError as error:
+        report.note(f"report.html left out: {error}")
