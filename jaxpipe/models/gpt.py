@@ -19,7 +19,7 @@ from flax import nnx
 
 from jaxpipe.errors import ConfigError
 from jaxpipe.models.gpt_config import BYTES, GPT2_TOKENS, PRESETS, GPTConfig, flops_per_token, num_params
-from jaxpipe.models.layers import attend, cut, linear, normal, rms_norm, rotate
+from jaxpipe.models.layers import attend, cut, enter, leave, linear, normal, rms_norm, rotate
 from jaxpipe.models.moe import MoE
 
 __all__ = [
@@ -125,6 +125,7 @@ class Block(nnx.Module):
     make_mlp: type[MLP | MoE] = MLP
 
     def __init__(self, cfg: GPTConfig, *, rngs: nnx.Rngs):
+        self.cut = cfg.sequence_parallel
         self.norm1 = _norm(cfg, rngs=rngs)
         self.attn = Attention(cfg, rngs=rngs)
         self.dropout1 = nnx.Dropout(cfg.dropout, rngs=rngs)
@@ -135,11 +136,13 @@ class Block(nnx.Module):
     def __call__(self, x_BTD):
         """[B, T, D] -> [B, T, D], both of the compute dtype."""
         x_BTD = self.attend(x_BTD)
-        return x_BTD + self.dropout2(self.mlp(self.norm2(x_BTD).astype(x_BTD.dtype)))
+        h_BTD = enter(self.norm2(x_BTD).astype(x_BTD.dtype), self.cut)
+        return x_BTD + self.dropout2(leave(self.mlp(h_BTD), self.cut))
 
     def attend(self, x_BTD):
         """The first half, [B, T, D] -> [B, T, D]."""
-        return x_BTD + self.dropout1(self.attn(self.norm1(x_BTD).astype(x_BTD.dtype)))
+        h_BTD = enter(self.norm1(x_BTD).astype(x_BTD.dtype), self.cut)
+        return x_BTD + self.dropout1(leave(self.attn(h_BTD), self.cut))
 
 
 class MoEBlock(Block):
@@ -150,8 +153,8 @@ class MoEBlock(Block):
     def __call__(self, x_BTD):
         """[B, T, D] -> [B, T, D], both of the compute dtype, and the mixture's auxiliary loss, a scalar."""
         x_BTD = self.attend(x_BTD)
-        y_BTD, aux = self.mlp(self.norm2(x_BTD).astype(x_BTD.dtype))
-        return x_BTD + self.dropout2(y_BTD), aux
+        y_BTD, aux = self.mlp(enter(self.norm2(x_BTD).astype(x_BTD.dtype), self.cut))
+        return x_BTD + self.dropout2(leave(y_BTD, self.cut)), aux
 
 
 BLOCKS: dict[str, type[Block]] = {"block": Block, "dense": Block, "moe": MoEBlock}

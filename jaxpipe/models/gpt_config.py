@@ -37,6 +37,8 @@ class GPTConfig:
             more drops none.
         aux_loss_weight: Weight of the load-balancing loss.
         router_z_weight: Weight of the router's z-loss.
+        sequence_parallel: Where the mesh axis `tensor` cuts matrix products, cut sequences over it between them: norms,
+            dropout and residual sums are shared then, and what passes from block to block is smaller.
         dtype: Dtype of the computation. ``float16`` wants a loss scale in training, see `Pipeline.value_and_grad`.
         param_dtype: Dtype of the parameters.
 
@@ -65,6 +67,7 @@ class GPTConfig:
     capacity_factor: float = 1.25
     aux_loss_weight: float = 0.01
     router_z_weight: float = 0.0
+    sequence_parallel: bool = False
     dtype: DType = "float32"
     param_dtype: WideDType = "float32"
 

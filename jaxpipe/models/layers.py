@@ -8,11 +8,13 @@ Shape legend: B rows, T positions (queries), S positions (keys), H heads, d dims
 """
 
 import math
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 TENSOR = "tensor"
 """The mesh axis in annotations."""
@@ -23,6 +25,39 @@ def cut(value: jax.Array, dim: int) -> nnx.Param:
     names: list[str | None] = [None] * value.ndim
     names[dim] = TENSOR
     return nnx.Param(value, out_sharding=tuple(names), eager_sharding=False)
+
+
+def enter(x_BTD, cut: bool):
+    """Into matrix products that are cut over `TENSOR`, where sequences are `cut` between them: whole sequences; their
+    gradient is cut again. Without such a mesh it does nothing.
+
+    Source: Korthikanti et al., 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4.2.2,
+    the operator g; `leave` is its conjugate.
+    """
+    return _relaid(x_BTD, False, True) if cut else x_BTD
+
+
+def leave(x_BTD, cut: bool):
+    """Out of the matrix products: sequences are cut again, and their gradient is whole, see `enter`."""
+    return _relaid(x_BTD, True, False) if cut else x_BTD
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _relaid(x_BTD, there: bool, back: bool):
+    return _lay(x_BTD, there)
+
+
+_relaid.defvjp(lambda x, there, back: (_lay(x, there), None), lambda there, back, _, dx: (_lay(dx, back),))
+
+
+def _lay(x_BTD, cut: bool):
+    """Cuts the sequence over `TENSOR`, or makes it whole, if the mesh has that axis and it divides."""
+    mesh = jax.sharding.get_abstract_mesh()
+    size = mesh.shape.get(TENSOR, 1)
+    if size == 1 or x_BTD.shape[1] % size:
+        return x_BTD
+    spec = PartitionSpec(None, TENSOR) if cut else PartitionSpec()
+    return jax.lax.with_sharding_constraint(x_BTD, NamedSharding(mesh, spec))
 
 
 def wide(dtype: Any) -> Any:

@@ -12,6 +12,8 @@ members of an `nnx.List` are named "0", "1", ….
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jax.sharding import PartitionSpec
+
 from jaxpipe.errors import ConfigError
 from jaxpipe.nn.nnx_part import BlockCall, Factory, NNXPart, block_part
 from jaxpipe.nn.parts import blocks_of, embed_of, head_of
@@ -32,6 +34,7 @@ def nnx_model(
     embed_call: Callable[[Any, Tree], Tree] = lambda module, mb: module(mb),
     block_call: BlockCall | Mapping[str, BlockCall] | None = None,
     head_call: Callable[[Any, Tree, Tree], Any] = lambda module, carry, mb: module(carry),
+    carry_spec: PartitionSpec | None = None,
     divisible_by_tensor: Mapping[str, int] | None = None,
 ) -> Model:
     """Makes a model from NNX modules.
@@ -59,6 +62,7 @@ def nnx_model(
         block_call: How a block is called: ``(module, carry, mb) -> carry``, or ``-> (carry, aux)``; `mb` for masks and
             positions. Or a function per kind. None, and for kinds left out: with the carry alone.
         head_call: How the head is called: ``(module, carry, mb) -> logits``.
+        carry_spec: How what passes from block to block lies over the mesh axis `tensor`, see `Model`.
         divisible_by_tensor: What the mesh axis `tensor` must divide, see `Model`: ``{"num_heads": 12}``.
 
     Returns:
@@ -89,6 +93,7 @@ def nnx_model(
         head_loss=head if isinstance(head, VocabHead) else head_of(NNXPart("head", head, head_call), loss),
         tie=dict(tie or {}),
         aux_weight=aux_weight,
+        carry_spec=carry_spec or PartitionSpec(),
         divisible_by_tensor=dict(divisible_by_tensor or {}),
     )
 

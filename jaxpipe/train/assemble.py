@@ -3,14 +3,13 @@
 What is cheap to get wrong is looked at first; nothing is compiled and no weights exist when this is done.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
-from jax.sharding import PartitionSpec
 
 from jaxpipe.errors import ScheduleError
 from jaxpipe.plan import Plan
-from jaxpipe.runtime.mesh import TENSOR, make_mesh, simulate_devices
+from jaxpipe.runtime.mesh import make_mesh, simulate_devices
 from jaxpipe.runtime.model import Model
 from jaxpipe.runtime.pipeline import Pipeline
 from jaxpipe.schedule import Schedule, build, show
@@ -85,8 +84,8 @@ class Assembly:
 def _warnings(config: Config) -> list[str]:
     """What is allowed and yet hardly meant."""
     found = []
-    if config.mesh.sequence_parallel and config.mesh.tensor == 1:
-        found.append("mesh.sequence_parallel=true has no effect with mesh.tensor=1; try mesh.tensor=2")
+    if config.model.sequence_parallel and config.mesh.tensor == 1:
+        found.append("model.sequence_parallel=true has no effect with mesh.tensor=1; try mesh.tensor=2")
     if config.mesh.shard == "optimizer" and config.mesh.fsdp == 1:
         found.append('mesh.shard="optimizer" has no effect with mesh.fsdp=1; try mesh.fsdp=2')
     if config.model.dtype == "float16" and config.train.loss_scale == 1.0:
@@ -122,8 +121,6 @@ def assemble(config: Config, model: Model | None = None) -> Assembly:
     mesh = make_mesh(pipe=sizes.pipe, data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor)
     check_mesh(mesh)
     model = gpt_model(config.model) if model is None else model
-    if sizes.sequence_parallel:
-        model = replace(model, carry_spec=PartitionSpec(None, TENSOR))
     pipe = Pipeline(
         model,
         schedule=schedule,

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from jaxpipe.models import encdec, gpt
 from jaxpipe.models.encdec_config import EncDecConfig
@@ -53,6 +54,7 @@ def gpt_model(cfg: GPTConfig) -> Model:
             targets=targets,
         ),
         tie={"head/kernel": "embed/table"} if cfg.tied else {},
+        carry_spec=PartitionSpec(None, "tensor") if cfg.sequence_parallel else None,
         divisible_by_tensor={"num_heads": cfg.num_heads, "d_ff": cfg.hidden_dim},
     )
 

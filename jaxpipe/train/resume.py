@@ -17,7 +17,7 @@ from jaxpipe.train.meta import Meta
 from jaxpipe.train.store import Store, check_leaves, check_sums, read_leaves, read_meta
 from jaxpipe.train.terminal import Report
 
-MAY_CHANGE = {"model": {"dropout", "dtype"}}
+MAY_CHANGE = {"model": {"dropout", "dtype", "attention", "sequence_parallel"}}
 """Keys of sections that decide what the weights are, and yet may change."""
 NOT_TOLD = {"checkpoint", "watchdog", "metrics", "sample", "health"}
 """Sections that decide about no number of the training."""

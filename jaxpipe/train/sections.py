@@ -56,7 +56,6 @@ class MeshConfig:
         tensor: Devices that share each matrix product; it must divide the model's heads.
         shard: ``params``: weights, gradients and optimizer state lie cut over `fsdp`. ``optimizer``: weights rest whole
             (ZeRO-1).
-        sequence_parallel: Between matrix products, cut sequences over `tensor` too.
         simulate: Run on this many simulated CPU devices; 0 means real devices.
     """
 
@@ -65,7 +64,6 @@ class MeshConfig:
     fsdp: int = 1
     tensor: int = 1
     shard: Literal["params", "optimizer"] = "params"
-    sequence_parallel: bool = False
     simulate: int = 0
 
     def __post_init__(self):

@@ -199,14 +199,14 @@ def test_nothing_is_written_when_the_run_cannot_start(config, overrides, error, 
 
 
 def test_an_axis_without_effect_is_told_of(config):
-    assert "mesh.sequence_parallel=true has no effect" in assemble(config("mesh.sequence_parallel=true")).describe()
+    assert "model.sequence_parallel=true has no effect" in assemble(config("model.sequence_parallel=true")).describe()
     assert 'mesh.shard="optimizer" has no effect' in assemble(config("mesh.shard=optimizer")).describe()
     assert "warning" not in assemble(config()).describe()
 
 
 def test_a_run_over_all_axes_learns_the_same(config):
     """Two row groups per step, on two devices and on eight."""
-    sizes = ["mesh.fsdp=2", "mesh.tensor=2", "mesh.sequence_parallel=true", "schedule.microbatches=1"]
+    sizes = ["mesh.fsdp=2", "mesh.tensor=2", "model.sequence_parallel=true", "schedule.microbatches=1"]
     sizes.append("train.overwrite=true")  # else it would go on where the first one ended
     few, many = (train(config(*overrides)) for overrides in (["schedule.microbatches=2"], sizes))
     assert losses(many) == pytest.approx(losses(few), rel=1e-4)
