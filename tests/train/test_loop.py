@@ -204,10 +204,10 @@ def test_an_axis_without_effect_is_told_of(config):
     assert "warning" not in assemble(config()).describe()
 
 
-def test_a_run_over_all_axes_learns_the_same(config):
+def test_a_run_over_all_axes_learns_the_same(config, tmp_path):
     """Two row groups per step, on two devices and on eight."""
     sizes = ["mesh.fsdp=2", "mesh.tensor=2", "model.sequence_parallel=true", "schedule.microbatches=1"]
-    sizes.append("train.overwrite=true")  # else it would go on where the first one ended
+    sizes.append(f"train.out={tmp_path / 'many'}")
     few, many = (train(config(*overrides)) for overrides in (["schedule.microbatches=2"], sizes))
     assert losses(many) == pytest.approx(losses(few), rel=1e-4)
 
