@@ -1,26 +1,24 @@
-"""Predicted step times of a 7 B and a 70 B model on more and more H100s, from the simulator; nothing is measured.
+"""Predicted step times of a 7 B and a 70 B model on more and more H100s, by the planner; nothing is measured.
 
     python scripts/scaling.py --out docs/images/scaling.png
 
 Tensor and pipe stay as they are and the axis `fsdp` grows. *Strong*: the batch stays, so that each pipeline has fewer
-microbatches. *Weak*: the batch grows with the devices. The assumptions are the constants below.
+microbatches. *Weak*: the batch grows with the devices.
 """
 
 import argparse
 from dataclasses import dataclass
 from typing import Any
 
-from jaxpipe.models.gpt_config import GPTConfig, flops_per_token, num_params
-from jaxpipe.schedule import Costs, build, simulate
+from jaxpipe.models.gpt_config import GPTConfig
+from jaxpipe.plan import Plan, Problem, Space, analytic, find_device
+from jaxpipe.plan.search import search
+from jaxpipe.train.planning import gpt_shape
 
-PEAK_FLOPS = 989e12  # bfloat16, dense, from the data sheet
-EFFICIENCY = 0.5  # share of it that matrix products of these sizes reach
-HBM_BYTES_PER_S = 3.35e12
-NVLINK_BYTES_PER_S = 450e9  # per direction and GPU, within a node of 8
-NETWORK_BYTES_PER_S = 50e9  # per direction and GPU, between nodes
+DEVICE = find_device("h100")
 SEQ_LEN = 4096
 LLAMA: Any = {"positions": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "bias": False, "tied": False}
-LLAMA |= {"vocab_size": 32000, "max_seq_len": SEQ_LEN, "dtype": "bfloat16"}
+LLAMA |= {"vocab_size": 32000, "max_seq_len": SEQ_LEN, "dtype": "bfloat16", "attention": "cudnn"}
 
 
 @dataclass(frozen=True)
@@ -45,32 +43,33 @@ class Setup:
     batch: int
     microbatches: int
 
-    def step_s(self, fsdp: int, microbatches: int, schedule: str = "interleaved_1f1b") -> float:
-        """Seconds of one step: the schedule's makespan, and what comes before and after the loop."""
-        repeats = self.repeats if schedule == "interleaved_1f1b" else 1
-        built = build(schedule, devices=self.pipe, microbatches=microbatches, repeats=repeats)
-        return simulate(built, self.costs(repeats), runtime="lockstep_local").makespan + self.around_s(fsdp)
-
-    def costs(self, repeats: int) -> Costs:
-        """Seconds of the phases of one microbatch on one device of the pipe; sums over tensor hide behind nothing."""
-        c, shards = self.config, self.pipe * self.tensor
-        products = flops_per_token(c, SEQ_LEN) * SEQ_LEN / (shards * PEAK_FLOPS * EFFICIENCY)
-        carry = SEQ_LEN * c.d_model * 2
-        one_sum = 2 * (self.tensor - 1) / self.tensor * carry / NVLINK_BYTES_PER_S
-        sums = 2 * c.num_layers / self.pipe * one_sum
-        forward = products + sums
-        hop = repeats * carry / self.tensor / NETWORK_BYTES_PER_S
-        return Costs(forward=forward, backward_input=forward, backward_weight=products, recompute=forward, hop=hop)
-
-    def around_s(self, fsdp: int) -> float:
-        """Seconds to gather weights, scatter gradients and run Adam: once per step, hidden behind nothing."""
-        held = num_params(self.config) / (self.pipe * self.tensor)
-        moved = (fsdp - 1) / fsdp * held * (2 + 4) / NETWORK_BYTES_PER_S
-        return moved + 28 * held / fsdp / HBM_BYTES_PER_S
-
-    def flops(self, sequences: int) -> float:
-        """Operations that the model needs for a step."""
-        return 3 * flops_per_token(self.config, SEQ_LEN) * SEQ_LEN * sequences
+    def plan(self, fsdp: int, microbatches: int, schedule: str) -> Plan:
+        """What the planner makes of one point: everything given, nothing to choose."""
+        shape = gpt_shape(self.config, SEQ_LEN)
+        space = Space(
+            schedules=(schedule,),
+            pipe=(self.pipe,),
+            repeats=(self.repeats if schedule == "interleaved_1f1b" else 1,),
+            tensor=(self.tensor,),
+            fsdp=(fsdp,),
+            data=(1,),
+            rows=(1,),
+            microbatches=(microbatches,),
+            remats=("full",),
+            split="equal",
+        )
+        problem = Problem(
+            shape=shape,
+            device=DEVICE,
+            devices=self.pipe * self.tensor * fsdp,
+            batch=microbatches * fsdp,
+            costs=lambda rows, tensor: analytic(shape, DEVICE, rows=rows, tensor=tensor),
+            space=space,
+            memory_bytes=float("inf"),
+        )
+        found = search(problem).best
+        assert found is not None
+        return found
 
 
 SETUPS = [
@@ -98,7 +97,7 @@ FSDP = (1, 2, 4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: step seconds and the share of all devices' peak that the model gets."""
+    """One line of the table: step seconds; of the interleaved one its MFU, and gigabytes per device."""
 
     model: str
     scaling: str
@@ -107,6 +106,7 @@ class Row:
     one_f_one_b_s: float
     interleaved_s: float
     utilization: float
+    gigabytes: float
 
 
 def rows() -> list[Row]:
@@ -117,18 +117,19 @@ def rows() -> list[Row]:
             for fsdp in FSDP:
                 microbatches = setup.batch // fsdp if scaling == "strong" else setup.microbatches
                 devices = setup.pipe * setup.tensor * fsdp
-                plain, interleaved = (setup.step_s(fsdp, microbatches, name) for name in ("1f1b", "interleaved_1f1b"))
-                share = setup.flops(microbatches * fsdp) / (interleaved * devices * PEAK_FLOPS)
-                found.append(Row(setup.name, scaling, devices, microbatches, plain, interleaved, share))
+                plain, interleaved = (setup.plan(fsdp, microbatches, name) for name in ("1f1b", "interleaved_1f1b"))
+                gigabytes = interleaved.memory.total / 1e9
+                times = plain.step_s, interleaved.step_s
+                found.append(Row(setup.name, scaling, devices, microbatches, *times, interleaved.mfu, gigabytes))
     return found
 
 
 def table(found: list[Row]) -> str:
     """As markdown."""
-    head = "| model | scaling | devices | microbatches | 1f1b s | interleaved s | of peak |\n" + "|---" * 7 + "|"
+    head = "| model | scaling | devices | microbatches | 1f1b s | interleaved s | MFU | GB |\n" + "|---" * 8 + "|"
     lines = [
         f"| {r.model} | {r.scaling} | {r.devices} | {r.microbatches} | {r.one_f_one_b_s:.2f} | {r.interleaved_s:.2f} | "
-        f"{r.utilization:.0%} |"
+        f"{r.utilization:.0%} | {r.gigabytes:.0f} |"
         for r in found
     ]
     return "\n".join([head, *lines])
