@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -379,6 +380,16 @@ def test_two_processes_learn_what_one_does(folder):
     one = train(load("small.toml", ["train.out=one"]))
     assert losses(folder / "two") == pytest.approx(losses(one.out), rel=2e-6)
     assert {path.name for path in (folder / "two").iterdir()} - {"sample.txt"} == {p.name for p in one.out.iterdir()}
+    for out in ("one", "two"):  # what two have saved, one goes on with
+        train(load("small.toml", [f"train.out={out}", "train.steps=12"]))
+    assert losses(folder / "two") == pytest.approx(losses(folder / "one"), rel=2e-6)
+
+
+def test_lines_of_gloo_are_left_out_though_they_come_in_pieces():
+    without_gloo = runpy.run_path(str(ROOT / "scripts" / "launch_local.py"))["without_gloo"]
+    text = "is connected to 1 peer ranks. Expected number of connected peer ranks is : 1"
+    whole, torn = f"[Gloo] Rank 0 {text}\n", ["[Gloo] Rank [Gloo] Rank 01 is connected to 1\n", f" {text}\n"]
+    assert list(without_gloo([whole, "step 1\n", *torn, "12\n", whole])) == ["step 1\n", "12\n"]
 
 
 def test_sigterm_to_one_stops_all_after_the_same_step(folder):
