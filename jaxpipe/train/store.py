@@ -210,10 +210,12 @@ def read_leaves(path: epath.Path, leaves: Sequence[CanonicalLeaf]) -> list[jax.A
         CheckpointError: A leaf cannot be read.
     """
     wrong, arrays = None, []
-    try:
-        arrays = _read(path, {leaf.path: leaf.abstract for leaf in leaves})
-    except Exception as error:
-        wrong = _one_line(error)
+    with _silent_stragglers() as wait:
+        try:
+            arrays = _read(path, {leaf.path: leaf.abstract for leaf in leaves})
+        except Exception as error:
+            wrong = _one_line(error)
+            wait()
     if not all_agree(wrong is None):
         forget_failures()
         raise CheckpointError(f"{path} cannot be read: {wrong or 'another process failed'}")
@@ -249,18 +251,22 @@ def damage(path: epath.Path) -> Iterator[tuple[str, str | None]]:
     meta = read_meta(path)
     device = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     check = jax.jit(checksum)
-    for name, stored in meta.leaves.items():
-        shape = jax.ShapeDtypeStruct(tuple(stored["shape"]), np.dtype(stored["dtype"]), sharding=device)
-        wrong = None
-        try:
-            (array,) = _read(path, {tuple(name.split("/")): shape})
-            if as_text(check(array)) != stored["sum"]:
-                wrong = "does not match its checksum"
-        except Exception as error:
-            wrong = f"cannot be read: {_one_line(error)}"
-        if wrong:
-            forget_failures()
-        yield name, wrong
+    failed = False
+    with _silent_stragglers() as wait:
+        for name, stored in meta.leaves.items():
+            shape = jax.ShapeDtypeStruct(tuple(stored["shape"]), np.dtype(stored["dtype"]), sharding=device)
+            wrong = None
+            try:
+                (array,) = _read(path, {tuple(name.split("/")): shape})
+                if as_text(check(array)) != stored["sum"]:
+                    wrong = "does not match its checksum"
+            except Exception as error:
+                wrong, failed = f"cannot be read: {_one_line(error)}", True
+            yield name, wrong
+        if failed:
+            wait()
+    if failed:
+        forget_failures()
 
 
 def forget_failures() -> None:
@@ -278,7 +284,7 @@ def _read(path: epath.Path, shapes: dict[tuple[str, ...], jax.ShapeDtypeStruct])
             below = below.setdefault(word, {})
         below[words[-1]] = shape
     _hush()
-    with _silent_stragglers(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
         what = ocp.args.PyTreeRestore(item=tree, restore_args=restore_args, partial_restore=True)
         found: Any = reader.restore(_absolute(path) / STATE, args=what)
@@ -297,8 +303,12 @@ def _absolute(path: epath.Path) -> epath.Path:
 
 
 @contextmanager
-def _silent_stragglers():
-    """When one read fails, Orbax closes the event loop that the others still report to; nobody needs them any more."""
+def _silent_stragglers() -> Iterator[Callable[[], None]]:
+    """When one read fails, Orbax closes the event loop that the others still report to; nobody needs them any more.
+
+    Yields:
+        What waits until they have reported.
+    """
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
@@ -307,10 +317,7 @@ def _silent_stragglers():
 
     sys.unraisablehook = hook
     try:
-        yield
-    except BaseException:
-        time.sleep(0.5)  # until they have reported
-        raise
+        yield lambda: time.sleep(0.5)
     finally:
         sys.unraisablehook = before
 
