@@ -142,10 +142,11 @@ def token_loss(logits: Any, mb: Any) -> tuple[Any, Any]:
     return cross_entropy(logits, *targets(mb))[:2]
 
 
-def turned(x: np.ndarray, base: float) -> np.ndarray:
+def turned(x: np.ndarray, base: float, stretched: Any = None) -> np.ndarray:
     """Rotary positions in numbers that turn in the complex plane: rows [T, d], dims i and i + d/2 a pair."""
     half = x.shape[1] // 2
-    angles = np.arange(len(x))[:, None] * (base ** (-np.arange(half) / half))[None]
+    frequencies = [base ** (-i / half) for i in range(half)]
+    angles = np.arange(len(x))[:, None] * np.array([stretched(f) if stretched else f for f in frequencies])[None]
     pairs = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angles)
     return np.concatenate([pairs.real, pairs.imag], axis=1)
 

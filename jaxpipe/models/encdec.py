@@ -13,18 +13,21 @@ What several blocks share lives in the embedding, once (see `shared`): the table
 the encoder's last norm.
 
 Shape legend: B rows, S positions of the encoder, T of the decoder, D d_model, H heads, d dims of a head, F hidden dims
-of the MLP, V vocabulary. In attention T are queries and S keys.
+of the MLP, V vocabulary. In attention T are queries and S keys. While decoding R rows, C new tokens of each; see
+`jaxpipe.models.gpt`.
 
 Numbers: parameters are `param_dtype`, matrix products run in `dtype`, each kernel used through one cast. Norms,
 softmax, rotation and logits are float32 or wider.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxpipe.models.encdec_config import BYTES, PRESETS, T5_TOKENS, EncDecConfig, num_params
-from jaxpipe.models.layers import attend, cut, linear, normal, rms_norm, rotate
+from jaxpipe.models.layers import Rotary, attend, attend_cached, cut, linear, normal, rms_norm
 from jaxpipe.models.relative import RelativeBias
 
 __all__ = [
@@ -39,6 +42,7 @@ __all__ = [
     "EncDecConfig",
     "EncoderBlock",
     "Head",
+    "cache_shape",
     "num_params",
     "shared",
 ]
@@ -78,6 +82,10 @@ class Embed(nnx.Module):
         """
         return self.finish(jnp.take(self.table[...], tokens, axis=0) for tokens in (encoder_tokens_BS, tokens_BT))
 
+    def step(self, tokens_RC, positions_RC):
+        """Embeds the decoder's next tokens, [R, C, D]; positions are the blocks' affair."""
+        return jnp.take(self.table[...], tokens_RC, axis=0).astype(self.dtype)
+
     def finish(self, rows):
         """What follows the look-up: rows of the table for both streams -> the pair of the compute dtype."""
         x_BSD, y_BTD = (self.dropout(stream.astype(self.dtype)) for stream in rows)
@@ -94,7 +102,7 @@ class Attention(nnx.Module):
     def __init__(self, cfg: EncDecConfig, *, causal: bool, rotates: bool, rngs: nnx.Rngs):
         D, inner = cfg.d_model, cfg.num_heads * cfg.head_dim
         self.num_heads, self.head_dim, self.causal = cfg.num_heads, cfg.head_dim, causal
-        self.rotary_base = cfg.rotary_base if rotates else None
+        self.rotary = Rotary(cfg.rotary_base) if rotates else None
         self.scale = 1.0 if cfg.positions == "relative" else cfg.head_dim**-0.5
         query_std = (D * cfg.head_dim) ** -0.5 if cfg.positions == "relative" else D**-0.5
         self.q = _linear(cfg, D, inner, std=query_std, rngs=rngs)
@@ -103,17 +111,43 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BTD, memory_BSD, *, bias_1HTS=None, mask_BS=None):
         """[B, T, D] queries and [B, S, D] keys -> [B, T, D]."""
-        (B, T, _), S = x_BTD.shape, memory_BSD.shape[1]
-        q_BTHd = self.q(x_BTD).reshape(B, T, self.num_heads, self.head_dim)
-        kv_BSHd = self.kv(memory_BSD).reshape(B, S, self.num_heads, 2, self.head_dim)
-        k_BSHd, v_BSHd = kv_BSHd[..., 0, :], kv_BSHd[..., 1, :]
-        if self.rotary_base is not None:
-            q_BTHd, k_BSHd = (rotate(x, jnp.arange(x.shape[1]), self.rotary_base) for x in (q_BTHd, k_BSHd))
+        B, T, _ = x_BTD.shape
+        q_BTHd, (k_BSHd, v_BSHd) = self.queries(x_BTD), self.memory(memory_BSD)
+        if self.rotary is not None:
+            q_BTHd, k_BSHd = (self.rotary(x, jnp.arange(x.shape[1])[None]) for x in (q_BTHd, k_BSHd))
         mask_BHTS = None if mask_BS is None else mask_BS.astype(bool)[:, None, None]
         y_BTHd = attend(
             q_BTHd, k_BSHd, v_BSHd, causal=self.causal, bias_BHTS=bias_1HTS, mask_BHTS=mask_BHTS, scale=self.scale
         )
         return self.proj(y_BTHd.reshape(B, T, -1))
+
+    def step(self, x_RCD, cache: dict, positions_RC, bias: RelativeBias | None):
+        """Self-attention of the next tokens: [R, C, D] -> [R, C, D], and their ``{"k", "v"}``, like the cache."""
+        R, C, _ = x_RCD.shape
+        q_RCHd, (k_RCHd, v_RCHd) = self.queries(x_RCD), self.memory(x_RCD)
+        if self.rotary is not None:
+            q_RCHd, k_RCHd = (self.rotary(x, positions_RC) for x in (q_RCHd, k_RCHd))
+        new = {"k": k_RCHd.astype(cache["k"].dtype), "v": v_RCHd.astype(cache["v"].dtype)}
+        between = None if bias is None else bias.between
+        y_RCHd = attend_cached(q_RCHd, new, cache, positions_RC, bias=between, scale=self.scale)
+        return self.proj(y_RCHd.reshape(R, C, -1)), new
+
+    def look(self, x_RCD, k_RSHd, v_RSHd, mask_RS):
+        """Attention to keys and values worked out before, [R, C, D] -> [R, C, D]."""
+        (R, C, _), dtype = x_RCD.shape, x_RCD.dtype
+        k_RSHd, v_RSHd = k_RSHd.astype(dtype), v_RSHd.astype(dtype)
+        mask_RHCS = mask_RS.astype(bool)[:, None, None]
+        y_RCHd = attend(self.queries(x_RCD), k_RSHd, v_RSHd, causal=False, mask_BHTS=mask_RHCS, scale=self.scale)
+        return self.proj(y_RCHd.reshape(R, C, -1))
+
+    def queries(self, x_BTD):
+        """[B, T, D] -> [B, T, H, d], not rotated."""
+        return self.q(x_BTD).reshape(*x_BTD.shape[:2], self.num_heads, self.head_dim)
+
+    def memory(self, x_BSD):
+        """[B, S, D] -> keys, not rotated, and values, [B, S, H, d]."""
+        kv_BSHd = self.kv(x_BSD).reshape(*x_BSD.shape[:2], self.num_heads, 2, self.head_dim)
+        return kv_BSHd[..., 0, :], kv_BSHd[..., 1, :]
 
 
 class MLP(nnx.Module):
@@ -182,6 +216,19 @@ class DecoderBlock(nnx.Module):
         y_BTD += self.dropout3(self.mlp(self.norm3(y_BTD).astype(y_BTD.dtype)))
         return x_BSD, y_BTD
 
+    def cross_cache(self, x_BSD) -> dict[str, jax.Array]:
+        """What attention to the encoder's output needs, worked out once: ``{"cross_k", "cross_v"}`` [B, S, H, d]."""
+        k_BSHd, v_BSHd = self.cross.memory(self.memory_norm(x_BSD).astype(x_BSD.dtype))
+        return {"cross_k": k_BSHd, "cross_v": v_BSHd}
+
+    def step(self, y_RCD, cache: dict, positions_RC):
+        """The next tokens of each row, [R, C, D], with a cache as `cache_shape` says -> [R, C, D], new ``{"k", "v"}``."""
+        h_RCD, new = self.attn.step(self.norm1(y_RCD).astype(y_RCD.dtype), cache, positions_RC, self.bias)
+        y_RCD += h_RCD
+        h_RCD = self.norm2(y_RCD).astype(y_RCD.dtype)
+        y_RCD += self.cross.look(h_RCD, cache["cross_k"], cache["cross_v"], cache["memory_mask"])
+        return y_RCD + self.mlp(self.norm3(y_RCD).astype(y_RCD.dtype)), new
+
 
 class Head(nnx.Module):
     """The decoder's last norm and the logits. `kernel` is [V, D], tied or not, so that a tie is the same array."""
@@ -231,6 +278,30 @@ class EncDec(nnx.Module):
         for block in (*self.encoder, *self.decoder):
             carry = block(carry, encoder_mask_BS)
         return self.head(carry)
+
+
+def cache_shape(
+    cfg: EncDecConfig, rows: int, length: int, source_len: int, dtype: Any = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What a decoder block keeps: of the tokens it has seen, and of the encoder's output.
+
+    Args:
+        cfg: The model.
+        rows: R.
+        length: S, tokens of a row.
+        source_len: Tokens of the encoder's side.
+        dtype: Of keys and values; by default the compute dtype.
+
+    Returns:
+        ``{"k", "v"}`` [R, S, H, d], ``{"cross_k", "cross_v"}`` [R, source_len, H, d] and the bools ``memory_mask``
+        [R, source_len], False for a token that nobody may see.
+    """
+    own, cross = (
+        jax.ShapeDtypeStruct((rows, tokens, cfg.num_heads, cfg.head_dim), jnp.dtype(dtype or cfg.dtype))
+        for tokens in (length, source_len)
+    )
+    mask = jax.ShapeDtypeStruct((rows, source_len), jnp.bool_)
+    return {"k": own, "v": own, "cross_k": cross, "cross_v": cross, "memory_mask": mask}
 
 
 def _bias(cfg: EncDecConfig, *, bidirectional: bool, rngs: nnx.Rngs):

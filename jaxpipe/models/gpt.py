@@ -4,14 +4,18 @@ The three parts `Embed`, `Block` and `Head` are what a pipeline wants; `GPT` put
 the defaults the model is GPT-2 exactly (Radford et al., 2019) but for one thing: dropout is on the embedding and on the
 outputs of attention and MLP, not on attention probabilities.
 
-Shape legend: B rows, T positions, D d_model, H heads, d dims of a head (D = H*d), F hidden dims of the MLP,
-V vocabulary.
+Shape legend: B rows, T positions, D d_model, H heads, K heads of keys and values, d dims of a head, F hidden dims of
+the MLP, V vocabulary; while decoding R rows, C new tokens of each, S positions of the cache.
+
+Decoding: `Embed.step` and `Block.step` take the next C tokens of each row, their positions, and a cache of the keys and
+values before them, which they read and never write: `Block.step` returns the new tokens' own for the caller to keep.
+Padding stands at a row's end at position -1, and comes out as garbage. Dropout is off, and no expert turns tokens away.
 
 Numbers: parameters are `param_dtype`, matrix products run in `dtype`, each kernel used through one cast. Norms,
 softmax, rotation and logits are float32 or wider.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +23,7 @@ from flax import nnx
 
 from jaxpipe.errors import ConfigError
 from jaxpipe.models.gpt_config import BYTES, GPT2_TOKENS, PRESETS, GPTConfig, flops_per_token, num_params
-from jaxpipe.models.layers import attend, cut, enter, leave, linear, normal, rms_norm, rotate
+from jaxpipe.models.layers import Rotary, attend, attend_cached, cut, enter, leave, linear, normal, rms_norm
 from jaxpipe.models.moe import MoE
 
 __all__ = [
@@ -35,6 +39,7 @@ __all__ = [
     "GPTConfig",
     "Head",
     "MoEBlock",
+    "cache_shape",
     "flops_per_token",
     "num_params",
 ]
@@ -67,41 +72,69 @@ class Embed(nnx.Module):
         # Gather, then cast: repeated tokens add up their gradients in the parameters' dtype.
         return self.finish(jnp.take(self.table[...], tokens_BT, axis=0))
 
-    def finish(self, rows_BTD):
-        """What follows the look-up: rows of the table -> [B, T, D] of the compute dtype."""
+    def finish(self, rows_BTD, positions_BT=None):
+        """What follows the look-up: rows of the table -> [B, T, D] of the compute dtype; by default at 0, 1, …, T-1."""
         x_BTD = rows_BTD.astype(jnp.promote_types(self.param_dtype, self.dtype))
         if self.positions is not None:
-            positions, num_tokens = self.positions[...], rows_BTD.shape[1]
-            if num_tokens > len(positions):
-                longest = len(positions)
+            table, num_tokens = self.positions[...], rows_BTD.shape[1]
+            if num_tokens > len(table):
+                longest = len(table)
                 raise ConfigError(f"sequence length {num_tokens} must not exceed max_seq_len={longest}; try {longest}")
-            x_BTD += positions[None, :num_tokens]
+            x_BTD += table[None, :num_tokens] if positions_BT is None else jnp.take(table, positions_BT, axis=0)
         return self.dropout(x_BTD.astype(self.dtype))
+
+    def step(self, tokens_RC, positions_RC):
+        """Embeds the next tokens of each row, [R, C, D]; NaN where a learned position is max_seq_len or more."""
+        return self.finish(jnp.take(self.table[...], tokens_RC, axis=0), jnp.maximum(positions_RC, 0))
 
 
 class Attention(nnx.Module):
     """Causal self-attention.
 
-    `qkv` is one matrix [D, 3*D] whose columns are ordered (head, q|k|v, dim): a contiguous run of columns is a run of
-    whole heads, so that tensor parallelism can cut it. GPT-2's own order is (q|k|v, head, dim).
+    `qkv` is one matrix [D, (H+2K)*d] whose columns are ordered (head of keys, its queries | k | v, dim): a contiguous
+    run of columns is a run of whole heads, so that tensor parallelism can cut it. GPT-2's own order is
+    (q|k|v, head, dim). `proj` is [H*d, D].
     """
 
     def __init__(self, cfg: GPTConfig, *, rngs: nnx.Rngs):
-        self.num_heads, self.head_dim = cfg.num_heads, cfg.head_dim
-        self.rotary_base = cfg.rotary_base if cfg.positions == "rotary" else None
+        self.num_heads, self.kv_heads, self.head_dim = cfg.num_heads, cfg.kv_heads, cfg.head_dim
+        self.rotary, self.window = rotary(cfg), cfg.sliding_window
         self.implementation: Literal["xla", "cudnn"] = cfg.attention
-        self.qkv = _linear(cfg, cfg.d_model, 3 * cfg.d_model, rngs=rngs)
-        self.proj = _linear(cfg, cfg.d_model, cfg.d_model, residual=True, rngs=rngs)
+        columns, inner = (cfg.num_heads + 2 * cfg.kv_heads) * cfg.head_dim, cfg.num_heads * cfg.head_dim
+        self.qkv = _linear(cfg, cfg.d_model, columns, bias=cfg.has_qkv_bias, rngs=rngs)
+        self.proj = _linear(cfg, inner, cfg.d_model, residual=True, rngs=rngs)
+        self.q_norm = self.k_norm = nnx.data(None)
+        if cfg.qk_norm:
+            dtypes = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+            self.q_norm, self.k_norm = (rms_norm(cfg.head_dim, eps=cfg.norm_eps, **dtypes, rngs=rngs) for _ in range(2))
 
     def __call__(self, x_BTD):
         """[B, T, D] -> [B, T, D]."""
-        B, T, D = x_BTD.shape
-        qkv_BTHd = self.qkv(x_BTD).reshape(B, T, self.num_heads, 3, self.head_dim)
-        q_BTHd, k_BTHd, v_BTHd = (qkv_BTHd[..., i, :] for i in range(3))
-        if self.rotary_base is not None:
-            q_BTHd, k_BTHd = (rotate(x, jnp.arange(T), self.rotary_base) for x in (q_BTHd, k_BTHd))
-        y_BTHd = attend(q_BTHd, k_BTHd, v_BTHd, causal=True, implementation=self.implementation)
-        return self.proj(y_BTHd.reshape(B, T, D))
+        (B, T, _), positions_1T = x_BTD.shape, jnp.arange(x_BTD.shape[1])[None]
+        q_BTHd, k_BTKd, v_BTKd = self.heads(x_BTD, positions_1T)
+        y_BTHd = attend(q_BTHd, k_BTKd, v_BTKd, causal=True, window=self.window, implementation=self.implementation)
+        return self.proj(y_BTHd.reshape(B, T, -1))
+
+    def step(self, x_RCD, cache: dict, positions_RC):
+        """[R, C, D] -> [R, C, D], and the new tokens' ``{"k", "v"}`` [R, C, K, d], like the cache."""
+        (R, C, _) = x_RCD.shape
+        q_RCHd, k_RCKd, v_RCKd = self.heads(x_RCD, positions_RC)
+        new = {"k": k_RCKd.astype(cache["k"].dtype), "v": v_RCKd.astype(cache["v"].dtype)}
+        y_RCHd = attend_cached(q_RCHd, new, cache, positions_RC, window=self.window)
+        return self.proj(y_RCHd.reshape(R, C, -1)), new
+
+    def heads(self, x_BTD, positions_BT):
+        """Queries [B, T, H, d], keys and values [B, T, K, d], normed and rotated."""
+        B, T, _ = x_BTD.shape
+        per_head = self.num_heads // self.kv_heads
+        qkv_BTKGd = self.qkv(x_BTD).reshape(B, T, self.kv_heads, per_head + 2, self.head_dim)
+        q_BTHd = qkv_BTKGd[..., :per_head, :].reshape(B, T, self.num_heads, self.head_dim)
+        k_BTKd, v_BTKd = qkv_BTKGd[..., per_head, :], qkv_BTKGd[..., per_head + 1, :]
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTHd, k_BTKd = self.q_norm(q_BTHd).astype(v_BTKd.dtype), self.k_norm(k_BTKd).astype(v_BTKd.dtype)
+        if self.rotary is not None:
+            q_BTHd, k_BTKd = (self.rotary(x, positions_BT) for x in (q_BTHd, k_BTKd))
+        return q_BTHd, k_BTKd, v_BTKd
 
 
 class MLP(nnx.Module):
@@ -139,6 +172,16 @@ class Block(nnx.Module):
         h_BTD = enter(self.norm2(x_BTD).astype(x_BTD.dtype), self.cut)
         return x_BTD + self.dropout2(leave(self.mlp(h_BTD), self.cut))
 
+    def step(self, x_RCD, cache: dict, positions_RC):
+        """The next tokens of each row: [R, C, D], a cache as `cache_shape` says -> [R, C, D] and what is new in it."""
+        y_RCD, new = self.attn.step(self.norm1(x_RCD).astype(x_RCD.dtype), cache, positions_RC)
+        x_RCD += y_RCD
+        return x_RCD + self.feed(self.norm2(x_RCD).astype(x_RCD.dtype)), new
+
+    def feed(self, h_RCD):
+        """The MLP while decoding, [R, C, D] -> [R, C, D]."""
+        return self.mlp(h_RCD)
+
     def attend(self, x_BTD):
         """The first half, [B, T, D] -> [B, T, D]."""
         h_BTD = enter(self.norm1(x_BTD).astype(x_BTD.dtype), self.cut)
@@ -155,6 +198,11 @@ class MoEBlock(Block):
         x_BTD = self.attend(x_BTD)
         y_BTD, aux = self.mlp(enter(self.norm2(x_BTD).astype(x_BTD.dtype), self.cut))
         return x_BTD + self.dropout2(leave(y_BTD, self.cut)), aux
+
+    def feed(self, h_RCD):
+        """The mixture while decoding: every expert has a place for every token."""
+        assert isinstance(self.mlp, MoE)
+        return self.mlp(h_RCD, capacity=h_RCD.shape[1])[0]
 
 
 BLOCKS: dict[str, type[Block]] = {"block": Block, "dense": Block, "moe": MoEBlock}
@@ -209,10 +257,42 @@ class GPT(nnx.Module):
         return self.head(x_BTD), total
 
 
-def _linear(cfg: GPTConfig, num_in: int, num_out: int, *, residual: bool = False, rngs: nnx.Rngs) -> nnx.Linear:
+def cache_shape(cfg: GPTConfig, rows: int, length: int, dtype: Any = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """What a block keeps of the tokens it has seen: keys, rotated, and values.
+
+    Args:
+        cfg: The model.
+        rows: R.
+        length: S, tokens of a row.
+        dtype: By default the compute dtype.
+
+    Returns:
+        ``{"k", "v"}``, each [R, S, K, d].
+    """
+    shape = jax.ShapeDtypeStruct((rows, length, cfg.kv_heads, cfg.head_dim), jnp.dtype(dtype or cfg.dtype))
+    return {"k": shape, "v": shape}
+
+
+def rotary(cfg: GPTConfig) -> Rotary | None:
+    """How a model's queries and keys are rotated, if they are."""
+    if cfg.positions != "rotary":
+        return None
+    return Rotary(
+        cfg.rotary_base,
+        cfg.rotary_factor,
+        cfg.rotary_low_freq_factor,
+        cfg.rotary_high_freq_factor,
+        cfg.rotary_original_len,
+    )
+
+
+def _linear(
+    cfg: GPTConfig, num_in: int, num_out: int, *, residual: bool = False, bias: bool | None = None, rngs: nnx.Rngs
+) -> nnx.Linear:
     std = cfg.residual_init_std if residual else cfg.init_std
     dtypes = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
-    return linear(num_in, num_out, std=std, bias=cfg.bias, **dtypes, rngs=rngs, rows=residual)
+    bias = cfg.bias if bias is None else bias
+    return linear(num_in, num_out, std=std, bias=bias, **dtypes, rngs=rngs, rows=residual)
 
 
 def _norm(cfg: GPTConfig, *, rngs: nnx.Rngs) -> nnx.LayerNorm | nnx.RMSNorm:

@@ -17,16 +17,25 @@ class GPTConfig:
         vocab_size: V.
         max_seq_len: The longest sequence, in tokens. Learned positions cannot go beyond it; rotary ones can.
         num_layers: Number of blocks.
-        num_heads: H.
+        num_heads: H, heads of the queries.
         d_model: D, width of the residual stream.
+        num_kv_heads: K, heads of keys and values, each shared by H/K queries (Ainslie et al., 2023, "GQA"). None: H.
+        head_width: d, dims of a head. None: D/H.
         d_ff: F. None: 4*D for ``gelu``; 8/3*D, up to the next multiple of 64, for ``swiglu``.
         positions: ``learned``: a vector per position added to the embedding. ``rotary``: queries and keys rotated
             (Su et al., 2021; half-split pairs as in GPT-NeoX and Llama).
         rotary_base: Base of the rotary wavelengths.
+        rotary_factor: How much longer the longest wavelengths become, as in Llama 3.1; 1: not at all.
+        rotary_low_freq_factor: Wavelengths above ``rotary_original_len`` over this are stretched by the whole factor.
+        rotary_high_freq_factor: Wavelengths below ``rotary_original_len`` over this stay; those between are blended.
+        rotary_original_len: The longest sequence before the stretching.
+        sliding_window: W: a token sees itself and the W-1 tokens before it. None: all before it.
+        qk_norm: Whether queries and keys of a head go through an RMS norm before they are rotated, as in Qwen3.
         norm: ``layernorm`` or ``rmsnorm``.
         norm_eps: Added to the variance.
         mlp: ``gelu`` (tanh approximation) or ``swiglu``.
         bias: Whether linear layers and layer norms have a bias.
+        qkv_bias: Whether the map to queries, keys and values has one, as in Qwen2. None: as `bias` says.
         tied: Whether the head uses the embedding's table.
         dropout: Probability that an element is dropped after the embedding, attention and MLP.
         attention: ``xla``, or ``cudnn`` for the fused kernel of NVIDIA GPUs (``dtype="bfloat16"`` only).
@@ -51,13 +60,22 @@ class GPTConfig:
     num_layers: int
     num_heads: int
     d_model: int
+    num_kv_heads: int | None = None
+    head_width: int | None = None
     d_ff: int | None = None
     positions: Literal["learned", "rotary"] = "learned"
     rotary_base: float = 10000.0
+    rotary_factor: float = 1.0
+    rotary_low_freq_factor: float = 1.0
+    rotary_high_freq_factor: float = 4.0
+    rotary_original_len: int = 8192
+    sliding_window: int | None = None
+    qk_norm: bool = False
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: float = 1e-5
     mlp: Literal["gelu", "swiglu"] = "gelu"
     bias: bool = True
+    qkv_bias: bool | None = None
     tied: bool = True
     dropout: float = 0.0
     attention: Literal["xla", "cudnn"] = "xla"
@@ -73,18 +91,18 @@ class GPTConfig:
 
     def __post_init__(self):
         check_fields(self, num_experts=0)
-        if self.d_model % self.num_heads:
-            below = self.d_model // self.num_heads * self.num_heads
-            near = f"{below} or {below + self.num_heads}" if below else f"{self.num_heads}"
-            raise ConfigError(f"d_model={self.d_model} must be divisible by num_heads={self.num_heads}; try {near}")
-        if self.positions == "rotary" and self.head_dim % 2:
+        self._check_heads()
+        for name, near in (("d_ff", 4 * self.d_model), ("sliding_window", self.max_seq_len)):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1; try {near}")
+        check_above_zero(
+            self, norm_eps=1e-5, rotary_base=1e4, capacity_factor=1.25, rotary_factor=1.0, rotary_low_freq_factor=1.0
+        )
+        if self.rotary_high_freq_factor <= self.rotary_low_freq_factor:
             raise ConfigError(
-                f"positions='rotary' rotates pairs: d_model/num_heads={self.d_model}/{self.num_heads}={self.head_dim} "
-                f"must be even; try d_model={(self.head_dim + 1) * self.num_heads}"
+                f"rotary_high_freq_factor={self.rotary_high_freq_factor} must exceed rotary_low_freq_factor="
+                f"{self.rotary_low_freq_factor}; try {4 * self.rotary_low_freq_factor}"
             )
-        if self.d_ff is not None and self.d_ff < 1:
-            raise ConfigError(f"d_ff={self.d_ff} must be at least 1; try {4 * self.d_model}")
-        check_above_zero(self, norm_eps=1e-5, rotary_base=1e4, capacity_factor=1.25)
         if self.attention == "cudnn" and self.dtype != "bfloat16":
             raise ConfigError(f"dtype={self.dtype!r} must be 'bfloat16' for attention='cudnn'; try attention='xla'")
         for name in ("aux_loss_weight", "router_z_weight"):
@@ -92,6 +110,28 @@ class GPTConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 0; try 0.0")
         if self.num_experts:
             self._check_experts()
+
+    def _check_heads(self):
+        for name, near in (("num_kv_heads", self.num_heads), ("head_width", 64)):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1; try {near}")
+        if self.num_heads % self.kv_heads:
+            near = next(n for n in range(min(self.kv_heads, self.num_heads), 0, -1) if self.num_heads % n == 0)
+            raise ConfigError(f"num_kv_heads={self.kv_heads} must divide num_heads={self.num_heads}; try {near}")
+        if self.head_width is None and self.d_model % self.num_heads:
+            below = self.d_model // self.num_heads * self.num_heads
+            near = f"{below} or {below + self.num_heads}" if below else f"{self.num_heads}"
+            raise ConfigError(f"d_model={self.d_model} must be divisible by num_heads={self.num_heads}; try {near}")
+        if self.positions == "rotary" and self.head_dim % 2:
+            if self.head_width is not None:
+                raise ConfigError(
+                    f"head_width={self.head_width} must be even for positions='rotary', which rotates pairs; "
+                    f"try {self.head_width + 1}"
+                )
+            raise ConfigError(
+                f"positions='rotary' rotates pairs: d_model/num_heads={self.d_model}/{self.num_heads}={self.head_dim} "
+                f"must be even; try d_model={(self.head_dim + 1) * self.num_heads}"
+            )
 
     def _check_experts(self):
         if self.experts_per_token > self.num_experts:
@@ -107,8 +147,18 @@ class GPTConfig:
 
     @property
     def head_dim(self) -> int:
-        """d, dims of a head."""
-        return self.d_model // self.num_heads
+        """d, with the default worked out."""
+        return self.d_model // self.num_heads if self.head_width is None else self.head_width
+
+    @property
+    def kv_heads(self) -> int:
+        """K, with the default worked out."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """`qkv_bias`, with the default worked out."""
+        return self.bias if self.qkv_bias is None else self.qkv_bias
 
     @property
     def hidden_dim(self) -> int:
@@ -184,7 +234,8 @@ def num_params(cfg: GPTConfig) -> int:
     """
     D, F, E, bias = cfg.d_model, cfg.hidden_dim, cfg.num_experts, int(cfg.bias)
     norm = D * (1 + bias) if cfg.norm == "layernorm" else D
-    attention = (D + bias) * 3 * D + (D + bias) * D
+    inner, heads = cfg.num_heads * cfg.head_dim, cfg.num_heads + 2 * cfg.kv_heads
+    attention = (D + cfg.has_qkv_bias) * heads * cfg.head_dim + (inner + bias) * D + 2 * cfg.qk_norm * cfg.head_dim
     mlp = (D + bias) * F * (2 if cfg.mlp == "swiglu" else 1) + (F + bias) * D
     mlps = sum(D * E + E * mlp if kind == "moe" else mlp for kind in cfg.kinds)
     embed = cfg.vocab_size * D + (cfg.max_seq_len * D if cfg.positions == "learned" else 0)
@@ -202,7 +253,10 @@ def flops_per_token(cfg: GPTConfig, seq_len: int) -> int:
         seq_len: T.
     """
     D, F, E, T = cfg.d_model, cfg.hidden_dim, cfg.num_experts, seq_len
+    inner, heads = cfg.num_heads * cfg.head_dim, cfg.num_heads + 2 * cfg.kv_heads
     mlp = 2 * D * F * (3 if cfg.mlp == "swiglu" else 2)
     places = E * cfg.expert_capacity(T) if E else 0
     mlps = sum(2 * D * E * T + places * mlp if kind == "moe" else T * mlp for kind in cfg.kinds)
-    return cfg.num_layers * (8 * D * D + 4 * T * D) + mlps // T + 2 * D * cfg.vocab_size
+    return (
+        cfg.num_layers * (2 * D * (heads * cfg.head_dim + inner) + 4 * T * inner) + mlps // T + 2 * D * cfg.vocab_size
+    )

@@ -4,10 +4,12 @@ Weights carry Flax's own annotations of the mesh axis that they may be cut over:
 hidden dims, rows of what leads back (Shoeybi et al., 2019, "Megatron-LM"). They say where weights may lie and change
 nothing by themselves.
 
-Shape legend: B rows, T positions (queries), S positions (keys), H heads, d dims of a head.
+Shape legend: B rows, T positions (queries), S positions (keys), H heads, K heads of keys and values, d dims of a head;
+while decoding R rows, C new tokens of each.
 """
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -107,26 +109,28 @@ def rms_norm(dims: int, *, eps: float, dtype: Any, param_dtype: Any, rngs: nnx.R
 
 def attend(
     q_BTHd,
-    k_BSHd,
-    v_BSHd,
+    k_BSKd,
+    v_BSKd,
     *,
     causal: bool,
     bias_BHTS=None,
     mask_BHTS=None,
     scale: float | None = None,
+    window: int | None = None,
     implementation: Literal["xla", "cudnn"] = "xla",
 ):
     """Attention, its softmax in float32 or wider.
 
     Args:
         q_BTHd: Queries, any float dtype.
-        k_BSHd: Keys.
-        v_BSHd: Values.
+        k_BSKd: Keys; each of the K heads serves H/K consecutive heads of queries.
+        v_BSKd: Values.
         causal: Whether query t sees keys up to t only (T = S then).
         bias_BHTS: Added to the scaled scores; dims may be 1.
         mask_BHTS: Bools, False for a key that a query must not see; dims may be 1. A query that may see nothing gets
             some finite value.
         scale: Multiplies the scores. None: 1/sqrt(d).
+        window: With `causal`, query t sees keys t-window+1 to t only.
         implementation: ``cudnn`` for the fused kernel of NVIDIA GPUs.
 
     Returns:
@@ -135,43 +139,119 @@ def attend(
     if q_BTHd.dtype in (jnp.float32, jnp.bfloat16):
         return jax.nn.dot_product_attention(
             q_BTHd,
-            k_BSHd,
-            v_BSHd,
+            k_BSKd,
+            v_BSKd,
             bias_BHTS,
             mask_BHTS,
             scale=scale,
             is_causal=causal,
+            local_window_size=None if window is None else (window - 1, 0),
             implementation=implementation,
         )
     # jax.nn rounds the softmax to float32 even for float64, and asks for products in float16 that CPUs do not have.
     dtype = wide(q_BTHd.dtype)
+    k_BSHd, v_BSHd = (jnp.repeat(x, q_BTHd.shape[2] // x.shape[2], axis=2) for x in (k_BSKd, v_BSKd))
     scores_BHTS = jnp.einsum("bthd,bshd->bhts", q_BTHd, k_BSHd, preferred_element_type=dtype)
     scores_BHTS *= 1 / math.sqrt(q_BTHd.shape[-1]) if scale is None else scale
     if bias_BHTS is not None:
         scores_BHTS += bias_BHTS
     seen_BHTS = jnp.ones((1, 1, *scores_BHTS.shape[2:]), bool)
     seen_BHTS = jnp.tril(seen_BHTS) if causal else seen_BHTS
+    seen_BHTS = seen_BHTS & ~jnp.tril(seen_BHTS, -window) if window is not None else seen_BHTS
     seen_BHTS = seen_BHTS if mask_BHTS is None else seen_BHTS & mask_BHTS
     probs_BHTS = jax.nn.softmax(jnp.where(seen_BHTS, scores_BHTS, jnp.finfo(dtype).min), axis=-1)
     return jnp.einsum("bhts,bshd->bthd", probs_BHTS.astype(v_BSHd.dtype), v_BSHd)
 
 
-def rotate(x_BTHd, positions_T, base: float = 10000.0):
-    """Rotates queries or keys by their positions.
+def attend_cached(
+    q_RCHd, new: dict, cache: dict, positions_RC, *, bias=None, scale: float | None = None, window: int | None = None
+):
+    """Causal attention of new tokens to a cache and to each other. The cache is read only, and never copied.
 
     Args:
-        x_BTHd: Any float dtype, d even. Dims i and i + d/2 are a pair, turned by ``position * base**(-2i/d)``.
-        positions_T: Integers.
-        base: Base of the wavelengths.
+        q_RCHd: Queries, any float dtype.
+        new: ``{"k", "v"}`` of the new tokens, [R, C, K, d].
+        cache: ``{"k", "v"}`` [R, S, K, d]: entry s belongs to position s.
+        positions_RC: Of the new tokens, consecutive in each row. Only entries before the first are looked at.
+        bias: ``(queries [R, C], keys [R, S]) -> [R, H, C, S]``: what positions add to the scaled scores.
+        scale: Multiplies the scores. None: 1/sqrt(d).
+        window: A token sees itself and the ``window - 1`` before it only.
 
     Returns:
-        Like `x_BTHd`. The scalar product of two rotated vectors depends on the difference of their positions only.
+        [R, C, H, d], like the queries; something finite where a row has no position.
+    """
+    (R, C, H, d), (_, S, K, _) = q_RCHd.shape, cache["k"].shape
+    dtype = wide(q_RCHd.dtype)
+    q_RCKGd = q_RCHd.reshape(R, C, K, H // K, d)
+    old_RS = jnp.broadcast_to(jnp.arange(S), (R, S))
+
+    def score(k_RSKd, at_RS, seen_RCS):
+        scores_RKGCS = jnp.einsum(
+            "rckgd,rskd->rkgcs", q_RCKGd, k_RSKd.astype(q_RCHd.dtype), preferred_element_type=dtype
+        )
+        scores_RKGCS *= 1 / math.sqrt(d) if scale is None else scale
+        if bias is not None:
+            scores_RKGCS += bias(positions_RC, at_RS).reshape(scores_RKGCS.shape).astype(dtype)
+        if window is not None:
+            seen_RCS &= positions_RC[:, :, None] - at_RS[:, None] < window
+        return jnp.where(seen_RCS[:, None, None], scores_RKGCS, jnp.finfo(dtype).min)
+
+    before_RCS = jnp.broadcast_to((old_RS < positions_RC[:, :1])[:, None], (R, C, S))
+    among_RCC = jnp.broadcast_to(jnp.tril(jnp.ones((C, C), bool))[None], (R, C, C))
+    scores = [score(cache["k"], old_RS, before_RCS), score(new["k"], positions_RC, among_RCC)]
+    probs = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q_RCHd.dtype)
+
+    def gather(probs_RKGCS, v_RSKd):
+        v_RSKd = v_RSKd.astype(probs_RKGCS.dtype)
+        return jnp.einsum("rkgcs,rskd->rckgd", probs_RKGCS, v_RSKd, preferred_element_type=dtype)
+
+    y_RCKGd = gather(probs[..., :S], cache["v"]) + gather(probs[..., S:], new["v"])
+    return y_RCKGd.reshape(R, C, H, d).astype(q_RCHd.dtype)
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """How queries and keys are rotated by their positions.
+
+    Attributes:
+        base: Base of the wavelengths: dims i and i + d/2 are a pair, turned by ``position * base**(-2i/d)``.
+        factor: Wavelengths far above ``original_len`` are stretched by this.
+        low_freq_factor: Those above ``original_len`` over this by all of it.
+        high_freq_factor: Those below ``original_len`` over this not at all, those between in part.
+        original_len: The longest sequence before the stretching.
 
     Source: Su et al., 2021, "RoFormer". There neighbouring dims are a pair; here the halves, as in GPT-NeoX and Llama.
+    The stretching is Llama 3.1's (Grattafiori et al., 2024, "The Llama 3 Herd of Models", and its reference code).
     """
-    half = x_BTHd.shape[-1] // 2
-    dtype = wide(x_BTHd.dtype)
-    angle_Td = positions_T[:, None].astype(dtype) * (base ** (-jnp.arange(half, dtype=dtype) / half))[None]
-    cos, sin = jnp.cos(angle_Td)[None, :, None], jnp.sin(angle_Td)[None, :, None]
-    a, b = x_BTHd[..., :half].astype(dtype), x_BTHd[..., half:].astype(dtype)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHd.dtype)
+
+    base: float = 10000.0
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_len: int = 8192
+
+    def frequencies(self, half: int, dtype: Any) -> jax.Array:
+        """Radians per position of every pair, [half]."""
+        turn_d = self.base ** (-jnp.arange(half, dtype=dtype) / half)
+        if self.factor == 1.0:
+            return turn_d
+        turns_d = self.original_len * turn_d / (2 * math.pi)  # whole turns in the original length
+        kept_d = (turns_d - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        kept_d = jnp.clip(kept_d, 0, 1)
+        return turn_d * (kept_d + (1 - kept_d) / self.factor)
+
+    def __call__(self, x_BTHd, positions_BT):
+        """Rotates queries or keys.
+
+        Args:
+            x_BTHd: Any float dtype, d even.
+            positions_BT: Integers; B may be 1.
+
+        Returns:
+            Like `x_BTHd`. The scalar product of two rotated vectors depends on the difference of their positions only.
+        """
+        half, dtype = x_BTHd.shape[-1] // 2, wide(x_BTHd.dtype)
+        angle_BTd = positions_BT[..., None].astype(dtype) * self.frequencies(half, dtype)[None, None]
+        cos, sin = jnp.cos(angle_BTd)[:, :, None], jnp.sin(angle_BTd)[:, :, None]
+        a, b = x_BTHd[..., :half].astype(dtype), x_BTHd[..., half:].astype(dtype)
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHd.dtype)

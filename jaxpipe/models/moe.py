@@ -45,10 +45,10 @@ class MoE(nnx.Module):
             if self.gate is not None:
                 self.gate_bias = cut(jnp.zeros((E, F), dtype), dim=1)
 
-    def __call__(self, x_BTD):
-        """[B, T, D] -> [B, T, D] and the auxiliary loss, a scalar, already weighted."""
+    def __call__(self, x_BTD, capacity: int | None = None):
+        """[B, T, D] -> [B, T, D] and the auxiliary loss, a weighted scalar; by default with the config's capacity."""
         cfg, (B, T, D) = self.cfg, x_BTD.shape
-        E, K, C = cfg.num_experts, cfg.experts_per_token, cfg.expert_capacity(T)
+        E, K, C = cfg.num_experts, cfg.experts_per_token, cfg.expert_capacity(T) if capacity is None else capacity
         logits_BTE = self.scores(x_BTD)
         gates_BTK, experts_BTK = choose(jax.nn.softmax(logits_BTE, axis=-1), K)
         aux = cfg.aux_loss_weight * balance_loss(logits_BTE, experts_BTK)

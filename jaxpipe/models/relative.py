@@ -1,6 +1,6 @@
 """T5's relative positions: a bias on attention scores, one number per head and bucket of distances.
 
-Shape legend: T queries and as many keys, H heads, L = 2T distances.
+Shape legend: T queries and as many keys, H heads, L = 2T distances; while decoding R rows, C queries, S keys.
 """
 
 from typing import Any
@@ -42,6 +42,18 @@ class RelativeBias(nnx.Module):
         rows_HTL = jnp.broadcast_to(values_LH.T[:, None], (num_heads, num, length))
         turned_HTL = rows_HTL.reshape(num_heads, -1)[:, : num * (length - 1)].reshape(num_heads, num, length - 1)
         return turned_HTL[None, ..., :num]
+
+    def between(self, queries_RC, keys_RS):
+        """The bias of queries on keys at given positions, [R, H, C, S], float32 or wider. No key follows its query."""
+        buckets = relative_buckets(
+            -np.arange(self.max_distance + 1),
+            bidirectional=self.bidirectional,
+            num_buckets=self.num_buckets,
+            max_distance=self.max_distance,
+        )
+        values_LH = self.table[...].astype(wide(self.table.dtype))[buckets]
+        distances_RCS = jnp.clip(queries_RC[:, :, None] - keys_RS[:, None], 0, self.max_distance)
+        return jnp.moveaxis(values_LH[distances_RCS], -1, 1)
 
 
 def relative_buckets(distances, *, bidirectional: bool, num_buckets: int, max_distance: int) -> np.ndarray:

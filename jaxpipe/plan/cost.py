@@ -192,10 +192,7 @@ def _traffic_bytes(block: BlockShape, size: int, tensor: int) -> float:
     """What the elementwise work of a forward reads and writes, per row."""
     norms = (len(block.attentions) + 1) * block.tokens * block.width * 2 * size
     residuals = (len(block.attentions) + 1) * block.tokens * block.width * 3 * size
-    heads = sum(
-        2 * size * (a.queries + 2 * a.keys) * a.inner + (4 * size * (a.queries + a.keys) * a.inner if a.rotary else 0)
-        for a in block.attentions
-    )
+    heads = sum(2 * size * a.projected + (4 * size * a.rotatable if a.rotary else 0) for a in block.attentions)
     softmax = 4 * size * _scores(block)
     hidden = block.mlp_tokens * block.mlp.hidden * 2 * size * (block.mlp.matrices - 1)
     moved = 4 * size * (block.tokens + block.mlp.places) * block.width if block.mlp.experts else 0
@@ -204,7 +201,9 @@ def _traffic_bytes(block: BlockShape, size: int, tensor: int) -> float:
 
 def _product_numbers(block: BlockShape, tensor: int) -> float:
     """Numbers that the products with weights read and write, per row."""
-    attention = sum((2 * a.queries + 2 * a.keys) * (block.width + a.inner / tensor) for a in block.attentions)
+    attention = sum(
+        2 * (a.queries + a.keys) * block.width + (a.projected + a.queries * a.inner) / tensor for a in block.attentions
+    )
     mlp = block.mlp_tokens * block.mlp.matrices * (block.width + block.mlp.hidden / tensor)
     return attention + mlp
 
@@ -215,10 +214,7 @@ def _kept_bytes(block: BlockShape, size: int, wide: int, tensor: int) -> float:
     The last product's result is not among them: it is part of the next block's input.
     """
     inputs = block.tokens * block.width
-    attention = sum(
-        ((a.queries + 2 * a.keys) * a.inner + a.queries * a.inner) / tensor + a.queries * block.width
-        for a in block.attentions
-    )
+    attention = sum((a.projected + a.queries * a.inner) / tensor + a.queries * block.width for a in block.attentions)
     mlp = block.mlp_tokens * block.mlp.hidden * (block.mlp.matrices - 1) / tensor
     mixture = 2 * block.mlp.places * block.width if block.mlp.experts else 0
     return size * (inputs + attention + mlp + mixture) + wide * _scores(block) / tensor
@@ -227,14 +223,14 @@ def _kept_bytes(block: BlockShape, size: int, wide: int, tensor: int) -> float:
 def _all_bytes(block: BlockShape, size: int, wide: int, tensor: int) -> float:
     """What ``remat="all"`` keeps, per row: every value that the backward reads."""
     norms = (len(block.attentions) + 1) * block.tokens * block.width * (2 * wide + size)
-    attention = sum((2 * (a.queries + 2 * a.keys) * a.inner) * size / tensor for a in block.attentions)
+    attention = sum(2 * a.projected * size / tensor for a in block.attentions)
     hidden = block.mlp_tokens * block.mlp.hidden * 5 * size / tensor
     return norms + attention + hidden + 2 * wide * _scores(block) / tensor + _kept_bytes(block, size, wide, tensor) / 2
 
 
 def _crossing_bytes(block: BlockShape, size: int, tensor: int) -> float:
     """Gradients of the results of all products with weights, and of what the norms pass on: what I leaves for W."""
-    attention = sum((a.queries + 2 * a.keys) * a.inner / tensor + a.queries * block.width for a in block.attentions)
+    attention = sum(a.projected / tensor + a.queries * block.width for a in block.attentions)
     mlp = block.mlp_tokens * block.mlp.hidden * (block.mlp.matrices - 1) / tensor
     return size * (attention + mlp + 2 * block.tokens * block.width)
 

@@ -23,6 +23,9 @@ class Attention:
         head_dim: d.
         fused: One kernel that keeps no scores.
         rotary: Queries and keys are rotated.
+        shared: How many heads of queries share one of keys and values.
+        qkv_bias: Whether the maps to queries, keys and values have a bias. None: as the block's other maps.
+        norm_params: Parameters of norms on queries and keys.
     """
 
     queries: int
@@ -31,11 +34,40 @@ class Attention:
     head_dim: int
     fused: bool = False
     rotary: bool = False
+    shared: int = 1
+    qkv_bias: bool | None = None
+    norm_params: int = 0
 
     @property
     def inner(self) -> int:
         """H*d."""
         return self.heads * self.head_dim
+
+    @property
+    def kv_inner(self) -> int:
+        """Columns of the keys, and of the values."""
+        return self.inner // self.shared
+
+    @property
+    def rotatable(self) -> int:
+        """Numbers in queries and keys of a row."""
+        return self.queries * self.inner + self.keys * self.kv_inner
+
+    @property
+    def projected(self) -> int:
+        """Numbers in queries, keys and values of a row."""
+        return self.rotatable + self.keys * self.kv_inner
+
+    def params(self, width: int, bias: bool) -> int:
+        """Parameters of the projections and norms.
+
+        Args:
+            width: D.
+            bias: Whether the block's linear maps have one.
+        """
+        qkv_bias = bias if self.qkv_bias is None else self.qkv_bias
+        maps = (width + qkv_bias) * (self.inner + 2 * self.kv_inner) + (self.inner + bias) * width
+        return maps + self.norm_params
 
     @property
     def scores(self) -> int:
@@ -91,7 +123,7 @@ class BlockShape:
     def params(self) -> int:
         """Parameters of one block."""
         bias, wide, hidden = int(self.bias), self.width, self.mlp.hidden
-        attention = sum((wide + bias) * 3 * a.inner + (a.inner + bias) * wide for a in self.attentions)
+        attention = sum(a.params(wide, self.bias) for a in self.attentions)
         mlp = (wide + bias) * hidden * (self.mlp.matrices - 1) + (hidden + bias) * wide
         experts = self.mlp.experts
         mlps = experts * mlp + wide * experts if experts else mlp
@@ -106,7 +138,7 @@ class BlockShape:
     def linear_flops(self) -> int:
         """Operations of the products with weights, forward; each half of the backward takes as many."""
         wide = self.width
-        attention = sum(2 * wide * a.inner * (2 * a.queries + 2 * a.keys) for a in self.attentions)
+        attention = sum(2 * wide * (a.projected + a.queries * a.inner) for a in self.attentions)
         router = 2 * wide * self.mlp.experts * self.tokens
         return attention + router + 2 * wide * self.mlp.hidden * self.mlp.matrices * self.mlp_tokens
 

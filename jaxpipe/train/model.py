@@ -55,7 +55,7 @@ def gpt_model(cfg: GPTConfig) -> Model:
         ),
         tie={"head/kernel": "embed/table"} if cfg.tied else {},
         carry_spec=PartitionSpec(None, "tensor") if cfg.sequence_parallel else None,
-        divisible_by_tensor={"num_heads": cfg.num_heads, "d_ff": cfg.hidden_dim},
+        divisible_by_tensor={"num_kv_heads" if cfg.num_kv_heads else "num_heads": cfg.kv_heads, "d_ff": cfg.hidden_dim},
     )
 
 

@@ -55,6 +55,9 @@ def gpt_shape(cfg: GPTConfig, seq_len: int) -> ModelShape:
         head_dim=cfg.head_dim,
         fused=cfg.attention == "cudnn",
         rotary=cfg.positions == "rotary",
+        shared=cfg.num_heads // cfg.kv_heads,
+        qkv_bias=cfg.qkv_bias,
+        norm_params=2 * cfg.head_dim * cfg.qk_norm,
     )
     dense = Mlp(hidden=cfg.hidden_dim, gated=cfg.mlp == "swiglu")
     mixture = replace(

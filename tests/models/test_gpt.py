@@ -12,11 +12,15 @@ from helpers import turned
 
 from jaxpipe.errors import ConfigError
 from jaxpipe.models.gpt import GPT, PRESETS, Block, GPTConfig, Head, flops_per_token, num_params
-from jaxpipe.models.layers import rotate
+from jaxpipe.models.layers import Rotary
 from jaxpipe.runtime.arithmetic import dot_flops
 
 GPT2 = GPTConfig(vocab_size=17, max_seq_len=8, num_layers=2, num_heads=2, d_model=12)
 LLAMA_LIKE = replace(GPT2, positions="rotary", norm="rmsnorm", mlp="swiglu", bias=False, tied=False, d_ff=20)
+GROUPED = replace(
+    LLAMA_LIKE, num_heads=4, num_kv_heads=2, head_width=6, qk_norm=True, qkv_bias=True, sliding_window=3,
+    rotary_factor=8.0, rotary_original_len=24,
+)  # fmt: skip
 MIXED = replace(GPT2, positions="rotary", norm="layernorm", mlp="swiglu", bias=True, tied=False)
 TOKENS = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 16]])
 
@@ -31,7 +35,8 @@ def numpy_gpt(weights, cfg: GPTConfig, tokens):
         return np.asarray(node, np.float64)
 
     def linear(x, path):
-        return x @ get(f"{path}.kernel") + (get(f"{path}.bias") if cfg.bias else 0)
+        bias = cfg.has_qkv_bias if path.endswith("qkv") else cfg.bias
+        return x @ get(f"{path}.kernel") + (get(f"{path}.bias") if bias else 0)
 
     def norm(x, path):
         if cfg.norm == "layernorm":
@@ -40,16 +45,32 @@ def numpy_gpt(weights, cfg: GPTConfig, tokens):
         return x + get(f"{path}.bias") if cfg.bias and cfg.norm == "layernorm" else x
 
     def attention(x, path):
-        # Back to GPT-2's column order (q|k|v, head, dim), to check the documented one.
-        qkv = linear(x, f"{path}.qkv").reshape(len(x), cfg.num_heads, 3, cfg.head_dim).transpose(2, 1, 0, 3)
+        # Columns are (head of keys, its queries | k | v, dim).
+        per_head, d, far = cfg.num_heads // cfg.kv_heads, cfg.head_dim, cfg.sliding_window or len(x)
+        qkv = linear(x, f"{path}.qkv").reshape(len(x), cfg.kv_heads, per_head + 2, d)
         heads = []
-        for q, k, v in zip(*qkv, strict=True):
+        for head in range(cfg.num_heads):
+            own = qkv[:, head // per_head]
+            q, k, v = own[:, head % per_head], own[:, -2], own[:, -1]
+            if cfg.qk_norm:
+                q, k = norm(q, f"{path}.q_norm"), norm(k, f"{path}.k_norm")
             if cfg.positions == "rotary":
-                q, k = turned(q, cfg.rotary_base), turned(k, cfg.rotary_base)
-            scores = q @ k.T / math.sqrt(cfg.head_dim)
-            weights = np.exp(scores) * np.tri(len(x))
+                q, k = (turned(y, cfg.rotary_base, stretched if cfg.rotary_factor != 1 else None) for y in (q, k))
+            scores = q @ k.T / math.sqrt(d)
+            weights = np.exp(scores) * np.tri(len(x)) * (1 - np.tri(len(x), k=-far))
             heads.append(weights / weights.sum(-1, keepdims=True) @ v)
         return linear(np.concatenate(heads, -1), f"{path}.proj")
+
+    def stretched(frequency):
+        """Llama 3.1's rule, as its authors' code has it."""
+        low, high, length = cfg.rotary_low_freq_factor, cfg.rotary_high_freq_factor, cfg.rotary_original_len
+        wavelength = 2 * math.pi / frequency
+        if wavelength < length / high:
+            return frequency
+        if wavelength > length / low:
+            return frequency / cfg.rotary_factor
+        smooth = (length / wavelength - low) / (high - low)
+        return (1 - smooth) * frequency / cfg.rotary_factor + smooth * frequency
 
     def mlp(x, path):
         h = linear(x, f"{path}.fc")
@@ -90,13 +111,13 @@ def weights_of(gpt: GPT):
     return tree
 
 
-@pytest.mark.parametrize("cfg", [GPT2, LLAMA_LIKE, MIXED], ids=["gpt2", "llama-like", "mixed"])
+@pytest.mark.parametrize("cfg", [GPT2, LLAMA_LIKE, MIXED, GROUPED], ids=["gpt2", "llama-like", "mixed", "grouped"])
 def test_logits_equal_a_transformer_in_numpy(cfg, random_gpt):
     gpt = random_gpt(cfg)
     np.testing.assert_allclose(logits_of(gpt, TOKENS), numpy_gpt(weights_of(gpt), cfg, TOKENS), rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("cfg", [GPT2, LLAMA_LIKE], ids=["gpt2", "llama-like"])
+@pytest.mark.parametrize("cfg", [GPT2, GROUPED], ids=["gpt2", "grouped"])
 def test_float64_is_float64_throughout(cfg, random_gpt):
     with jax.enable_x64(True):
         cfg = replace(cfg, dtype="float64", param_dtype="float64")
@@ -117,17 +138,19 @@ def test_a_later_token_does_not_change_earlier_logits(random_gpt):
 def test_rotary_scores_depend_on_the_distance_only():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 6, 3, 8))
 
+    rotate = Rotary()
+
     @jax.jit
     def scores(shift):
-        positions = jnp.arange(6) + shift
+        positions = (jnp.arange(6) + shift)[None]
         return jnp.einsum("bqhd,bkhd->bhqk", rotate(q, positions), rotate(k, positions))
 
     np.testing.assert_allclose(scores(0), scores(100), atol=1e-4)
     assert jnp.abs(scores(0) - jnp.einsum("bqhd,bkhd->bhqk", q, k)).max() > 0.1
-    np.testing.assert_array_equal(rotate(q, jnp.zeros(6, int)), q)
+    np.testing.assert_array_equal(rotate(q, jnp.zeros((1, 6), int)), q)
 
 
-@pytest.mark.parametrize("cfg", [GPT2, LLAMA_LIKE, MIXED, PRESETS["tiny"]])
+@pytest.mark.parametrize("cfg", [GPT2, LLAMA_LIKE, MIXED, GROUPED, PRESETS["tiny"]])
 def test_num_params_counts_the_module(cfg):
     shapes = nnx.state(nnx.eval_shape(lambda: GPT(cfg, rngs=nnx.Rngs(0))), nnx.Param)
     assert num_params(cfg) == sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
@@ -138,7 +161,7 @@ def test_presets_have_the_published_sizes():
     assert {name: round(num_params(PRESETS[name]) / 1e6, 2) for name in published} == published
 
 
-@pytest.mark.parametrize("cfg", [GPT2, LLAMA_LIKE])
+@pytest.mark.parametrize("cfg", [GPT2, LLAMA_LIKE, GROUPED])
 def test_flops_per_token_counts_the_matrix_products(cfg, random_gpt):
     gpt = random_gpt(cfg)
     graphdef, state = nnx.split(gpt)
@@ -219,6 +242,18 @@ def test_learned_positions_end_and_rotary_ones_do_not(random_gpt):
         ({"d_ff": 0}, "d_ff=0 must be at least 1; try 48"),
         ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and below 1; try 0.1"),
         ({"norm_eps": 0.0}, "norm_eps=0.0 must be above 0; try 1e-05"),
+        ({"num_heads": 6, "num_kv_heads": 4}, "num_kv_heads=4 must divide num_heads=6; try 3"),
+        ({"num_kv_heads": 0}, "num_kv_heads=0 must be at least 1; try 2"),
+        (
+            {"positions": "rotary", "head_width": 5},
+            "head_width=5 must be even for positions='rotary', which rotates pairs; try 6",
+        ),
+        ({"sliding_window": 0}, "sliding_window=0 must be at least 1; try 8"),
+        ({"rotary_factor": 0.0}, "rotary_factor=0.0 must be above 0; try 1.0"),
+        (
+            {"rotary_high_freq_factor": 1.0},
+            "rotary_high_freq_factor=1.0 must exceed rotary_low_freq_factor=1.0; try 4.0",
+        ),
         ({"attention": "cudnn"}, "dtype='float32' must be 'bfloat16' for attention='cudnn'; try attention='xla'"),
     ],
 )
@@ -232,4 +267,6 @@ def test_every_suggestion_is_accepted():
     assert replace(GPT2, d_model=96, num_heads=8).head_dim == 12
     assert replace(GPT2, d_model=8, num_heads=8).head_dim == 1
     assert replace(GPT2, d_model=8, positions="rotary").head_dim == 4
+    assert replace(GPT2, positions="rotary", head_width=6).head_dim == 6
+    assert replace(GPT2, num_heads=6, num_kv_heads=3).kv_heads == 3
     assert replace(GPT2, d_model=64, mlp="swiglu").hidden_dim == 192 and GPT2.hidden_dim == 48
