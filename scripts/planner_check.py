@@ -1,11 +1,12 @@
 """The planner against this machine: predicted and measured steps of the same programs on simulated CPU devices.
 
-    python scripts/planner_check.py                     # every case once; about 20 minutes
+    python scripts/planner_check.py                     # every case once; about 10 minutes
     python scripts/planner_check.py --cases 4 --rounds 3
     python scripts/planner_check.py --ranking           # is the predicted best of ten among the measured best three?
     python scripts/planner_check.py --json
 
-First one block of each kind is timed (`jaxpipe.train.profiling`), then every case is predicted, compiled and timed.
+All cases are compiled, then one block of each kind is timed (`jaxpipe.train.profiling`), then the cases in turn, then
+the blocks once more: where the two differ, the machine was not at one speed. Predictions are the mean of both.
 Devices share this machine's cores: with P = 4 on 2 cores a tick takes half of all its work. Run it on a quiet machine.
 """
 
@@ -13,7 +14,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -97,8 +98,23 @@ def predict(config: Config, case: Case, measured: Profile, device: DeviceSpec) -
     return best
 
 
-def measure(config: Config, case: Case, rounds: int) -> tuple[float, int]:
-    """Median seconds of the compiled step without optimizer, and its temporaries in bytes."""
+@dataclass(frozen=True)
+class Program:
+    """A compiled step without optimizer, with its arguments."""
+
+    step: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    temporary: int
+
+    def seconds(self) -> float:
+        """Of one step."""
+        start = time.perf_counter()
+        jax.block_until_ready(self.step(*self.arguments))
+        return time.perf_counter() - start
+
+
+def program(config: Config, case: Case) -> Program:
+    """The compiled step of a case, run once to warm up."""
     microbatches = config.schedule.microbatches
     schedule = build(case.schedule, devices=case.pipe, microbatches=microbatches, repeats=case.repeats)
     remat: Any = case.remat
@@ -111,14 +127,15 @@ def measure(config: Config, case: Case, rounds: int) -> tuple[float, int]:
     batch = jax.device_put(tokens, pipe.batch_sharding)
     params = pipe.init(jax.random.key(0), batch)
     step = jax.jit(pipe.value_and_grad).lower(params, batch).compile()
-    times = []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        jax.block_until_ready(step(params, batch))
-        times.append(time.perf_counter() - start)
-    temporary = memory_of(step).temp_size_in_bytes
-    jax.clear_caches()
-    return statistics.median(times[1:]), temporary
+    made = Program(step, (params, batch), memory_of(step).temp_size_in_bytes)
+    made.seconds()
+    return made
+
+
+def measure(programs: Sequence[Program], rounds: int) -> list[float]:
+    """Median seconds of each. All run in turn, so that a slow minute of the machine is in all of them."""
+    times = [[one.seconds() for one in programs] for _ in range(rounds)]
+    return [statistics.median(column) for column in zip(*times, strict=True)]
 
 
 def main() -> None:
@@ -135,42 +152,53 @@ def main() -> None:
     config = from_tables(toml.override(MODEL, options.set, SCHEMA))
     rows = config.train.batch_size // config.schedule.microbatches
     device = find_device("cpu", cores=num_cores())
-    measured = profile(config, device, rows=[rows], remats=("none", "full"), rounds=options.rounds)
-    device = replace(device, memory_bytes_per_s=measured.traffic_bytes_per_s / MEMORY_FRACTION)
     chosen = list(cases())
     if options.ranking:
         chosen = [case for case in chosen if case.pipe == 4][:10]
+    chosen = chosen[: options.cases]
+
+    def blocks() -> Profile:
+        return profile(config, device, rows=[rows], remats=("none", "full"), rounds=options.rounds)
+
+    programs = [program(config, case) for case in chosen]
+    before = blocks()
+    measured = measure(programs, options.rounds)
+    sides = [
+        (predicted, replace(device, memory_bytes_per_s=predicted.traffic_bytes_per_s / MEMORY_FRACTION))
+        for predicted in (before, blocks())
+    ]
     found = []
-    if not options.json:
-        print(f"{num_cores()} cores; medians of {options.rounds} steps\n")
-        print(
-            "| schedule | P | V | remat | stages | predicted s | measured s | error | predicted MB | temp MB | error |"
-        )
-        print("|---|---|---|---|---|---|---|---|---|---|---|")
-    for case in chosen[: options.cases]:
-        plan = predict(config, case, measured, device)
-        seconds, temporary = measure(config, case, options.rounds)
-        predicted_s = plan.step_s - plan.optimizer_s
-        stages = "equal" if case.stages is None else plan.layout
-        row = {**vars(case), "stages": stages, "predicted_s": predicted_s, "measured_s": seconds}
-        row |= {"predicted_bytes": plan.memory.temporary, "temp_bytes": temporary}
+    for case, made, seconds in zip(chosen, programs, measured, strict=True):
+        first, last = (predict(config, case, profile, device) for profile, device in sides)
+        predicted_s = [plan.step_s - plan.optimizer_s for plan in (first, last)]
+        stages = "equal" if case.stages is None else first.layout
+        row = {**vars(case), "stages": stages, "predicted_s": statistics.fmean(predicted_s), "measured_s": seconds}
+        row |= {"drift": predicted_s[1] / predicted_s[0] - 1}
+        row |= {"predicted_bytes": first.memory.temporary, "temp_bytes": made.temporary}
         found.append(row)
-        if not options.json:
-            print(
-                f"| `{case.schedule}` | {case.pipe} | {case.repeats} | {case.remat} | {stages.replace('|', '¦')} | "
-                f"{predicted_s:.3f} | {seconds:.3f} | {predicted_s / seconds - 1:+.0%} | "
-                f"{plan.memory.temporary / 1e6:.1f} | {temporary / 1e6:.1f} | "
-                f"{plan.memory.temporary / temporary - 1:+.0%} |",
-                flush=True,
-            )
     best = min(found, key=lambda row: row["predicted_s"])
     place = 1 + sorted(row["measured_s"] for row in found).index(best["measured_s"])
     if options.json:
         print(json.dumps({"cores": num_cores(), "rows": found, "place_of_predicted_best": place}, indent=1))
         return
+    print(f"{num_cores()} cores; medians of {options.rounds} steps, all cases in turn\n")
+    print("| schedule | P | V | remat | stages | predicted s | measured s | error | predicted MB | temp MB | error |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for row in found:
+        seconds, megabytes = (
+            f"{predicted:.3f} | {measured:.3f} | {predicted / measured - 1:+.0%}"
+            for predicted, measured in (
+                (row["predicted_s"], row["measured_s"]),
+                (row["predicted_bytes"] / 1e6, row["temp_bytes"] / 1e6),
+            )
+        )
+        case = f"`{row['schedule']}` | {row['pipe']} | {row['repeats']} | {row['remat']}"
+        print(f"| {case} | {row['stages'].replace('|', '¦')} | {seconds} | {megabytes} |")
     off = [abs(row["predicted_s"] / row["measured_s"] - 1) for row in found]
     print(f"\nmean |error| {statistics.fmean(off):.0%}, largest {max(off):.0%}")
     print(f"the predicted best of {len(found)} is number {place} as measured")
+    drift = statistics.fmean(row["drift"] for row in found)
+    print(f"predictions from blocks timed after the steps instead of before: {drift:+.0%}")
 
 
 if __name__ == "__main__":

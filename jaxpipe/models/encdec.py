@@ -222,7 +222,7 @@ class DecoderBlock(nnx.Module):
         return {"cross_k": k_BSHd, "cross_v": v_BSHd}
 
     def step(self, y_RCD, cache: dict, positions_RC):
-        """The next tokens of each row, [R, C, D], and a cache like `cache_shape` -> [R, C, D] and new ``{"k", "v"}``."""
+        """The next tokens of each row, [R, C, D], and a cache like `cache_shape` -> [R, C, D], new ``{"k", "v"}``."""
         h_RCD, new = self.attn.step(self.norm1(y_RCD).astype(y_RCD.dtype), cache, positions_RC, self.bias)
         y_RCD += h_RCD
         h_RCD = self.norm2(y_RCD).astype(y_RCD.dtype)
