@@ -172,6 +172,11 @@ class Plan:
     source: str
 
     @property
+    def busy_s(self) -> float:
+        """Seconds of a step in which a device does something, on average over devices."""
+        return self.step_s - self.loop_s * self.bubble
+
+    @property
     def layout(self) -> str:
         """The split in Megatron-LM's text form."""
         return format_stages(self.counts)

@@ -188,6 +188,7 @@ class _Training:
             log_every=config.train.log_every,
             health=self.health,
             peak_steps_per_s=peak_steps_per_s(run.pipe, run.train[0], config.model.dtype),
+            busy_s=run.plan.busy_s if run.plan and run.plan.source == "measured" else None,
         )
         self._waiting: deque[tuple[int, dict, float]] = deque()
         self._in_flight = 0 if run.on_cpu else 1  # [1]

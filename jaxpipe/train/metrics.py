@@ -4,7 +4,9 @@ A training line has ``step``, ``loss`` (nats per token), ``lr``, ``grad_norm`` (
 since the last line) and ``tokens_per_s``; a validation line has ``step`` and ``val_loss``. Step n means: after n
 optimizer steps, except that ``loss`` and ``grad_norm`` are those the n-th step started from. ``data_time_s`` is the
 part of the step time that the host spent on making the batch, ``mfu`` the model's arithmetic over what the devices
-could do in that time. A line with ``event`` tells what happened: ``resumed``, ``skipped``, ``rolled back``, ``spike``.
+could do in that time. With a measured profile (``schedule.profile``) ``bubble`` is the share of the step time in which
+a device did none of the work that the profile says it has: schedule, hops, batches and disturbances. A line with
+``event`` tells what happened: ``resumed``, ``skipped``, ``rolled back``, ``spike``.
 """
 
 import json

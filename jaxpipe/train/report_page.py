@@ -19,6 +19,7 @@ CURVES = (
     ("Tokens per second", ("tokens_per_s",)),
     ("Step time and the part spent on making batches, in seconds", ("step_time_s", "data_time_s")),
     ("Share of the devices' peak", ("mfu",)),
+    ("Share of the step in which a device waits", ("bubble",)),
 )
 """Headings, and the metrics that share a plot."""
 

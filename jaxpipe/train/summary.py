@@ -25,6 +25,8 @@ class Summary:
         tokens_per_s: At that step time.
         mfu: Share of the devices' peak that the model's arithmetic reached at that step time.
         bubble: Share of the devices' time that the schedule leaves idle, simulated.
+        measured_bubble: Share of the step time in which a device did none of its work, as long as a measured profile
+            says that takes.
         memory_bytes: Of each device, the most it held; on simulated devices, what the compiled step needs.
         saves: Checkpoints begun.
         longest_stall_s: The longest time that a save stopped the loop.
@@ -42,6 +44,7 @@ class Summary:
     tokens_per_s: float | None
     mfu: float | None
     bubble: float
+    measured_bubble: float | None
     memory_bytes: tuple[int, ...]
     saves: int
     longest_stall_s: float | None
@@ -61,6 +64,7 @@ class Summary:
             ("of it making batches", _number(self.data_time_s, "{:.2g} s")),
             ("share of the devices' peak", _number(self.mfu, "{:.1%}")),
             ("bubble, simulated", _number(self.bubble, "{:.1%}")),
+            ("bubble, measured", _number(self.measured_bubble, "{:.1%}")),
             ("memory per device", _number(max(self.memory_bytes) if self.memory_bytes else None, "{:,} bytes")),
             ("saves", str(self.saves) if self.saves else None),
             ("longest stall by a save", _number(self.longest_stall_s, "{:.3g} s")),
@@ -91,6 +95,7 @@ def summarize(track: Any, keeper: Any, health: Any, log: Any, run: Any, train_st
     best = min(measured, default=None)
     typical = median(line["step_time_s"] for line in steps) if steps else None
     shares = [line["mfu"] * line["step_time_s"] for line in steps if "mfu" in line]
+    bubbles = [line["bubble"] for line in steps if "bubble" in line]
     data = [line["data_time_s"] for line in steps if "data_time_s" in line]
     tokens = run.config.train.batch_size * run.config.train.seq_len
     return Summary(
@@ -103,6 +108,7 @@ def summarize(track: Any, keeper: Any, health: Any, log: Any, run: Any, train_st
         tokens_per_s=tokens / typical if typical else None,
         mfu=fmean(shares) / typical if shares and typical else None,
         bubble=simulated_bubble(run),
+        measured_bubble=median(bubbles) if bubbles else None,
         memory_bytes=memory_bytes(run, train_step),
         saves=len(keeper.stall_s) if keeper else 0,
         longest_stall_s=max(keeper.stall_s, default=None) if keeper else None,

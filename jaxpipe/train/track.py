@@ -23,6 +23,7 @@ class Track:
         health: Judges the numbers; by default one that fails at the first that is not finite.
         peak_steps_per_s: Steps that the devices could do per second if they did nothing but the model's arithmetic, or
             None where nobody knows.
+        busy_s: Of a step, what a device works by a profile of these devices, or None where there is none.
 
     Attributes:
         last: Metrics of the last step that was settled; empty before the first.
@@ -39,12 +40,13 @@ class Track:
         log_every: int,
         health: Health | None = None,
         peak_steps_per_s: float | None = None,
+        busy_s: float | None = None,
     ):
         self.last: dict[str, float] = {}
         self.val_loss = math.nan
         self._log, self._report, self._health = log, report, health or Health(HealthConfig())
         self._steps, self._tokens, self._every = steps, tokens_per_step, log_every
-        self._peak = peak_steps_per_s
+        self._peak, self._busy_s = peak_steps_per_s, busy_s
         self._clock = time.perf_counter()
         self._since_line: list[tuple[float, float]] = []
 
@@ -97,6 +99,8 @@ class Track:
             line["data_time_s"] = host_time_s
         if self._peak is not None:
             line["mfu"] = 1.0 / (step_time_s * self._peak)
+        if self._busy_s is not None:
+            line["bubble"] = max(0.0, 1.0 - self._busy_s / step_time_s)
         self._log.write(**line)
         self._report.progress(step, self._steps, line)
 

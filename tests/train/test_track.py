@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import time
 
 import pytest
 
@@ -33,6 +34,14 @@ def test_lines_come_at_the_first_every_nth_and_the_last_step(log, tmp_path):
     assert lines[1]["loss"] == good(3)["loss"]
     assert math.isclose(lines[1]["step_time_s"] * lines[1]["tokens_per_s"], 100)
     assert lines == log.lines
+
+
+def test_the_measured_bubble_is_what_the_work_leaves_of_the_step(log):
+    track = Track(log, Silent(), steps=2, tokens_per_step=100, log_every=1, busy_s=0.02)
+    for step in (1, 2):
+        time.sleep(0.03)
+        track.settle(step, good(step))
+    assert [line["bubble"] for line in log.lines] == [1 - 0.02 / line["step_time_s"] for line in log.lines]
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
