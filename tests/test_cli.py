@@ -50,7 +50,7 @@ def folder(tmp_path, monkeypatch):
 
 def start(*arguments) -> subprocess.Popen:
     """`python -m jaxpipe` with one real CPU device."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     return subprocess.Popen(
         [sys.executable, "-m", "jaxpipe", *arguments],
         stdout=subprocess.PIPE,
