@@ -1,5 +1,6 @@
 """Strict settings for every test: 8 simulated CPU devices, and arrays of different rank never broadcast by accident."""
 
+import gc
 import os
 
 # Most programs run once or twice here: time goes into compiling them, which this makes three times as fast. Processes
@@ -13,3 +14,4 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.devices()  # starts JAX: a test that simulates fewer devices must not leave fewer to the tests after it
 compile_once()
+gc.set_threshold(50_000)  # JAX traces many small objects, which are not looked through as often

@@ -35,7 +35,7 @@ def ids(case: dict) -> str:
 
 
 FAST = list(pairwise(FACTORS, legal))
-SLOW = [case for seed in (1, 2) for case in pairwise(FACTORS, legal, seed) if case not in FAST]
+SLOW = [case for case in pairwise(FACTORS, legal, seed=1) if case not in FAST]
 
 OTHERS = FACTORS | {
     "schedule": [
@@ -101,7 +101,7 @@ def check(schedule, devices, repeats, microbatches, remat, dropout, tied, dtype,
 
 
 def test_the_covering_set_is_small():
-    assert len(FAST) <= 60 and len(SLOW) <= 250
+    assert len(FAST) <= 60 and len(SLOW) <= 60
 
 
 @pytest.mark.parametrize("case", FAST, ids=ids)
