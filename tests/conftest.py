@@ -10,6 +10,7 @@ os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_cpu_use_fusi
 import jax
 from compile_once import compile_once
 
+jax.config.update("jax_platforms", "cpu")  # also where there are GPUs, or only the compiler for them (extra gpu-aot)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.devices()  # starts JAX: a test that simulates fewer devices must not leave fewer to the tests after it

@@ -88,6 +88,7 @@ def step(
     placed = jax.tree.map(
         lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h), params, pipe.layout.shardings(params)
     )
-    compiled = jax.jit(pipe.value_and_grad).lower(placed, batch).compile()
+    as_users_do: Any = {"xla_backend_optimization_level": 3}  # what runs in tests is compiled without, see conftest
+    compiled = jax.jit(pipe.value_and_grad).lower(placed, batch).compile(as_users_do)
     text = hlo_text(compiled)
     return Step(pipe, pipe.program(placed, batch), text, computations(text), memory_of(compiled))

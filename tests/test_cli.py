@@ -16,6 +16,7 @@ CONFIG = """
 num_layers = 2
 num_heads = 2
 d_model = 16
+bias = false
 
 [data]
 source = "text"
