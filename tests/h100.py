@@ -70,7 +70,8 @@ def step(
         axes: Sizes of the mesh's other axes.
         options: Of `Pipeline`; `compiler` holds options of XLA.
     """
-    compiler = options.pop("compiler", None)
+    # What runs in tests is compiled without optimization, see conftest; what users compile is not.
+    compiler: Any = {"xla_backend_optimization_level": 3} | options.pop("compiler", {})
     schedule = build(name, devices=DEVICES, microbatches=MICROBATCHES, repeats=repeats)
     layers = sum(options.get("stages") or [blocks] * schedule.stages)
     if kinds == 1:
