@@ -13,10 +13,12 @@ from jaxpipe import (
     cli_bench,
     cli_checkpoint,
     cli_eval,
+    cli_generate,
     cli_plan,
     cli_processes,
     cli_profile,
     cli_schedule,
+    cli_serve,
 )
 from jaxpipe.errors import JaxpipeError
 
@@ -63,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", metavar="key=value", nargs="*", help=overrides)
     cli_processes.add_options(train)
     train.set_defaults(run=_train)
-    for command in (cli_schedule, cli_bench, cli_plan, cli_profile, cli_eval, cli_checkpoint):
+    for command in (cli_schedule, cli_bench, cli_plan, cli_profile, cli_eval, cli_checkpoint, cli_generate, cli_serve):
         command.register(commands)
     return parser
 

@@ -1,5 +1,8 @@
 """The server as its clients see it, over a real socket, on an engine whose answers are known beforehand."""
 
+import re
+from pathlib import Path
+
 import openai
 import pytest
 from fake_engine import EOS, Bytes, FakeEngine
@@ -185,3 +188,10 @@ def test_keys_open_all_but_health():
         with pytest.raises(openai.AuthenticationError):
             say(served.client("wrong"), "x")
     engine.close()
+
+
+def test_the_client_of_the_page_works_as_written(served, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    exec(program.replace("http://127.0.0.1:8000", served.url), {})
+    assert capsys.readouterr().out.startswith("def main(def main(def main(def main(def  length 40\n")

@@ -105,6 +105,18 @@ def test_a_dead_engine_is_told_to_all():
     engine.close()
 
 
+def test_a_mistake_of_ours_is_a_500_and_the_next_request_is_answered(monkeypatch):
+    engine = FakeEngine()
+    with serving(engine, Bytes()) as served, served.client() as client, served.http() as http:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "submit", lambda request: 1 / 0)
+            answer = http.post("/v1/completions", json={"prompt": "x"})
+        assert (answer.status_code, answer.json()["error"]["message"]) == (500, "the server failed; its log says how")
+        assert say(client, max_tokens=1).choices[0].text
+        assert 'jaxpipe_http_answers_total{path="/v1/completions",status="500"} 1' in http.get("/metrics").text
+    engine.close()
+
+
 def test_a_stop_lets_requests_finish_and_admits_no_more():
     engine = FakeEngine(tick_s=0.01)
     with serving(engine, Bytes(), grace_s=20) as served, served.client() as client:

@@ -9,7 +9,7 @@ from starlette.routing import Route
 
 from jaxpipe.infer.server import form, metrics
 from jaxpipe.infer.server.auth import Auth
-from jaxpipe.infer.server.gate import Gate, told
+from jaxpipe.infer.server.gate import Gate, failed, told
 from jaxpipe.infer.server.problem import Problem
 from jaxpipe.infer.server.reply import Generation
 from jaxpipe.infer.server.schemas import read_chat, read_completion
@@ -52,5 +52,5 @@ def make_app(service: Service, auth: Auth) -> Starlette:
             Route("/v1/chat/completions", chat.endpoint, methods=["POST"]),
         ],
         middleware=[Middleware(Gate, auth=auth, metrics=service.metrics)],
-        exception_handlers={Problem: told, HTTPException: told, Exception: told},
+        exception_handlers={Problem: told, HTTPException: told, Exception: failed},
     )

@@ -33,8 +33,14 @@ class Choice:
         """Adds what has come since."""
         self.text += new.text
         self.finish_reason = new.finish_reason
-        if new.tokens:
-            self.tokens = [*(self.tokens or ()), *new.tokens]
+        for token in new.tokens or ():
+            self.add(token)
+
+    def add(self, token: Token):
+        """Adds a token's log-probability."""
+        if self.tokens is None:
+            self.tokens = []
+        self.tokens.append(token)
 
 
 @dataclass(frozen=True)

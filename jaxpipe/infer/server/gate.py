@@ -63,7 +63,15 @@ async def told(request: Request, problem: Exception) -> Response:
         headers = dict(problem.headers or {})
         problem = Problem(problem.status_code, hints.get(problem.status_code, problem.detail))
         problem.headers |= headers
-    elif not isinstance(problem, Problem):
-        problem = Problem(500, "the server failed; its log says how")
+    assert isinstance(problem, Problem)
     await drain(request)
+    return _json(problem)
+
+
+async def failed(request: Request, error: Exception) -> Response:
+    """The answer to a request that met a mistake of ours; uvicorn logs it."""
+    return _json(Problem(500, "the server failed; its log says how"))
+
+
+def _json(problem: Problem) -> Response:
     return JSONResponse(problem.body(), status_code=problem.status, headers=problem.headers)

@@ -39,6 +39,12 @@ class Problem(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
+def engine_failed(error: BaseException) -> Problem:
+    """What is answered once the engine has died. Errors of XLA go over many lines; the first says what happened."""
+    said = str(error).splitlines() or [type(error).__name__]
+    return Problem(503, f"the engine failed: {said[0]}", code="engine_failed")
+
+
 def shown(value: Any) -> str:
     """A value that a client sent, short enough for a message, whatever its size and depth."""
     return _SHORT.repr(value)

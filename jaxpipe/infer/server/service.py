@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from jaxpipe.infer.server.desk import Desk
 from jaxpipe.infer.server.limits import Limits
 from jaxpipe.infer.server.metrics import Metrics
-from jaxpipe.infer.server.problem import Problem, shown
+from jaxpipe.infer.server.problem import Problem, engine_failed, shown
 from jaxpipe.infer.server.prompts import Prompts
 from jaxpipe.infer.server.protocol import Engine, Tokenizer
 
@@ -45,7 +45,7 @@ class Service:
     def health(self) -> Problem | None:
         """Why no request can be answered, if that is so."""
         if self.engine.error is not None:
-            return Problem(503, f"the engine failed: {self.engine.error}", code="engine_failed")
+            return engine_failed(self.engine.error)
         return self.desk.refusal()
 
     def page(self) -> str:

@@ -13,7 +13,7 @@ from jaxpipe.infer.server.desk import RETRY_AFTER_S
 from jaxpipe.infer.server.form import Choice, usage
 from jaxpipe.infer.server.mailbox import Mailbox
 from jaxpipe.infer.server.metrics import Metrics
-from jaxpipe.infer.server.problem import Problem
+from jaxpipe.infer.server.problem import Problem, engine_failed
 from jaxpipe.infer.server.prompts import Prompts
 from jaxpipe.infer.server.protocol import Engine, Handle, Piece
 from jaxpipe.infer.server.schemas import Ask
@@ -74,7 +74,7 @@ class Work:
             new: dict[int, Choice] = {}
             for index, piece in await self.mailbox.take():
                 if isinstance(piece, BaseException):
-                    raise Problem(503, f"the engine failed: {piece}", code="engine_failed") from piece
+                    raise engine_failed(piece) from piece
                 if self._new_tokens == 0:
                     self.metrics.first_token.add(time.monotonic() - began)
                 choice = new.setdefault(index, Choice(offset=offsets[index]))
@@ -125,7 +125,7 @@ class Work:
         self._new_tokens += 1
         if self.ask.logprobs and piece.logprob is not None and piece.token not in self.stop_ids:
             logprob = piece.logprob if math.isfinite(piece.logprob) else IMPOSSIBLE
-            choice.tokens = [*(choice.tokens or ()), (self.prompts.decode([piece.token]), logprob)]
+            choice.add((self.prompts.decode([piece.token]), logprob))
 
 
 def _arrive(mailbox: Mailbox[Arrival], index: int, piece: Piece | BaseException):
