@@ -163,7 +163,7 @@ REQUESTS = st.one_of(
 
 
 @given(REQUESTS)
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_no_request_crashes_the_server(served, http, request_of):
     path, body = request_of
     content = body if isinstance(body, bytes) else body.encode()
@@ -177,7 +177,7 @@ def test_no_request_crashes_the_server(served, http, request_of):
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_no_bytes_crash_the_server(served, http, junk):
     host, port = served.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as raw:
