@@ -11,7 +11,7 @@ from jaxpipe import cli_generator
 from jaxpipe.errors import ConfigError
 
 if TYPE_CHECKING:
-    from jaxpipe.infer import Request, Sampling
+    from jaxpipe.infer import Handle, Sampling
     from jaxpipe.infer.load import Loaded
 
 DONE, FAILED = 0, 1
@@ -63,34 +63,34 @@ def run(options: argparse.Namespace) -> int:
     if options.stream and len(texts) * options.n > 1:
         raise ConfigError(f"--stream writes one answer but {len(texts) * options.n} are asked for; leave it out")
     loaded = cli_generator.load(options)
-    from jaxpipe.infer import Request
-
-    sampling = _sampling(options, loaded)
     prompts = [_encode(text, options.chat, loaded) for text in texts]
-    requests = [Request(prompt, sampling, stop=tuple(options.stop), n=options.n) for prompt in prompts]
     try:
-        _answer(options, loaded, texts, requests)
+        _answer(options, loaded, texts, prompts)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
         return FAILED
     return DONE
 
 
-def _answer(options: argparse.Namespace, loaded: "Loaded", texts: list[str], requests: list["Request"]):
-    from jaxpipe.infer import Engine
+def _answer(options: argparse.Namespace, loaded: "Loaded", texts: list[str], prompts: list[list[int]]):
+    from jaxpipe.infer import Engine, Request
+    from jaxpipe.infer.model import decoder_of
 
-    longest = max(len(request.prompt) for request in requests)
-    generator = cli_generator.build(
-        options, loaded, slots=len(requests) * options.n, max_len=longest + options.max_new_tokens
-    )
-    with Engine(generator, loaded.tokenizer, queue=len(requests)) as engine:
-        handles = [engine.submit(request) for request in requests]
+    asked = [(place, number) for place in range(len(prompts)) for number in range(options.n)]
+    longest, new = max(map(len, prompts)), options.max_new_tokens
+    has_source = decoder_of(loaded.cfg).encoder is not None
+    lengths = {"max_len": new + 1, "max_source_len": longest} if has_source else {"max_len": longest + new}
+    generator = cli_generator.build(options, loaded, slots=len(asked), **lengths)
+    engine = Engine(generator, loaded.tokenizer, queue=len(asked))
+    try:
+        stop = tuple(options.stop)
+        handles = [engine.submit(Request(prompts[p], _sampling(options, loaded, n), stop=stop)) for p, n in asked]
         if options.stream:
-            for piece in handles[0]:
-                print(piece.text, end="", flush=True)
-            print()
+            _stream(handles[0])
             return
-        answers = [answer for handle, text in zip(handles, texts, strict=True) for answer in _collect(handle, text)]
+        answers = [_collect(handle, texts[p], n) for handle, (p, n) in zip(handles, asked, strict=True)]
+    finally:
+        engine.close(drain=False)
     if options.json:
         print(json.dumps(answers, indent=1))
         return
@@ -100,8 +100,24 @@ def _answer(options: argparse.Namespace, loaded: "Loaded", texts: list[str], req
         print(answer["text"])
 
 
-def _collect(handle: Any, prompt: str, n: int) -> list[dict[str, Any]]:
-    raise NotImplementedError
+def _stream(handle: "Handle"):
+    for piece in handle:
+        print(piece.text, end="", flush=True)
+    print()
+
+
+def _collect(handle: "Handle", prompt: str, index: int) -> dict[str, Any]:
+    pieces = list(handle)
+    tokens = [piece.token for piece in pieces if piece.token is not None]
+    logprobs = [piece.logprob for piece in pieces if piece.logprob is not None]
+    return {
+        "prompt": prompt,
+        "index": index,
+        "text": "".join(piece.text for piece in pieces),
+        "finish_reason": pieces[-1].finish_reason,
+        "tokens": tokens,
+        **({"logprobs": logprobs} if logprobs else {}),
+    }
 
 
 def _check(options: argparse.Namespace):
@@ -145,7 +161,7 @@ def _encode(text: str, chat: bool, loaded: "Loaded") -> list[int]:
     return tokens
 
 
-def _sampling(options: argparse.Namespace, loaded: "Loaded") -> "Sampling":
+def _sampling(options: argparse.Namespace, loaded: "Loaded", number: int) -> "Sampling":
     from jaxpipe.infer import Sampling
 
     return Sampling(
@@ -154,7 +170,7 @@ def _sampling(options: argparse.Namespace, loaded: "Loaded") -> "Sampling":
         top_p=options.top_p,
         min_p=options.min_p,
         repetition_penalty=options.repetition_penalty,
-        seed=options.seed,
+        seed=(options.seed + number) % 2**32,
         max_new_tokens=options.max_new_tokens,
         stop_token_ids=() if loaded.tokenizer.eos_id is None else (loaded.tokenizer.eos_id,),
         logprobs=options.logprobs,

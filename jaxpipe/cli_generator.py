@@ -56,14 +56,14 @@ def load(options: argparse.Namespace) -> "Loaded":
     return load_model(options.model)
 
 
-def build(options: argparse.Namespace, loaded: "Loaded", *, slots: int, max_len: int) -> "Generator":
+def build(options: argparse.Namespace, loaded: "Loaded", *, slots: int, **lengths: int) -> "Generator":
     """Puts the model on its devices.
 
     Args:
         options: From the parser.
         loaded: The model.
-        slots: Sequences at a time, at least.
-        max_len: Tokens per sequence.
+        slots: Answers at a time, at least.
+        lengths: Options of `Generator` that say how long prompts and answers may be.
 
     Raises:
         ConfigError: They do not fit the model or the devices.
@@ -71,10 +71,12 @@ def build(options: argparse.Namespace, loaded: "Loaded", *, slots: int, max_len:
     import jax
 
     from jaxpipe.infer import Generator
+    from jaxpipe.infer.model import decoder_of
     from jaxpipe.runtime.mesh import make_mesh
 
-    free = len(jax.devices()) // options.tensor
-    pipe, data = spread(loaded.cfg.num_layers, free, options.pipe, options.data)
+    layers = len(decoder_of(loaded.cfg).kinds) // options.repeats
+    free = max(1, len(jax.devices()) // options.tensor)
+    pipe, data = spread(max(1, layers), free, options.pipe, options.data)
     try:
         mesh = make_mesh(pipe=pipe, data=data, tensor=options.tensor)
     except ConfigError as error:
@@ -85,9 +87,9 @@ def build(options: argparse.Namespace, loaded: "Loaded", *, slots: int, max_len:
         mesh=mesh,
         repeats=options.repeats,
         rows=-(-slots // (pipe * data)),
-        max_len=max_len,
         chunk=options.chunk,
         cache_dtype=options.cache_dtype,
+        **lengths,
     )
 
 

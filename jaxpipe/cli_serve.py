@@ -91,8 +91,7 @@ def run(options: argparse.Namespace) -> int:
     )
     with listen_on(options.host, options.port) as sock:  # before the model is loaded, which may take minutes
         loaded = cli_generator.load(options)
-        longest = getattr(loaded.cfg, "max_seq_len", None) or cli_generator.MAX_LEN
-        max_len = options.max_len or min(longest, cli_generator.MAX_LEN)
+        max_len = options.max_len or min(getattr(loaded.cfg, "max_seq_len", 1024), cli_generator.MAX_LEN)
         generator = cli_generator.build(options, loaded, slots=options.slots, max_len=max_len)
         _note(
             f"cache      {generator.slots} answers of {max_len} tokens, {generator.cache_bytes / 1e9:.3g} GB per device"

@@ -19,14 +19,22 @@ class Mailbox(Generic[T]):
         self._items: deque[T] = deque()
         self._end: BaseException | None = None
         self._ready = asyncio.Event()
+        self._waking = False
 
     def put_from_thread(self, item: T):
-        """Puts in an item, from any thread; after the loop has closed nothing happens."""
-        self._from_thread(self._put, item)
+        """Puts in an item, from any thread; after the loop has closed nothing happens.
 
-    def fail_from_thread(self, error: BaseException):
-        """`fail`, from any thread."""
-        self._from_thread(self.fail, error)
+        The loop is woken once for all items that come before it gets to run.
+        """
+        self._items.append(item)
+        if self._waking:
+            return
+        self._waking = True
+        try:
+            self._loop.call_soon_threadsafe(self._wake)
+        except RuntimeError:
+            if not self._loop.is_closed():
+                raise
 
     def fail(self, error: BaseException):
         """Makes the reader get `error` next, before what has not been taken yet. The first error counts."""
@@ -40,22 +48,13 @@ class Mailbox(Generic[T]):
         Raises:
             BaseException: What `fail` was given.
         """
-        await self._ready.wait()
+        while not self._items and self._end is None:
+            self._ready.clear()
+            await self._ready.wait()
         if self._end is not None:
             raise self._end
-        items = list(self._items)
-        self._items.clear()
-        self._ready.clear()
-        return items
+        return [self._items.popleft() for _ in range(len(self._items))]
 
-    def _put(self, item: T):
-        if self._end is None:
-            self._items.append(item)
-            self._ready.set()
-
-    def _from_thread(self, call, *arguments):
-        try:
-            self._loop.call_soon_threadsafe(call, *arguments)
-        except RuntimeError:
-            if not self._loop.is_closed():
-                raise
+    def _wake(self):
+        self._waking = False  # before the reader looks: what is put in from now on wakes it again
+        self._ready.set()
