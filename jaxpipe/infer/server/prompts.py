@@ -1,5 +1,6 @@
 """From the prompts of a request to token ids that the engine has room for."""
 
+from jaxpipe.errors import ConfigError
 from jaxpipe.infer.server.limits import Limits
 from jaxpipe.infer.server.problem import Problem, shown
 from jaxpipe.infer.server.protocol import Tokenizer
@@ -38,6 +39,8 @@ class Prompts:
         self._check_choices(1, ask)
         try:
             text = self._tokenizer.chat(messages)
+        except ConfigError as error:
+            raise Problem(400, " ".join(str(error).split()), param="messages") from error
         except Exception as error:  # a template is a program that came with the model, and may raise anything
             raise Problem(
                 400, f"messages do not fit the model's chat template: {shown(str(error))}", param="messages"

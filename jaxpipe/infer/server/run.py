@@ -14,6 +14,8 @@ from jaxpipe.infer.server.app import make_app
 from jaxpipe.infer.server.auth import Auth
 from jaxpipe.infer.server.service import Service
 
+KEEP_ALIVE_S = 75
+"""How long an idle connection stays open: longer than proxies keep theirs, or they would send into closed ones."""
 SPARE_S = 5
 """How long connections may take to close after the last request was ended."""
 
@@ -83,6 +85,7 @@ class Server:
             access_log=log_requests,
             proxy_headers=False,
             server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=int(grace_s) + SPARE_S,
         )
         self._server = _Uvicorn(config, lambda: note(f"serving    {service.model} at {url_of(sock)}/v1"))
