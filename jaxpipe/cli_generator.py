@@ -57,7 +57,7 @@ def load(options: argparse.Namespace) -> "Loaded":
 
 
 def build(options: argparse.Namespace, loaded: "Loaded", *, slots: int, **lengths: int) -> "Generator":
-    """Puts the model on its devices.
+    """Puts the model on its devices. Its weights are in the generator then, and no more in `loaded`.
 
     Args:
         options: From the parser.
@@ -81,7 +81,7 @@ def build(options: argparse.Namespace, loaded: "Loaded", *, slots: int, **length
         mesh = make_mesh(pipe=pipe, data=data, tensor=options.tensor)
     except ConfigError as error:
         raise ConfigError(re.sub(r"mesh\.(\w+)=", r"--\1 ", str(error))) from error
-    return Generator(
+    generator = Generator(
         loaded.cfg,
         loaded.canonical,
         mesh=mesh,
@@ -91,6 +91,8 @@ def build(options: argparse.Namespace, loaded: "Loaded", *, slots: int, **length
         cache_dtype=options.cache_dtype,
         **lengths,
     )
+    loaded.canonical.clear()  # the generator has them in its own layout: not twice in memory
+    return generator
 
 
 def spread(layers: int, devices: int, pipe: int | None = None, data: int | None = None) -> tuple[int, int]:

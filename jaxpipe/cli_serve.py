@@ -102,7 +102,9 @@ def run(options: argparse.Namespace) -> int:
             _warm_up(engine)
             name = options.model_name or Path(options.model).resolve().name
             eos = loaded.tokenizer.eos_id
-            service = Service(engine, loaded.tokenizer, name, limits, () if eos is None else (eos,))
+            service = Service(
+                engine, loaded.tokenizer, name, limits, () if eos is None else (eos,), generator.max_source_len
+            )
             server = Server(
                 service, Auth(keys), sock, grace_s=options.grace, log_requests=options.log_requests, note=_note
             )
@@ -122,7 +124,7 @@ def _check(options: argparse.Namespace) -> tuple[str, ...]:
     """What nobody behind this door looks at; returns the keys."""
     least = {
         "slots": 1,
-        "queue": 0,
+        "queue": 1,
         "max_len": 2,
         "max_prompt": 0,
         "max_new_tokens": 0,

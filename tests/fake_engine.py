@@ -8,20 +8,12 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from jaxpipe.infer import QueueFullError, Request
+from jaxpipe.infer import Handle, Piece, QueueFullError, Request
 
 EOS = 256
-
-
-@dataclass(frozen=True)
-class Piece:
-    text: str
-    token: int | None
-    logprob: float | None = None
-    finish_reason: str | None = None
 
 
 class Bytes:
@@ -42,51 +34,31 @@ class Bytes:
         return "".join(f"<{message['role']}>{message['content']}" for message in messages)
 
 
-@dataclass
-class Handle:
-    """One answer."""
+@dataclass(eq=False)
+class Answer:
+    """One of a request's answers."""
 
-    request: Request
-    cancelled: bool = False
+    handle: Handle
+    index: int
     done: int = 0
     said: str = ""
-    listener: Callable[[Piece | BaseException], None] | None = None
-    before: list[Piece | BaseException] = field(default_factory=list)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def listen(self, listener: Callable[[Piece | BaseException], None]):
-        with self.lock:
-            for piece in self.before:
-                listener(piece)
-            self.listener = listener
-
-    def cancel(self):
-        self.cancelled = True
-
-    def give(self, piece: Piece | BaseException):
-        with self.lock:
-            if self.listener is None:
-                self.before.append(piece)
-            else:
-                self.listener(piece)
 
     def step(self) -> bool:
         """Says one token; whether that was the last."""
-        wanted, sampling = self.request, self.request.sampling
+        wanted, sampling = self.handle.request, self.handle.request.sampling
         if sampling.temperature:
-            token = ord("a") + (sampling.seed + self.done) % 26
+            token = ord("a") + (sampling.seed + self.index + self.done) % 26
         else:
-            token = wanted.prompt[self.done % len(wanted.prompt)]
+            token = wanted.prompt_tokens[self.done % len(wanted.prompt_tokens)]
         self.done += 1
         text = "" if token == EOS else chr(token) if token < 128 else "\ufffd"
         finish = "stop" if token in sampling.stop_token_ids else None
-        for stop in wanted.stop:
-            if (self.said + text).endswith(stop):
-                text, finish = "", "stop"
+        if any((self.said + text).endswith(stop) for stop in wanted.stop):
+            text, finish = "", "stop"
         if finish is None and self.done == sampling.max_new_tokens:
             finish = "length"
         self.said += text
-        self.give(Piece(text, token, -0.5, finish))
+        self.handle.put(Piece(text, token, -0.5, finish, self.index))
         return finish is not None
 
 
@@ -102,8 +74,8 @@ class FakeEngine:
         self.error: BaseException | None = None
         self.cancels = 0
         self._slots, self._queue, self._tick_s = slots, queue, tick_s
-        self._waiting: deque[Handle] = deque()
-        self._running: list[Handle] = []
+        self._waiting: deque[Answer] = deque()
+        self._running: list[Answer] = []
         self._wake = threading.Condition()
         self._open = True
         self._thread = threading.Thread(target=self._loop, daemon=True)
@@ -117,11 +89,12 @@ class FakeEngine:
 
     def submit(self, request: Request) -> Handle:
         with self._wake:
-            if len(self._waiting) >= self._queue:
-                raise QueueFullError(f"queue={self._queue} requests wait, the most there may be; try again later")
-            self._waiting.append(Handle(request))
+            if len(self._waiting) + request.n > self._queue:
+                raise QueueFullError(f"queue={self._queue} answers wait, the most there may be; try again later")
+            handle = Handle(request, lambda: None)
+            self._waiting.extend(Answer(handle, index) for index in range(request.n))
             self._wake.notify()
-            return self._waiting[-1]
+            return handle
 
     def metrics(self) -> dict[str, float]:
         return {"slots_busy": len(self._running), "queued": len(self._waiting), "slots": self._slots}
@@ -145,12 +118,12 @@ class FakeEngine:
                 while self._waiting and len(self._running) < self._slots:
                     self._running.append(self._waiting.popleft())
             if self.error is not None:
-                for handle in [*self._running, *self._waiting]:
-                    handle.give(self.error)
+                for answer in [*self._running, *self._waiting]:
+                    answer.handle.put(self.error)
                 self._running, self._waiting = [], deque()
                 continue
-            left = [handle for handle in self._running if not handle.cancelled]
+            left = [answer for answer in self._running if not answer.handle.cancelled]
             self.cancels += len(self._running) - len(left)
-            self._running = [handle for handle in left if not handle.step()]
+            self._running = [answer for answer in left if not answer.step()]
             if self._tick_s:
                 time.sleep(self._tick_s)

@@ -1,6 +1,9 @@
 """A server in a thread of the test's process, on a free port."""
 
+import asyncio
 import threading
+import time
+from collections.abc import AsyncIterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +12,8 @@ import httpx2
 import openai
 
 from jaxpipe.infer.server import Auth, Limits, Server, Service, listen_on, url_of
+
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 
 
 @dataclass
@@ -53,3 +58,25 @@ def serving(engine: Any, tokenizer: Any, *, keys: tuple[str, ...] = (), limits: 
     finally:
         served.server.stop("the test")
         thread.join()
+
+
+async def events(url: str, body: bytes) -> AsyncIterator[str]:
+    """The data of an answer's events, by a client that costs next to nothing."""
+    host, port = url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        writer.write(POST % len(body) + body)
+        async for line in reader:
+            if line.startswith(b"data: "):
+                yield line.removeprefix(b"data: ").decode().strip()
+            if line.startswith(b"data: [DONE]"):
+                return
+    finally:
+        writer.close()
+
+
+def wait_for(condition, seconds: float = 20.0):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it never came true"
+        time.sleep(0.01)

@@ -8,27 +8,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
 
 import openai
 import pytest
 from fake_engine import Bytes, FakeEngine
-from serving import serving
+from serving import POST, events, serving, wait_for
 
 from jaxpipe.infer.server import Limits
-
-POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 
 
 def say(client, prompt="x", **options):
     return client.completions.create(model="tiny", prompt=prompt, **{"temperature": 0, "max_tokens": 400} | options)
-
-
-def wait_for(condition, seconds: float = 20.0):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "it never came true"
-        time.sleep(0.01)
 
 
 def test_full_queues_and_too_many_requests_get_429_with_a_time_to_come_back():
@@ -178,21 +168,6 @@ async def one_of_many(url: str, number: int, chance: random.Random) -> str:
             return "left"
     assert (text, last) == (whole, "[DONE]")
     return "done"
-
-
-async def events(url: str, body: bytes) -> AsyncIterator[str]:
-    """The data of an answer's events, by a client that costs next to nothing."""
-    host, port = url.removeprefix("http://").split(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    try:
-        writer.write(POST % len(body) + body)
-        async for line in reader:
-            if line.startswith(b"data: "):
-                yield line.removeprefix(b"data: ").decode().strip()
-            if line.startswith(b"data: [DONE]"):
-                return
-    finally:
-        writer.close()
 
 
 async def many(url: str, chance: random.Random) -> list[str | BaseException]:

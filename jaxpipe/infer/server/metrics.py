@@ -76,16 +76,17 @@ class Metrics:
         )
         self.whole = Histogram("jaxpipe_request_seconds", "From submission to last token, of requests that ended well.")
 
-    def page(self, gauges: Mapping[str, float]) -> str:
+    def page(self, numbers: Mapping[str, float]) -> str:
         """The page for Prometheus.
 
         Args:
-            gauges: Numbers that go up and down, by name.
+            numbers: Others' numbers, by name. Those that only grow end in ``_total``.
         """
         lines = []
-        for name, value in gauges.items():
+        for name, value in numbers.items():
             full = "jaxpipe_" + re.sub(r"[^a-zA-Z0-9_]", "_", name)
-            lines += [f"# TYPE {full} gauge", _line(full, value)]
+            kind = "counter" if full.endswith("_total") else "gauge"
+            lines += [f"# TYPE {full} {kind}", _line(full, value)]
         for part in vars(self).values():
             lines += part.lines()
         return "\n".join(lines) + "\n"

@@ -14,12 +14,14 @@ class Prompts:
         tokenizer: The model's.
         limits: Of their length.
         max_len: Tokens of prompt and answer together that the engine holds.
+        source_len: For an encoder-decoder, tokens of a prompt; all of `max_len` but a start token is the answer's then.
     """
 
-    def __init__(self, tokenizer: Tokenizer, limits: Limits, max_len: int):
+    def __init__(self, tokenizer: Tokenizer, limits: Limits, max_len: int, source_len: int = 0):
         self._tokenizer = tokenizer
         self._limits = limits
         self._max_len = max_len
+        self._source_len = source_len
 
     def encode(self, prompts: list[Prompt], ask: Ask) -> list[list[int]]:
         """The tokens of texts and of lists of token ids.
@@ -53,9 +55,7 @@ class Prompts:
 
     def room(self, tokens: list[int], ask: Ask) -> int:
         """How many tokens an answer to these may have."""
-        left = self._max_len - len(tokens)
-        most = min(left, self._limits.new_tokens or left)
-        return most if ask.max_tokens is None else ask.max_tokens
+        return self._most(tokens) if ask.max_tokens is None else ask.max_tokens
 
     def decode(self, tokens: list[int]) -> str:
         """The text of tokens."""
@@ -79,8 +79,8 @@ class Prompts:
         for place, token in enumerate(tokens):
             if not 0 <= token < size:
                 raise Problem(400, f"{name}[{place}]={shown(token)} must be a token id below {size}", param=param)
-        own = self._limits.prompt_tokens or self._max_len - 1
-        longest = min(own, self._max_len - 1)
+        held = self._source_len or self._max_len - 1
+        longest = min(self._limits.prompt_tokens or held, held)
         if len(tokens) > longest:
             raise Problem(
                 400,
@@ -92,13 +92,17 @@ class Prompts:
         return tokens
 
     def _check_room(self, name: str, tokens: list[int], ask: Ask):
-        wanted, left = ask.max_tokens or 1, self._max_len - len(tokens)
-        most = min(left, self._limits.new_tokens or left)
-        if wanted > most:
-            why = f"{name} has {len(tokens)} tokens and the model {self._max_len}" if most == left else "the server's"
+        most = self._most(tokens)
+        if ask.max_tokens is not None and ask.max_tokens > most:
+            held = most < (self._limits.new_tokens or self._max_len)
+            why = f"{name} has {len(tokens)} tokens and the model {self._max_len}" if held else "the server's limit"
             raise Problem(
                 400,
-                f"max_tokens={wanted} must be at most {most}: {why}",
+                f"max_tokens={ask.max_tokens} must be at most {most}: {why}",
                 param="max_tokens",
                 code="context_length_exceeded",
             )
+
+    def _most(self, tokens: list[int]) -> int:
+        left = self._max_len - (1 if self._source_len else len(tokens))
+        return min(left, self._limits.new_tokens or left)

@@ -21,6 +21,11 @@ class Piece(Protocol):
     @property
     def finish_reason(self) -> str | None: ...
 
+    @property
+    def index(self) -> int:
+        """Which of the request's answers."""
+        ...
+
 
 class Tokenizer(Protocol):
     """Text to tokens and back."""
@@ -41,17 +46,17 @@ class Tokenizer(Protocol):
 
 
 class Handle(Protocol):
-    """An answer that the engine works on."""
+    """A request that the engine works on."""
 
     def listen(self, listener: Callable[[Piece | BaseException], None]) -> None:
-        """Has every piece, also those that came before, given to `listener` in the engine's thread.
+        """Has every piece, also those that came before, given to `listener`, later ones in the engine's thread.
 
-        The last one has a finish_reason. An exception instead says why there will be no more.
+        The last one of each answer has a finish_reason. An exception instead says why there will be no more.
         """
         ...
 
     def cancel(self) -> None:
-        """Lets the engine drop the answer; does nothing to one that has ended."""
+        """Lets the engine drop what has not ended; does nothing to a request that has."""
         ...
 
 

@@ -21,6 +21,7 @@ class Service:
         model: The name that clients know it by.
         limits: Of what is taken on.
         stop_ids: Tokens that end an answer.
+        source_len: Tokens of a prompt, for an encoder-decoder; else 0.
     """
 
     engine: Engine
@@ -28,12 +29,13 @@ class Service:
     model: str
     limits: Limits
     stop_ids: tuple[int, ...]
+    source_len: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
     metrics: Metrics = field(default_factory=Metrics)
 
     def __post_init__(self):
         self.desk = Desk(self.limits)
-        self.prompts = Prompts(self.tokenizer, self.limits, self.engine.max_len)
+        self.prompts = Prompts(self.tokenizer, self.limits, self.engine.max_len, self.source_len)
 
     def check_model(self, name: str | None):
         """Raises Problem 404 for another model than the one there is."""

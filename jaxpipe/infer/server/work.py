@@ -56,25 +56,33 @@ class Work:
         Raises:
             Problem: 429, its queue is full; 503, it is dead.
         """
-        seed = secrets.randbits(32) if self.ask.seed is None else self.ask.seed
+        seed = secrets.randbits(32) if self.ask.seed is None else self.ask.seed % 2**32
         try:
-            for prompt in self.tokens:
-                for number in range(self.ask.n):
-                    self._submit(prompt, (seed + number) % 2**32)
+            for place, prompt in enumerate(self.tokens):
+                handle = self.engine.submit(self._request(prompt, seed))
+                self._handles.append(handle)
+                handle.listen(partial(_arrive, self.mailbox, place * self.ask.n))
         except QueueFullError as error:
             raise Problem(429, str(error), code="queue_full", retry_after_s=RETRY_AFTER_S) from error
         except ConfigError as error:
             raise Problem(400, str(error)) from error
+        except RuntimeError as error:
+            if self.engine.error is None:
+                raise
+            raise engine_failed(self.engine.error) from error
 
     async def changes(self) -> AsyncIterator[dict[int, Choice]]:
         """What has come for the choices since the last time, until all have ended."""
-        began, offsets, left = time.monotonic(), [0] * len(self._handles), len(self._handles)
+        left = len(self.tokens) * self.ask.n
+        began, offsets = time.monotonic(), [0] * left
         self.metrics.prompt_tokens.add(sum(map(len, self.tokens)))
         while left:
             new: dict[int, Choice] = {}
             for index, piece in await self.mailbox.take():
                 if isinstance(piece, BaseException):
                     raise engine_failed(piece) from piece
+                if piece.finish_reason == "cancelled":
+                    raise Problem(503, "the engine was closed", code="engine_closed")
                 if self._new_tokens == 0:
                     self.metrics.first_token.add(time.monotonic() - began)
                 choice = new.setdefault(index, Choice(offset=offsets[index]))
@@ -100,7 +108,7 @@ class Work:
             handle.cancel()
         self.metrics.new_tokens.add(self._new_tokens)
 
-    def _submit(self, prompt: list[int], seed: int):
+    def _request(self, prompt: list[int], seed: int) -> Request:
         ask = self.ask
         sampling = Sampling(
             temperature=ask.temperature,
@@ -113,9 +121,7 @@ class Work:
             stop_token_ids=self.stop_ids,
             logprobs=ask.logprobs,
         )
-        index = len(self._handles)
-        self._handles.append(self.engine.submit(Request(prompt, sampling, stop=ask.stop)))
-        self._handles[-1].listen(partial(_arrive, self.mailbox, index))
+        return Request(prompt, sampling, stop=ask.stop, n=ask.n)
 
     def _add(self, choice: Choice, piece: Piece):
         choice.text += piece.text
@@ -128,5 +134,6 @@ class Work:
             choice.add((self.prompts.decode([piece.token]), logprob))
 
 
-def _arrive(mailbox: Mailbox[Arrival], index: int, piece: Piece | BaseException):
-    mailbox.put_from_thread((index, piece))
+def _arrive(mailbox: Mailbox[Arrival], first: int, piece: Piece | BaseException):
+    index = 0 if isinstance(piece, BaseException) else piece.index
+    mailbox.put_from_thread((first + index, piece))
