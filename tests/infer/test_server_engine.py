@@ -31,10 +31,10 @@ def served():
 
 
 def wanted(served, prompts, **options):
-    """What the engine itself says, one request after the other."""
+    """What the engine itself says."""
     sampling = Sampling(max_new_tokens=NEW, stop_token_ids=(EOS,), **options)
-    answers = [list(served.service.engine.submit(Request(Bytes().encode(p), sampling))) for p in prompts]
-    return [Bytes().decode([piece.token for piece in pieces]) for pieces in answers]
+    handles = [served.service.engine.submit(Request(Bytes().encode(prompt), sampling)) for prompt in prompts]
+    return [Bytes().decode([piece.token for piece in handle]) for handle in handles]
 
 
 def test_clients_get_what_the_engine_gives(served):
