@@ -297,9 +297,9 @@ class Ring:
                 branches += [
                     lambda n=n: (self._encode(params, n, y_1CD, slot, state), nothing) for n in self._encoder_stages
                 ]
-            idle: list[Callable] = [] if self.loops else [lambda: (y_1CD, nothing)]
-            index = index if self.loops else jnp.where(running, index + 1, 0)
-            y, new = lax.switch(index, [*idle, *branches])
+            # A conditional in the loop too, though it always runs there: it puts all reads of the rooms before the writes.
+            index = jnp.where(running, index + 1, 0)
+            y, new = lax.switch(index, [lambda: (y_1CD, nothing), *branches])
             at = jnp.where(running & (repeat >= 0), note["slot"], -1)
             written = [
                 cache.write_chunk(room, jnp.maximum(repeat, 0), at, note["offset"], own)
@@ -308,7 +308,7 @@ class Ring:
             return {"y": y, "rooms": self._lay(written)}
 
         loop = {"y": state["y"], "rooms": state["rooms"]}
-        return state | (_once(running, given, loop) if self.loops else given(loop))
+        return state | (_once(running, given, loop, "y") if self.loops else given(loop))
 
     def _encode(self, params: Tree, number: int, y_1ND, slot, state: Tree):
         """The encoder's blocks of one device."""
@@ -461,12 +461,16 @@ def _mark(seen, slots_n, positions_nC, tokens_nC):
     return seen.at[slots_n].set(rows_nV)
 
 
-def _once(running, turn: Callable[[Tree], Tree], values: Tree) -> Tree:
-    """``turn(values)`` or the values, as a loop of one turn or none: what a loop carries is updated in place."""
+def _once(running, turn: Callable[[Tree], Tree], values: Tree, input: str) -> Tree:
+    """``turn(values)`` or the values, as a loop of one turn or none: what a loop carries is updated in place.
+
+    Nothing but a barrier tells XLA that the turn depends on being in the loop: without it, it computes in advance what
+    depends on the `input`, which the turn changes in name only. A barrier around a buffer would copy it.
+    """
 
     def body(loop):
         at, values = loop
-        at, values = lax.optimization_barrier((at, values))
-        return at + 1, turn(values)
+        at, came = lax.optimization_barrier((at, values[input]))
+        return at + 1, turn(values | {input: came})
 
     return lax.while_loop(lambda loop: loop[0] < running.astype(jnp.int32), body, (jnp.int32(0), values))[1]
