@@ -186,7 +186,7 @@ class Generator:
 
     def run(self, requests: "Sequence[Row]") -> Generated:
         """One run of the ring, for no more sequences than there are slots."""
-        books, sources = self._books(requests)
+        books, sources = self.books(requests)
         out = jax.device_get(self.programs.generate(self.params, books, sources))
         first = {
             name: out[name][0].reshape(self.slots, *out[name].shape[3:]) for name in ("tokens", "logprobs", "count")
@@ -207,7 +207,7 @@ class Generator:
         shard, within = number % shards, number // shards
         return shard * ring.slots + (within % ring.groups) * ring.rows + within // ring.groups
 
-    def _books(self, requests: "Sequence[Row]") -> tuple[Tree, Tree]:
+    def books(self, requests: "Sequence[Row]") -> tuple[Tree, Tree]:
         """The books at the start, and the sources, leaves [shards, N, ...]."""
         ring, shards = self.ring, batch_shards(self.mesh)
         shapes = empty_books(self.slots, ring.length)
