@@ -177,7 +177,7 @@ class Generator:
             decoder_prompts: For an encoder-decoder, what the answers start with; by default token 0, as T5's do.
 
         Raises:
-            ConfigError: A prompt that is empty, too long, or holds what is no token; or `n` or `sampling` that do not fit.
+            ConfigError: A prompt that is empty, too long, or holds what is no token; an option that does not fit.
         """
         found: list[Completion] = []
         for request in _batches(self._requests(prompts, sampling, n, decoder_prompts), self.slots):
@@ -186,14 +186,14 @@ class Generator:
 
     def run(self, requests: "Sequence[Row]") -> Generated:
         """One run of the ring, for no more sequences than there are slots."""
-        books, sources = self._books(requests)
+        books, sources = self.books(requests)
         out = jax.device_get(self.programs.generate(self.params, books, sources))
         first = {
             name: out[name][0].reshape(self.slots, *out[name].shape[3:]) for name in ("tokens", "logprobs", "count")
         }
         completions = []
         for n, request in enumerate(requests):
-            at = self._slot_of(n)
+            at = self.slot_of(n)
             span = slice(len(request.tokens), len(request.tokens) + int(first["count"][at]))
             completions.append(
                 completion(request.sampling, first["tokens"][at, span].tolist(), first["logprobs"][at, span].tolist())
@@ -201,13 +201,13 @@ class Generator:
         ticks = int(out["ticks"].max())
         return Generated(completions, ticks, int(out["ticks"].sum()), int(out["empty"].sum()))
 
-    def _slot_of(self, number: int) -> int:
+    def slot_of(self, number: int) -> int:
         """Sequences are dealt to the shards, and in each to its groups, in turn: none is left with less to do."""
         shards, ring = batch_shards(self.mesh), self.ring
         shard, within = number % shards, number // shards
         return shard * ring.slots + (within % ring.groups) * ring.rows + within // ring.groups
 
-    def _books(self, requests: "Sequence[Row]") -> tuple[Tree, Tree]:
+    def books(self, requests: "Sequence[Row]") -> tuple[Tree, Tree]:
         """The books at the start, and the sources, leaves [shards, N, ...]."""
         ring, shards = self.ring, batch_shards(self.mesh)
         shapes = empty_books(self.slots, ring.length)
@@ -218,7 +218,7 @@ class Generator:
             "length": np.zeros(self.slots, np.int32),
         }
         for n, request in enumerate(requests):
-            at = self._slot_of(n)
+            at = self.slot_of(n)
             for name, value in self.row(request, n).items():
                 books[name][at] = value
             books["live"][at] = True

@@ -99,15 +99,16 @@ class Programs:
         return own | {"rooms": jax.tree.map(lambda _: NamedSharding(mesh, heads), own["rooms"])}
 
     def steps(self, ticks: int, window: int) -> Callable[..., tuple[Tree, dict[str, Any]]]:
-        """``(params, state, dismissed) -> (state, report)``: so many ticks; the state's memory is used again.
+        """``(params, state, dismissed, known) -> (state, report)``: so many ticks; the state's memory is used again.
 
         Args:
             ticks: How many.
-            window: Tokens of a slot that are reported at most: those from position ``known`` on.
+            window: Tokens of a slot that are reported.
 
         Returns:
-            The program. `dismissed` are bools [shards, N], see `books.dismiss`, and `known` int32 [shards, N]; the report has the `count` [P, shards, N], `live` and
-            the `window` newest `tokens` and `logprobs` [P, shards, N, window] of every slot, true for the first device.
+            The program. `dismissed` are bools [shards, N], see `books.dismiss`; `known` [shards, N] the positions from
+            which tokens are reported. The report has `count` and `live` [P, shards, N], and `tokens` and `logprobs`
+            [P, shards, N, window], true for the first device.
         """
 
         def device(place, params, state, dismissed, known):
@@ -124,7 +125,7 @@ class Programs:
             body = self._map(device, (OWN, PartitionSpec(BATCH), PartitionSpec(BATCH)), (OWN, OWN))
             return body(self._places, params, state, dismissed, known)
 
-        return jax.jit(program, donate_argnums=1)
+        return jax.jit(program, donate_argnums=1, out_shardings=(self.shardings, None))
 
     @cached_property
     def admit(self) -> Callable[..., Tree]:
@@ -152,7 +153,7 @@ class Programs:
             )
             return body(jnp.arange(self.shards, dtype=jnp.int32), state, into, slot, row, source)
 
-        return jax.jit(program, donate_argnums=0)
+        return jax.jit(program, donate_argnums=0, out_shardings=self.shardings)
 
     @property
     def _places(self):

@@ -297,7 +297,7 @@ class Ring:
                 branches += [
                     lambda n=n: (self._encode(params, n, y_1CD, slot, state), nothing) for n in self._encoder_stages
                 ]
-            # A conditional in the loop too, though it always runs there: it puts all reads of the rooms before the writes.
+            # A conditional in the loop too, though it always runs there: all reads of rooms come before the writes.
             index = jnp.where(running, index + 1, 0)
             y, new = lax.switch(index, [lambda: (y_1CD, nothing), *branches])
             at = jnp.where(running & (repeat >= 0), note["slot"], -1)
