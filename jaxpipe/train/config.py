@@ -67,13 +67,13 @@ class Config:
             raise ConfigError(
                 f"train.seq_len={self.train.seq_len} must not exceed model.max_seq_len={longest}; try {longest}"
             )
-        if self.data.source != "tokens" and self.model.vocab_size < BYTES:
+        if self.data.unit == "byte" and self.model.vocab_size < BYTES:
             raise ConfigError(f"model.vocab_size={self.model.vocab_size} must cover all {BYTES} bytes; try {BYTES}")
-        if self.data.source == "tokens" and self.sample.length:
+        if self.data.source == "tokens" and not self.data.tokenizer and self.sample.length:
             raise ConfigError(
-                f'sample.length={self.sample.length} needs text, but data.source="tokens" has none; try sample.length=0'
+                f'sample.length={self.sample.length} needs text, but data.source="tokens" has none; try sample.length=0 '
+                "or data.tokenizer=…"
             )
-
         if self.health.nonfinite == "rollback" and not self.checkpoint.enabled:
             raise ConfigError('health.nonfinite="rollback" needs checkpoints; try checkpoint.enabled=true')
 
@@ -85,14 +85,22 @@ class Config:
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a run from a TOML file, with `section.key=value` overrides on top.
 
-    The keys `resume` and `init_from` of the section `checkpoint` can be given without it.
+    The keys `resume` and `init_from` of the section `checkpoint` can be given without it. A run that starts from a
+    checkpoint takes over what its own sections leave out, see `jaxpipe.train.inherit`.
 
     Raises:
         ConfigError: See `jaxpipe.train.toml` and the sections.
     """
     tables = toml.check(toml.read(path), SCHEMA)
     pairs = [f"checkpoint.{pair}" if pair.partition("=")[0] in ("resume", "init_from") else pair for pair in overrides]
-    return from_tables(toml.override(tables, pairs, SCHEMA))
+    tables = toml.override(tables, pairs, SCHEMA)
+    start = tables.get("checkpoint", {})
+    name = start.get("init_from") or start.get("resume", "auto")
+    if name not in ("auto", "never", ""):
+        from jaxpipe.train.inherit import inherit  # reads checkpoints, which say what they are by a `Config`
+
+        tables = inherit(tables, name)
+    return from_tables(tables)
 
 
 def from_tables(tables: dict[str, dict[str, Any]]) -> Config:
@@ -107,7 +115,7 @@ def _model(table: dict[str, Any], data: DataConfig, train: TrainConfig) -> GPTCo
     if preset is not None:
         table = {**dataclasses.asdict(PRESETS[preset]), **table}
     table.setdefault("max_seq_len", train.seq_len)
-    if data.source != "tokens":
+    if data.unit == "byte":
         table.setdefault("vocab_size", BYTES)
     missing = [
         spec.name

@@ -2,12 +2,13 @@
 
 A corpus is a training and a validation part, each a list of segments; a segment is one long array of ids with a name
 for messages. Text is one segment, since its files may be short; each token file is a segment of its own, mapped and
-never read whole.
+never read whole. Text becomes tokens at every start, in memory, file by file, with the tokenizer's token for the end of
+a text between files, if it has one.
 """
 
 import hashlib
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 
 from jaxpipe.errors import DataError
 from jaxpipe.train.sections import DataConfig
+from jaxpipe.train.tokenizer import Tokenizer, load_tokenizer
 
 _SKIPPED_DIRS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _SCANNED_IDS = 2**28
@@ -56,7 +58,7 @@ def open_corpus(config: DataConfig, *, vocab_size: int) -> Corpus:
         DataError: No such file, no tokens in it, a size that is no whole number of ids, or an id out of range.
     """
     if config.source == "stdlib":
-        corpus = _stdlib(Path(sysconfig.get_path("stdlib")), config.val_fraction)
+        corpus = _stdlib(config, Path(sysconfig.get_path("stdlib")))
     elif config.val:
         corpus = Corpus(_open(config, config.train), _open(config, config.val))
     else:
@@ -85,21 +87,22 @@ def stdlib_files(root: Path) -> list[Path]:
     return sorted(files)
 
 
-def _stdlib(root: Path, val_fraction: float) -> Corpus:
+def _stdlib(config: DataConfig, root: Path) -> Corpus:
     """Every file goes to one side by a hash of its contents, so the split is the same wherever Python lives."""
     sides: tuple[list[bytes], list[bytes]] = ([], [])
     for path in stdlib_files(root):
         text = path.read_bytes()
         share = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) / 2**64
-        sides[share < val_fraction].append(text)
-    train, val = (_text(f"standard library text in {root}", side) for side in sides)
+        sides[share < config.val_fraction].append(text)
+    name = f"standard library text in {root}"
+    train, val = (_text(config, name, [(name, text) for text in side]) for side in sides)
     return Corpus((train,), (val,))
 
 
 def _open(config: DataConfig, patterns: Sequence[str]) -> tuple[Segment, ...]:
     files = [path for pattern in patterns for path in _matches(pattern)]
     if config.source == "text":
-        return (_text(", ".join(patterns), (path.read_bytes() for path in files)),)
+        return (_text(config, ", ".join(patterns), [(str(path), path.read_bytes()) for path in files]),)
     return tuple(_map(path, np.dtype(config.dtype).newbyteorder("<")) for path in files)
 
 
@@ -110,11 +113,24 @@ def _matches(pattern: str) -> list[Path]:
     return files
 
 
-def _text(name: str, texts: Iterable[bytes]) -> Segment:
-    data = b"".join(texts)
-    if not data:
-        raise DataError(f"{name} holds no text; it must hold at least train.seq_len+1 bytes")
-    return Segment(name, np.frombuffer(data, np.uint8))
+def _text(config: DataConfig, name: str, texts: Sequence[tuple[str, bytes]]) -> Segment:
+    """Texts, each with a name for messages, as one segment."""
+    if not any(text for _, text in texts):
+        raise DataError(f"{name} holds no text; it must hold at least train.seq_len+1 {config.unit}s")
+    if not config.tokenizer:
+        return Segment(name, np.frombuffer(b"".join(text for _, text in texts), np.uint8))
+    tokenizer = load_tokenizer(config.tokenizer)
+    return Segment(name, np.concatenate([_encode(tokenizer, *each) for each in texts]))
+
+
+def _encode(tokenizer: Tokenizer, name: str, text: bytes) -> np.ndarray:
+    try:
+        ids = tokenizer.pieces(text.decode())
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} must be UTF-8 for data.tokenizer but byte {error.start} is not") from error
+    if tokenizer.eos_id is not None:
+        ids.append(tokenizer.eos_id)
+    return np.array(ids, np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
 
 
 def _map(path: Path, dtype: np.dtype) -> Segment:

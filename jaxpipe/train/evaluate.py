@@ -1,5 +1,6 @@
 """The loss of a checkpoint on held-out data: every window once, to the last row."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,18 +10,24 @@ import jax
 import numpy as np
 
 from jaxpipe.errors import ConfigError
+from jaxpipe.models.gpt_config import GPTConfig
 from jaxpipe.runtime.mesh import AXES, simulate_devices
 from jaxpipe.runtime.state import StateLayout
 from jaxpipe.train import toml
 from jaxpipe.train.assemble import assemble
 from jaxpipe.train.config import SCHEMA, Config, from_tables
 from jaxpipe.train.data import Batches
+from jaxpipe.train.inherit import tokenizer_of
 from jaxpipe.train.meta import Meta
 from jaxpipe.train.model import gpt_model
 from jaxpipe.train.resume import Start, find, restore
 from jaxpipe.train.sections import MeshConfig
 from jaxpipe.train.store import read_meta
 from jaxpipe.train.terminal import Report, Silent
+from jaxpipe.train.tokenizer import load_tokenizer
+from jaxpipe.train.weights import model_of
+
+_DECODED = 2**20
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ def evaluate(
         overrides: Changes to the config that the checkpoint carries, such as ``mesh.pipe=1``.
         data: Files to measure on; by default the validation data of the run.
         batches: How many batches; 0 means all.
-        bytes_per_token: Bytes that a token stands for on average, for data of token ids.
+        bytes_per_token: Bytes that a token stands for on average, for data of token ids whose tokenizer is not known.
         report: Is told what happens.
 
     Raises:
@@ -71,6 +78,9 @@ def evaluate(
     report = report or Silent()
     path = find(checkpoint)
     meta = read_meta(path)
+    if not isinstance(model_of(meta, path), GPTConfig):
+        raise ConfigError(f"{path} is an encoder-decoder, which cannot be measured here; name a checkpoint of a GPT")
+    overrides = [f"data.tokenizer={json.dumps(tokenizer_of(path, meta))}", *overrides]
     config = config_of(meta, overrides, data)
     if config.mesh.simulate:
         simulate_devices(config.mesh.simulate)
@@ -91,8 +101,7 @@ def evaluate(
         return float(run.pipe.loss(params, jax.device_put(batch, run.pipe.batch_sharding)))
 
     loss, tokens = mean_loss(run.val, count, measure)
-    if config.data.source != "tokens":
-        bytes_per_token = 1.0
+    bytes_per_token = bytes_per_token or _bytes_per_token(config, run.val)
     return Score(
         checkpoint=str(path),
         step=meta.step,
@@ -101,6 +110,17 @@ def evaluate(
         perplexity=math.exp(loss) if loss < 700 else math.inf,
         bits_per_byte=loss / math.log(2) / bytes_per_token if bytes_per_token else None,
     )
+
+
+def _bytes_per_token(config: Config, batches: Batches) -> float:
+    """How many bytes of text a token stands for, by the first million tokens of each segment; 0 where nobody knows."""
+    if config.data.unit == "byte":
+        return 1.0
+    if not config.data.tokenizer:
+        return 0.0
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    parts = [segment.ids[:_DECODED] for segment in batches.segments]
+    return sum(len(tokenizer.decode(part).encode()) for part in parts) / sum(map(len, parts))
 
 
 def mean_loss(batches: Batches, count: int, measure: Callable[[dict[str, Any]], float]) -> tuple[float, int]:

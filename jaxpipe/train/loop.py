@@ -22,6 +22,7 @@ from jaxpipe.train.assemble import Assembly, assemble
 from jaxpipe.train.config import Config
 from jaxpipe.train.fingerprint import fingerprint
 from jaxpipe.train.folder import RunFolder
+from jaxpipe.train.inherit import keep_tokenizer
 from jaxpipe.train.health import Health, NonFiniteError, RollBack
 from jaxpipe.train.keeper import Keeper
 from jaxpipe.train.meta import Meta
@@ -117,6 +118,8 @@ def train(
     resolved = replace(config, train=replace(config.train, overwrite=False))  # whoever reruns it decides that anew
     folder.write(folder.config, resolved.to_toml())
     folder.write(folder.schedule, run.timetable_svg())
+    if config.data.tokenizer and lead:
+        keep_tokenizer(config.data.tokenizer, folder.path)
     report.note("\n".join([run.describe(), *([f"gpus       {gpus}"] if gpus else [])]))
     sinks = open_sinks(config, folder, asdict(resolved)) if lead else []
     beside = Beside(run.plan, report)

@@ -12,23 +12,25 @@ from jaxpipe.train.sample import continue_tokens
 from jaxpipe.train.step import TrainState
 from jaxpipe.train.summary import Summary
 from jaxpipe.train.terminal import Report
+from jaxpipe.train.tokenizer import load_tokenizer
 
 
 def sample_text(run: Assembly, state: TrainState, key) -> str:
-    """Prompt and continuation; bytes that are no UTF-8, and control characters, become the replacement character."""
+    """Prompt and continuation; tokens that are no text, and control characters, become the replacement character."""
     config = run.config
-    prompt = config.sample.prompt.encode()
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    prompt = tokenizer.encode(config.sample.prompt)
     params = here(run.pipe.to_canonical(state.params), run.pipe.mesh)
     drawn = continue_tokens(
         lambda params, tokens: gpt_logits(config.model, params, tokens),
         params,
-        np.frombuffer(prompt, np.uint8),
+        np.array(prompt, np.int32),
         length=config.sample.length,
         window=config.train.seq_len,
         temperature=config.sample.temperature,
         key=key,
     )
-    text = (prompt + bytes(min(int(token), 255) for token in drawn)).decode(errors="replace")
+    text = tokenizer.decode([*prompt, *(int(token) for token in drawn)])
     return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
 
 

@@ -17,12 +17,14 @@ class DataConfig:
     """Section `[data]`: where tokens come from.
 
     Attributes:
-        source: ``stdlib``: the Python files of the running interpreter's standard library; ``text``: text files;
-            both byte by byte. ``tokens``: headerless files of token ids.
+        source: ``stdlib``: the Python files of the running interpreter's standard library; ``text``: text files.
+            ``tokens``: headerless files of token ids.
         train: Paths or globs of the training files (``text`` and ``tokens``).
         val: Paths or globs of the validation files. Empty: a part of the training data is held out.
         val_fraction: How much is held out: of the files for ``stdlib``, else of the tokens, at the end.
         dtype: Integer type of ``tokens`` files, little-endian.
+        tokenizer: Folder with a tokenizer.json that makes tokens of text; empty: one token per byte. With ``tokens``:
+            the one that made them, for samples and bits per byte (extra ``hf``).
     """
 
     source: Literal["stdlib", "text", "tokens"] = "stdlib"
@@ -30,11 +32,12 @@ class DataConfig:
     val: tuple[str, ...] = ()
     val_fraction: float = 0.1
     dtype: Literal["uint16", "uint32"] = "uint16"
+    tokenizer: str = ""
 
     @property
     def unit(self) -> str:
         """What a token is, for people."""
-        return "token" if self.source == "tokens" else "byte"
+        return "token" if self.source == "tokens" or self.tokenizer else "byte"
 
     def __post_init__(self):
         if self.source == "stdlib" and (self.train or self.val):
@@ -189,8 +192,8 @@ class SampleConfig:
 
     Attributes:
         prompt: What to continue.
-        length: Bytes to write; 0 means no sample.
-        temperature: Divides the logits; 0 takes the likeliest byte.
+        length: Tokens to write; 0 means no sample.
+        temperature: Divides the logits; 0 takes the likeliest token.
     """
 
     prompt: str = "def "

@@ -143,7 +143,7 @@ class Store:
 
     def _open(self) -> ocp.AsyncCheckpointer:
         if self._writer is None:
-            _hush()
+            hush()
             # Folders are made at once: where that fails in the background, Orbax's threads wait 20 minutes for them and
             # keep the process from ending.
             at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
@@ -282,7 +282,7 @@ def _read(path: epath.Path, shapes: dict[tuple[str, ...], jax.ShapeDtypeStruct])
         for word in words[:-1]:
             below = below.setdefault(word, {})
         below[words[-1]] = shape
-    _hush()
+    hush()
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
         what = ocp.args.PyTreeRestore(item=tree, restore_args=restore_args, partial_restore=True)
@@ -333,7 +333,8 @@ class _NotOrbax(logging.Filter):
         return "orbax" not in record.pathname
 
 
-def _hush() -> None:
+def hush() -> None:
+    """Keeps Orbax from logging."""
     logger = logging.getLogger("absl")
     if not any(isinstance(own, _NotOrbax) for own in logger.filters):
         logger.addFilter(_NotOrbax())

@@ -1,0 +1,79 @@
+"""A model to generate with, from whatever a user has: a run's folder, a checkpoint, or a Hugging Face folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from jaxpipe.errors import CheckpointError, ConfigError
+from jaxpipe.infer.text import Tokenizer, load_tokenizer
+from jaxpipe.models.hf.files import CONFIG
+from jaxpipe.runtime.mesh import make_mesh
+from jaxpipe.runtime.tree import Tree
+from jaxpipe.train.inherit import tokenizer_of
+from jaxpipe.train.resume import find
+from jaxpipe.train.store import read_meta
+from jaxpipe.train.tokenizer import FILE
+from jaxpipe.train.weights import ModelConfig, model_of, open_hf, over, read_weights
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its weights.
+
+    Attributes:
+        cfg: Of a GPT or an encoder-decoder.
+        canonical: The weights, on the mesh.
+        tokenizer: The model's own, or bytes.
+    """
+
+    cfg: ModelConfig
+    canonical: Tree
+    tokenizer: Tokenizer
+
+
+def load_model(
+    path: str | Path, *, mesh: Mesh | None = None, dtype: str | None = None, tokenizer: str | Path | None = None
+) -> Loaded:
+    """Loads a model, leaf by leaf, each device its own part.
+
+    Args:
+        path: A checkpoint, a run's folder (then its newest checkpoint), or a Hugging Face folder.
+        mesh: What weights are spread over; by default all devices, by their first dim that divides.
+        dtype: Of weights and computation for a Hugging Face folder; by default its own, and float32 for float16.
+        tokenizer: A folder with a tokenizer.json; by default the model's, else bytes.
+
+    Raises:
+        CheckpointError: There is no checkpoint, or it is damaged.
+        ConfigError: A folder whose model or tokenizer is none of ours.
+        DataError: Its files are damaged.
+    """
+    mesh = make_mesh(pipe=len(jax.devices())) if mesh is None else mesh
+    if (Path(path) / CONFIG).is_file():
+        cfg, weights = open_hf(path, dtype, otherwise="float32")
+        own = tokenizer or (path if (Path(path) / FILE).is_file() else "")
+        return Loaded(cfg, weights.tree(over(mesh)), _tokenizer(own, cfg))
+    try:
+        found = find(str(path))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; or a Hugging Face folder, which has a {CONFIG}") from error
+    if dtype is not None:
+        raise ConfigError(f"dtype={dtype!r} is for Hugging Face folders; a checkpoint's weights stay what they are")
+    meta = read_meta(found)
+    cfg = model_of(meta, found)
+    return Loaded(cfg, read_weights(found, meta, over(mesh)), _tokenizer(tokenizer or tokenizer_of(found, meta), cfg))
+
+
+def _tokenizer(path: str | Path, cfg: ModelConfig) -> Tokenizer:
+    """A model's tokenizer.
+
+    Raises:
+        ConfigError: It makes tokens that the model does not have.
+    """
+    tokenizer = load_tokenizer(path)
+    if path and tokenizer.vocab_size > cfg.vocab_size:
+        raise ConfigError(
+            f"tokenizer {path} has {tokenizer.vocab_size} tokens but the model {cfg.vocab_size}; try the model's own"
+        )
+    return tokenizer

@@ -1,0 +1,23 @@
+"""Weights of Hugging Face: which of their tensors is which of our leaves, and how configs translate. No pipeline, no torch.
+
+A family (`gpt2`, `llama`, `qwen`, `t5`) is one file: its config both ways, and its table of keys. Files are read and
+written in pieces, as safetensors, and nothing is ever unpickled.
+"""
+
+from jaxpipe.models.hf.families import Family, config_json, family_for, family_of, read_config
+from jaxpipe.models.hf.files import HFFolder, write_shards
+from jaxpipe.models.hf.leaves import Leaf, read_part
+from jaxpipe.models.hf.shapes import leaf_shapes
+
+__all__ = [
+    "Family",
+    "HFFolder",
+    "Leaf",
+    "config_json",
+    "family_for",
+    "family_of",
+    "leaf_shapes",
+    "read_config",
+    "read_part",
+    "write_shards",
+]

@@ -1,0 +1,48 @@
+"""Rotary positions in a config.json: `rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` before it."""
+
+from typing import Any
+
+from jaxpipe.models.gpt_config import GPTConfig
+from jaxpipe.models.hf.facts import Facts
+
+_NUMBERS = {
+    "factor": "rotary_factor",
+    "low_freq_factor": "rotary_low_freq_factor",
+    "high_freq_factor": "rotary_high_freq_factor",
+    "original_max_position_embeddings": "rotary_original_len",
+}
+
+
+def read(facts: Facts) -> dict[str, Any]:
+    """The fields of ours.
+
+    Raises:
+        ConfigError: A type of scaling that we do not have.
+    """
+    facts.must("partial_rotary_factor", 1.0)
+    scaling = {**facts.take("rope_scaling", dict, {}), **facts.take("rope_parameters", dict, {})}
+    base = facts.take("rope_theta", float, 10000.0)
+    kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
+    scaling.pop("type", None)
+    fields: dict[str, Any] = {"positions": "rotary", "rotary_base": float(scaling.pop("rope_theta", base))}
+    if scaling.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise facts.error("partial_rotary_factor below 1 is not supported; it must be 1.0")
+    if kind == "default":
+        return fields
+    if kind != "llama3":
+        raise facts.error(f"rope type {kind!r} is not supported; it must be 'default' or 'llama3'")
+    for theirs, ours in _NUMBERS.items():
+        if not isinstance(value := scaling.pop(theirs, None), int | float):
+            raise facts.error(f"rope type 'llama3' needs the number {theirs!r}; it is {value!r}")
+        fields[ours] = int(value) if ours == "rotary_original_len" else float(value)
+    if scaling:
+        raise facts.error(f"unknown key {next(iter(scaling))!r} of the rope's scaling")
+    return fields
+
+
+def write(cfg: GPTConfig) -> dict[str, Any]:
+    """The keys of theirs, in the form that every version of transformers reads."""
+    scaling = None
+    if cfg.rotary_factor != 1.0:
+        scaling = {"rope_type": "llama3", **{theirs: getattr(cfg, ours) for theirs, ours in _NUMBERS.items()}}
+    return {"rope_theta": cfg.rotary_base, "rope_scaling": scaling}

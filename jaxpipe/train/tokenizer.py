@@ -1,0 +1,207 @@
+"""Text to tokens and back: by a model's own tokenizer.json, else byte by byte."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from jaxpipe.errors import ConfigError
+from jaxpipe.train.chat import render
+
+FILE, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+TEMPLATE = "chat_template.jinja"
+FILES = (
+    FILE,
+    SETTINGS,
+    SPECIAL,
+    TEMPLATE,
+    "chat_template.json",
+    "generation_config.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+)
+"""What belongs to a tokenizer in a folder of Hugging Face."""
+
+
+class Tokenizer(Protocol):
+    """Text to tokens and back."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        ...
+
+    @property
+    def eos_id(self) -> int | None:
+        """The token that ends a text, if there is one."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a prompt, with those that the model wants around it."""
+        ...
+
+    def pieces(self, text: str) -> list[int]:
+        """The tokens of a text and no others."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens; special ones have none, and what is no text becomes the replacement character."""
+        ...
+
+    def chat(self, messages: list[dict[str, Any]]) -> str | None:
+        """A conversation as the model's prompt; None where the model has no template.
+
+        Raises:
+            ConfigError: The template refuses the messages.
+        """
+        ...
+
+
+class ByteTokenizer:
+    """UTF-8, one token per byte.
+
+    Example:
+        >>> ByteTokenizer().encode("né"), ByteTokenizer().decode([110, 195, 169, 300])
+        ([110, 195, 169], 'né\ufffd')
+    """
+
+    vocab_size: int = 256
+    eos_id: int | None = None
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    pieces = encode
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return bytes(token if 0 <= token < 256 else 0xFF for token in map(int, tokens)).decode(errors="replace")
+
+    def chat(self, messages: list[dict[str, Any]]) -> str | None:
+        return None
+
+
+class FileTokenizer:
+    """A tokenizer.json with what stands beside it.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        ConfigError: It has none, or one that cannot be read.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        file = self.path / FILE
+        if not file.is_file():
+            raise ConfigError(
+                f"{path} has no {FILE}; save it there with transformers: AutoTokenizer.from_pretrained(DIR)"
+                ".save_pretrained(DIR)"
+            )
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise ConfigError(f"{file} needs the library tokenizers; try pip install 'jaxpipe[hf]'") from error
+        try:
+            self._own = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises nothing more special
+            raise ConfigError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        self._own.no_truncation()
+        self._own.no_padding()
+        self._settings = {**_read_json(self.path / SPECIAL), **_read_json(self.path / SETTINGS)}
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return max(self._own.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def eos_id(self) -> int | None:
+        if (token := self._special("eos_token")) is not None:
+            return self._own.token_to_id(token)
+        for name in ("generation_config.json", "config.json"):
+            ids = _read_json(self.path / name).get("eos_token_id")
+            ids = ids[0] if isinstance(ids, list) and ids else ids
+            if isinstance(ids, int) and self._own.id_to_token(ids) is not None:
+                return ids
+        return None
+
+    def encode(self, text: str) -> list[int]:
+        bos = self._special("bos_token")  # a chat template has written it already
+        return self._own.encode(text, add_special_tokens=not (bos and text.startswith(bos))).ids
+
+    def pieces(self, text: str) -> list[int]:
+        return self._own.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._own.decode([int(token) for token in tokens], skip_special_tokens=True)
+
+    def chat(self, messages: list[dict[str, Any]]) -> str | None:
+        if self._template is None:
+            return None
+        names = [name for name in self._settings if name.endswith("_token")]
+        return render(self._template, messages, {name: self._special(name) for name in names})
+
+    @cached_property
+    def _template(self) -> str | None:
+        file = self.path / TEMPLATE
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+        own = self._settings.get("chat_template", _read_json(self.path / "chat_template.json").get("chat_template"))
+        if isinstance(own, list):  # several with names
+            named = {each.get("name"): each.get("template") for each in own if isinstance(each, Mapping)}
+            own = named.get("default")
+        return own if isinstance(own, str) else None
+
+    def _special(self, name: str) -> str | None:
+        token = self._settings.get(name)
+        token = token.get("content") if isinstance(token, Mapping) else token
+        return token if isinstance(token, str) else None
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a folder; byte by byte for no folder.
+
+    Args:
+        path: A folder with a tokenizer.json, that file, or empty.
+
+    Raises:
+        ConfigError: It has none, or one that cannot be read.
+    """
+    if not str(path):
+        return ByteTokenizer()
+    path = Path(path)
+    if not path.exists():
+        raise ConfigError(f"tokenizer {path} does not exist; name a folder with a {FILE}")
+    return FileTokenizer(path.parent if path.name == FILE else path)
+
+
+def copy_tokenizer(source: str | Path, to: Path, *others: str) -> str | None:
+    """Copies a tokenizer's files, and others that are there.
+
+    Returns:
+        Their names in words; None where there is no tokenizer.
+    """
+    source = Path(source)
+    names = [name for name in FILES if (source / name).is_file()]
+    if FILE not in names:
+        return None
+    to.mkdir(parents=True, exist_ok=True)
+    for name in (*names, *others):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, to / name)
+    return ", ".join(names)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+    return table if isinstance(table, dict) else {}
