@@ -126,9 +126,7 @@ def test_windows_shared_heads_and_experts(cache_dtype):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "options"),
-    [({"pipe": 2}, {"rows": 2}), ({"pipe": 2}, {"rows": 1, "repeats": 2}), ({"pipe": 1, "data": 2}, {"rows": 3})],
-    ids=str,
+    ("mesh", "options"), [({"pipe": 2}, {"rows": 3}), ({"pipe": 2, "data": 2}, {"rows": 1, "repeats": 2})], ids=str
 )
 def test_an_encoder_decoder_answers_sources(mesh, options):
     gen = make(ENCDEC, mesh, max_len=16, **options)
