@@ -414,7 +414,8 @@ class Ring:
 
     def _blocks(self, params: Tree, stage: int) -> list[tuple[int, str, Tree]]:
         """The decoder's blocks of a stage: the room, kind and weights of each."""
-        return self._blocks_of(self.layout, params["blocks"], params["embed"], stage)
+        found = self._blocks_of(self.layout, params["blocks"], params["embed"], stage)
+        return [(room, kind, self.weights.upright(own)) for room, kind, own in found]
 
     def _blocks_of(self, layout: Layout, blocks: list, embed: Tree, stage: int) -> list[tuple[int, str, Tree]]:
         repeat, found = layout.schedule.repeat_of(stage), []

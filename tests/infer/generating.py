@@ -43,7 +43,8 @@ def canonical(cfg: Any) -> Tree:
 
 def make(cfg: Any, mesh: dict[str, int], **options: Any) -> Generator:
     """A generator whose program is compiled quickly."""
-    options = {"max_len": LENGTH} | ({"chunk": 4} if isinstance(cfg, GPTConfig) else {"max_source_len": SOURCE}) | options
+    own = {"chunk": 4} if isinstance(cfg, GPTConfig) else {"max_source_len": SOURCE}
+    options = {"max_len": LENGTH} | own | options
     return quick(Generator(cfg, canonical(cfg), mesh=make_mesh(**mesh), **options))
 
 
