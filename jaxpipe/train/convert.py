@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
 from jaxpipe.errors import CheckpointError, ConfigError
 from jaxpipe.models.gpt_config import GPTConfig
