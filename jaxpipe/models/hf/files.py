@@ -41,7 +41,7 @@ class HFFolder:
         self._open: dict[str, Any] = {}
         for name in self._names():
             opened = _safe_open(self.path / name)
-            self._open |= {key: opened for key in opened.keys()}  # noqa: SIM118: it is no dict
+            self._open |= dict.fromkeys(opened.keys(), opened)
         self._alias: dict[str, str] = {}
 
     def _names(self) -> list[str]:

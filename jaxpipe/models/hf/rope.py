@@ -1,4 +1,4 @@
-"""Rotary positions in a config.json: `rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` before it."""
+"""Rotary positions in a config.json: transformers 5 has `rope_parameters`, before it were `rope_theta`, `rope_scaling`."""
 
 from typing import Any
 
