@@ -1,4 +1,4 @@
-"""Rotary positions in a config.json: transformers 5 has `rope_parameters`, before it were `rope_theta`, `rope_scaling`."""
+"""Rotary positions in a config.json: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before)."""
 
 from typing import Any
 
