@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from helpers import QUICK
 
-import jaxpipe as jp
 from jaxpipe.models.gpt_config import GPTConfig
 from jaxpipe.models.hf import config_json, family_for, leaf_shapes, write_shards
 from jaxpipe.runtime.model import Model, carry_and_aux, vocab_logits
@@ -27,11 +28,12 @@ def answer(cfg: Any, weights: HFWeights, batch: dict[str, Any]) -> dict[str, np.
     """Logits, loss and gradients of a folder's weights, the gradients by ``grad`` and the name of the tensor."""
     canonical, model = weights.tree(lambda shape: CPU), model_of(cfg)
 
-    @jax.jit
-    def both(canonical):
-        return logits(model, canonical, batch), jp.sequential(model).value_and_grad(canonical, batch)
+    def loss_and_logits(canonical):
+        found = logits(model, canonical, batch)
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(found, batch["targets"])), found
 
-    found, (loss, grads) = both(canonical)
+    both = jax.jit(jax.value_and_grad(loss_and_logits, has_aux=True)).lower(canonical)
+    (loss, found), grads = both.compile(compiler_options=QUICK)(canonical)
     by_name = {}
     for leaf in weights.table:
         names = [name for name, _ in leaf.tensors(weights.shapes[leaf.path])]
