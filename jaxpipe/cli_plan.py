@@ -25,6 +25,7 @@ EXAMPLES = """examples:
   jaxpipe train plan.toml
   jaxpipe profile configs/quickstart.toml --out profile.json
   jaxpipe plan configs/quickstart.toml --devices 4 --costs profile.json --explain
+  jaxpipe plan configs/gpt2-124m.toml --devices 8 --device h100 --costs compiled --rows 1 2 4
   jaxpipe plan --from runs/quickstart --devices 6 --device h100
 
 exit codes: 0 done, 2 bad arguments, or nothing fits"""
@@ -48,7 +49,12 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser.add_argument("--memory", metavar="SIZE", help="the most that a device may keep, such as 80GB")
     parser.add_argument("--cores", type=int, metavar="N", help="with cpu: cores that all devices share, by default all")
     parser.add_argument("--global-batch", type=int, metavar="ROWS", help="rows per step, by default the config's")
-    parser.add_argument("--costs", metavar="FILE", help="costs measured by `jaxpipe profile` in place of formulae")
+    parser.add_argument(
+        "--costs",
+        metavar="FILE",
+        help="in place of formulae, costs measured by `jaxpipe profile`; or the word "
+        "compiled: those that XLA counts in one block",
+    )
     for name, what in (
         ("schedule", "schedules of the catalogue"),
         ("remat", "of none, full, all"),
@@ -111,7 +117,7 @@ def _check(options: argparse.Namespace) -> str | None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least 1; try 1")
-    if options.device is None and options.costs is None:
+    if options.device is None and options.costs in (None, "compiled"):
         raise ConfigError("--device must be given, or --costs with a measured profile; try --device h100")
     for name in ("pipe", "repeats", "data", "fsdp", "tensor", "rows", "microbatches"):
         for value in getattr(options, name) or ():
@@ -151,6 +157,9 @@ def _device(options: argparse.Namespace, config: "Config") -> "tuple[DeviceSpec,
     space = _space(options)
     if options.costs is None:
         return find_device(options.device, memory_bytes=memory, cores=_cores(options, options.device)), None, space
+    if options.costs == "compiled":
+        device = find_device(options.device, memory_bytes=memory, cores=_cores(options, options.device))
+        return device, _compiled(config, device, space), replace(space, rows=space.rows or _rows(config), tensor=(1,))
     from jaxpipe.train.profile import read_profile
 
     profile = read_profile(options.costs)
@@ -162,6 +171,25 @@ def _device(options: argparse.Namespace, config: "Config") -> "tuple[DeviceSpec,
     device = find_device(name, memory_bytes=memory, cores=_cores(options, name, profile.cores))
     device = replace(device, memory_bytes_per_s=profile.traffic_bytes_per_s / MEMORY_FRACTION)
     return device, profile.costing(config, options.costs), profile.within(space)
+
+
+def _compiled(config: "Config", device: "DeviceSpec", space: "Space") -> "Costing":
+    """Costs that XLA counts, compiled when they are asked for."""
+    from functools import cache
+
+    from jaxpipe.train.compiled import compiled_costs
+    from jaxpipe.train.targets import place_of
+
+    if space.tensor not in (None, (1,)):
+        raise ConfigError(f"--tensor {space.tensor[-1]} needs costs by formula; try --tensor 1, or leave --costs out")
+    place = place_of(device)
+    counted = cache(lambda rows: compiled_costs(config, device, rows, tuple(space.remats), place))
+    return lambda rows, tensor: counted(rows)
+
+
+def _rows(config: "Config") -> tuple[int, ...]:
+    """The config's own microbatches."""
+    return (max(1, config.train.batch_size // (config.schedule.microbatches * config.mesh.data * config.mesh.fsdp)),)
 
 
 def _cores(options: argparse.Namespace, name: str, measured: int | None = None) -> int | None:

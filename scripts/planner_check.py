@@ -3,6 +3,7 @@
     python scripts/planner_check.py                     # every case once; about 10 minutes
     python scripts/planner_check.py --cases 4 --rounds 3
     python scripts/planner_check.py --ranking           # is the predicted best of ten among the measured best three?
+    python scripts/planner_check.py --h100              # temporaries alone, of programs compiled for H100s (extra gpu-aot)
     python scripts/planner_check.py --json
 
 All cases are compiled, then one block of each kind is timed (`jaxpipe.train.profiling`), then the cases in turn, then
@@ -19,23 +20,27 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh
 
 import jaxpipe as jp
 from jaxpipe.plan import DeviceSpec, Plan, Space, find_device, search
 from jaxpipe.plan.device import MEMORY_FRACTION
-from jaxpipe.runtime.mesh import make_mesh, simulate_devices
+from jaxpipe.runtime.mesh import AXES, make_mesh, simulate_devices
 from jaxpipe.runtime.sizes import memory_of
 from jaxpipe.schedule import build
 from jaxpipe.train import toml
 from jaxpipe.train.bench import num_cores
 from jaxpipe.train.bench.case import DEFAULT
 from jaxpipe.train.bench.memory import keep_freed_memory
+from jaxpipe.train.compiled import compiled_costs
 from jaxpipe.train.config import SCHEMA, Config, from_tables
 from jaxpipe.train.model import gpt_model
-from jaxpipe.train.planning import ask
+from jaxpipe.train.planning import Costing, ask
 from jaxpipe.train.profile import Profile
 from jaxpipe.train.profiling import profile
+from jaxpipe.train.targets import h100_devices, place_of
 
 MODEL: dict[str, dict[str, Any]] = DEFAULT | {
     "schedule": {"microbatches": 8},
@@ -75,7 +80,7 @@ def cases() -> Iterator[Case]:
             yield Case("1f1b", pipe, 1, remat, (5, 3) if pipe == 2 else (2, 3, 2, 1))
 
 
-def predict(config: Config, case: Case, measured: Profile, device: DeviceSpec) -> Plan:
+def predict(config: Config, case: Case, costs: Costing, device: DeviceSpec) -> Plan:
     """What the planner says of a case."""
     rows = config.train.batch_size // config.schedule.microbatches
     space = Space(
@@ -92,7 +97,7 @@ def predict(config: Config, case: Case, measured: Profile, device: DeviceSpec) -
         packing="auto",
         order="ideal",
     )
-    problem = ask(config, device, case.pipe, space=space, costs=measured.costing(config, "measured here"))
+    problem = ask(config, device, case.pipe, space=space, costs=costs)
     best = search(replace(problem, memory_bytes=float("inf")), pareto=False).best
     assert best is not None
     return best
@@ -113,14 +118,16 @@ class Program:
         return time.perf_counter() - start
 
 
+def pipeline(config: Config, case: Case, mesh: Any) -> jp.Pipeline:
+    """The pipeline of a case."""
+    schedule = build(case.schedule, devices=case.pipe, microbatches=config.schedule.microbatches, repeats=case.repeats)
+    remat: Any = case.remat
+    return jp.Pipeline(gpt_model(config.model), schedule=schedule, mesh=mesh, stages=case.stages, remat=remat)
+
+
 def program(config: Config, case: Case) -> Program:
     """The compiled step of a case, run once to warm up."""
-    microbatches = config.schedule.microbatches
-    schedule = build(case.schedule, devices=case.pipe, microbatches=microbatches, repeats=case.repeats)
-    remat: Any = case.remat
-    pipe = jp.Pipeline(
-        gpt_model(config.model), schedule=schedule, mesh=make_mesh(pipe=case.pipe), stages=case.stages, remat=remat
-    )
+    pipe = pipeline(config, case, make_mesh(pipe=case.pipe))
     rng = np.random.default_rng(0)
     shape = (config.train.batch_size, config.train.seq_len)
     tokens = {name: rng.integers(0, 256, shape, dtype=np.int32) for name in ("tokens", "targets")}
@@ -130,6 +137,37 @@ def program(config: Config, case: Case) -> Program:
     made = Program(step, (params, batch), memory_of(step).temp_size_in_bytes)
     made.seconds()
     return made
+
+
+def h100_temporaries(config: Config, case: Case) -> int:
+    """Bytes of the step compiled for H100s."""
+    grid = np.asarray(h100_devices(case.pipe)).reshape(-1, 1, 1, 1)
+    pipe = pipeline(config, case, Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 4))
+    shape = (config.train.batch_size, config.train.seq_len)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=pipe.batch_sharding)
+    batch = {"tokens": tokens, "targets": tokens}
+    params = jax.eval_shape(pipe.init, jax.random.key(0), batch)
+    placed = jax.tree.map(
+        lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h), params, pipe.layout.shardings(params)
+    )
+    return memory_of(jax.jit(pipe.value_and_grad).lower(placed, batch).compile()).temp_size_in_bytes
+
+
+def compare_h100(config: Config, chosen: Sequence[Case]) -> None:
+    """Prints predicted and compiled temporaries."""
+    device = find_device("h100")
+    rows = config.train.batch_size // config.schedule.microbatches
+    costs = compiled_costs(config, device, rows, ("none", "full"), place_of(device))
+    print("| schedule | P | V | remat | stages | predicted MB | XLA MB | error |\n|---|---|---|---|---|---|---|---|")
+    for case in chosen:
+        plan = predict(config, case, lambda rows, tensor: costs, device)
+        compiled, predicted = h100_temporaries(config, case), plan.memory.temporary
+        stages = "equal" if case.stages is None else plan.layout.replace("|", "¦")
+        print(
+            f"| `{case.schedule}` | {case.pipe} | {case.repeats} | {case.remat} | {stages} | {predicted / 1e6:.1f} | "
+            f"{compiled / 1e6:.1f} | {predicted / compiled - 1:+.0%} |",
+            flush=True,
+        )
 
 
 def measure(programs: Sequence[Program], rounds: int) -> list[float]:
@@ -144,6 +182,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=99, metavar="N", help="only the first N cases")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="steps timed per case, by default 7")
     parser.add_argument("--ranking", action="store_true", help="predict and measure ten plans with P = 4")
+    parser.add_argument("--h100", action="store_true", help="compare temporaries of programs for H100s, and no times")
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="such as model.d_model=128")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     options: Any = parser.parse_args()
@@ -156,6 +195,9 @@ def main() -> None:
     if options.ranking:
         chosen = [case for case in chosen if case.pipe == 4][:10]
     chosen = chosen[: options.cases]
+    if options.h100:
+        compare_h100(config, chosen)
+        return
 
     def blocks() -> Profile:
         return profile(config, device, rows=[rows], remats=("none", "full"), rounds=options.rounds)
@@ -169,7 +211,7 @@ def main() -> None:
     ]
     found = []
     for case, made, seconds in zip(chosen, programs, measured, strict=True):
-        first, last = (predict(config, case, profile, device) for profile, device in sides)
+        first, last = (predict(config, case, found.costing(config, "measured"), device) for found, device in sides)
         predicted_s = [plan.step_s - plan.optimizer_s for plan in (first, last)]
         stages = "equal" if case.stages is None else first.layout
         row = {**vars(case), "stages": stages, "predicted_s": statistics.fmean(predicted_s), "measured_s": seconds}

@@ -1,6 +1,5 @@
 """Training steps compiled for H100 GPUs on a machine that has none (extra `gpu-aot`); they cannot be run."""
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hlo import computations, hlo_text
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 import jaxpipe as jp
@@ -20,28 +18,15 @@ from jaxpipe.runtime.mesh import AXES, batch_shards
 from jaxpipe.runtime.sizes import memory_of
 from jaxpipe.schedule import build
 from jaxpipe.train.model import encdec_model, gpt_model
+from jaxpipe.train.targets import can_compile_for_h100, h100_devices
 
 MARKS = [
     pytest.mark.gpu_aot,
     pytest.mark.skipif(
-        importlib.util.find_spec("jax_cuda12_plugin") is None,
+        not can_compile_for_h100(),
         reason="the extra gpu-aot (jax-cuda12-plugin, nvidia-cuda-nvcc-cu12) is not installed",
     ),
 ]
-
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } runtime_version { major: 12 minor: 9 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-"""The public data sheet in XLA's text form."""
 
 DEVICES, MICROBATCHES, LENGTH, VOCAB, WIDTH = 4, 8, 96, 384, 256
 SIZES: dict[str, Any] = {"vocab_size": VOCAB, "num_heads": 4, "d_model": WIDTH, "dtype": "bfloat16", "tied": False}
@@ -68,10 +53,7 @@ class Step:
 
 def mesh(pipe: int = DEVICES, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """A mesh of H100s, eight to a node."""
-    count = pipe * data * fsdp * tensor
-    shape = f"1x1x{count}" if count <= 8 else f"1x{count // 8}x8"
-    topology = topologies.get_topology_desc(platform="cuda", topology_name="h100", topology=shape, target_config=H100)
-    grid = np.asarray(topology.devices).reshape(pipe, data, fsdp, tensor)
+    grid = np.asarray(h100_devices(pipe * data * fsdp * tensor)).reshape(pipe, data, fsdp, tensor)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 4)
 
 

@@ -1,6 +1,8 @@
-"""Costs as XLA sees them: operations, bytes and temporaries of one block, compiled for the present devices.
+"""Costs as XLA sees them: operations, bytes and temporaries of one block.
 
-Nothing is run. Times are the operations at the device's speed, or the bytes at its memory's if that is longer.
+Nothing is run. Operations and bytes are of the program for the present devices, temporaries of the one for the devices
+that are meant, where XLA can compile for those (`jaxpipe.train.targets`). Times are the operations at the device's
+speed, or the bytes at its memory's if that is longer.
 """
 
 from collections.abc import Callable
@@ -8,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import jax
+from jax.sharding import Sharding
 
 from jaxpipe.plan import BlockCost, DeviceSpec, LaneTimes, ModelCosts
 from jaxpipe.plan.cost import Remat
@@ -19,7 +22,9 @@ from jaxpipe.train.config import Config
 from jaxpipe.train.parts import Parts, parts_of
 
 
-def compiled_costs(config: Config, device: DeviceSpec, rows: int, remats: tuple[Remat, ...]) -> ModelCosts:
+def compiled_costs(
+    config: Config, device: DeviceSpec, rows: int, remats: tuple[Remat, ...], place: Sharding | None = None
+) -> ModelCosts:
     """The costs of a run's model for microbatches of `rows` rows on one device.
 
     Args:
@@ -27,6 +32,7 @@ def compiled_costs(config: Config, device: DeviceSpec, rows: int, remats: tuple[
         device: Whose speed counts.
         rows: Rows of a microbatch.
         remats: What forwards may keep.
+        place: Where temporaries are counted, see `jaxpipe.train.targets.place_of`; by default the present devices.
     """
     parts = parts_of(config, rows, remats)
 
@@ -43,7 +49,9 @@ def compiled_costs(config: Config, device: DeviceSpec, rows: int, remats: tuple[
         for remat in remats
     }
     forward, backward, head = (seconds(*lane) for lane in end_lanes(parts).values())
-    return assemble_costs(config, parts, remats, times, (forward, backward, head), source="compiled", device=device)
+    return assemble_costs(
+        config, parts, remats, times, (forward, backward, head), source="compiled", device=device, place=place
+    )
 
 
 def lanes(stage: Stage) -> dict[str, tuple[Callable, tuple]]:
@@ -91,6 +99,7 @@ def assemble_costs(
     *,
     source: Any,
     device: DeviceSpec,
+    place: Sharding | None = None,
 ) -> ModelCosts:
     """Costs from given times; bytes are what the lanes keep and what XLA allots for them.
 
@@ -102,12 +111,13 @@ def assemble_costs(
         ends: Seconds of embedding, its gradient and the head.
         source: Where the times are from.
         device: What computes.
+        place: Where temporaries are counted.
     """
     blocks, base = {}, 0.0
     for kind in parts.kinds:
         whole, split = {}, {}
         for remat in remats:
-            one, two = (working(parts.stages[kind, remat, count]) for count in (1, 2))
+            one, two = (working(parts.stages[kind, remat, count], place) for count in (1, 2))
             whole[remat], split[remat] = max(0, two[0] - one[0]), max(0, two[1] - one[1])
             base = max(base, one[0] - whole[remat])
         keeps: dict[Remat, float] = dict.fromkeys(remats, 0.0)
@@ -140,7 +150,7 @@ def assemble_costs(
         head_s=ends[2],
         carry_bytes=parts.carry_bytes,
         ends_params=ends_params,
-        head_working_bytes=memory_of(jax.jit(lane).lower(*shapes).compile()).temp_size_in_bytes,
+        head_working_bytes=_temporaries(lane, shapes, place),
         stage_working_bytes=base,
         dtype_bytes=leaves[0].dtype.itemsize,
         param_bytes=jax.dtypes.canonicalize_dtype(config.model.param_dtype).itemsize,
@@ -148,11 +158,13 @@ def assemble_costs(
     )
 
 
-def working(stage: Stage) -> tuple[int, int]:
+def working(stage: Stage, place: Sharding | None = None) -> tuple[int, int]:
     """Temporaries of a stage's backward, whole and split."""
     found = lanes(stage)
-    whole, inputs, weights = (
-        memory_of(jax.jit(found[name][0]).lower(*found[name][1]).compile()).temp_size_in_bytes
-        for name in ("backward", "input", "weight")
-    )
+    whole, inputs, weights = (_temporaries(*found[name], place) for name in ("backward", "input", "weight"))
     return whole, max(inputs, weights)
+
+
+def _temporaries(lane: Callable, shapes: tuple, place: Sharding | None) -> int:
+    placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
+    return memory_of(jax.jit(lane).lower(*placed).compile()).temp_size_in_bytes

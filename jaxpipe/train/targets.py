@@ -1,0 +1,56 @@
+"""Devices that are not there: XLA compiles for them, and says what a program needs, without running it."""
+
+import importlib.util
+from typing import Any
+
+from jax.sharding import SingleDeviceSharding
+
+from jaxpipe.errors import ConfigError
+from jaxpipe.plan import DeviceSpec
+
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } runtime_version { major: 12 minor: 9 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+"""The public data sheet in XLA's text form."""
+
+
+def can_compile_for_h100() -> bool:
+    """Whether the extra ``gpu-aot`` is installed."""
+    return importlib.util.find_spec("jax_cuda12_plugin") is not None
+
+
+def h100_devices(count: int) -> list[Any]:
+    """H100s to compile for, eight to a node. They cannot run anything.
+
+    Args:
+        count: How many; a multiple of 8, or fewer than 8.
+
+    Raises:
+        ConfigError: The extra ``gpu-aot`` is missing.
+    """
+    if not can_compile_for_h100():
+        raise ConfigError(
+            "compiling for an H100 without one needs the extra gpu-aot; try pip install 'jaxpipe[gpu-aot]'"
+        )
+    from jax.experimental import topologies
+
+    shape = f"1x1x{count}" if count <= 8 else f"1x{count // 8}x8"
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name="h100", topology=shape, target_config=H100
+    ).devices
+
+
+def place_of(device: DeviceSpec) -> SingleDeviceSharding | None:
+    """Where a program for a device is compiled: an H100 if that is meant and can be, else the present device (None)."""
+    if device.name != "h100" or not can_compile_for_h100():
+        return None
+    return SingleDeviceSharding(h100_devices(1)[0])
