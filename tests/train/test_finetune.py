@@ -19,9 +19,9 @@ from jaxpipe.models.hf import config_json
 from jaxpipe.train.weights import open_hf
 
 ROOT = Path(__file__).parents[2]
-CFG = replace(PRESETS["tiny"], num_heads=2, d_model=16, vocab_size=300, max_seq_len=32)
+CFG = replace(PRESETS["tiny"], num_layers=2, num_heads=2, d_model=16, vocab_size=300, max_seq_len=32)
 TEXT = "It was the best of times, it was the worst of times. Ünïcode too.\n" * 40
-SMALL = ["mesh.simulate=2", "train.steps=3", "train.seq_len=16", "train.batch_size=8", "schedule.microbatches=4"]
+SMALL = ["mesh.simulate=2", "train.steps=2", "train.seq_len=16", "train.batch_size=4", "schedule.microbatches=2"]
 
 
 def write_tokenizer(folder: Path) -> Tokenizer:
@@ -36,9 +36,8 @@ def write_tokenizer(folder: Path) -> Tokenizer:
     )
     made.train_from_iterator([TEXT], trainer)
     made.save(str(folder / "tokenizer.json"))
-    template = (
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ raise_exception('no') if not messages }}"
-    )
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    template += "{{ raise_exception('no') if not messages }}"
     settings = {"eos_token": {"content": "<|endoftext|>"}, "bos_token": "<|endoftext|>", "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return made
@@ -58,7 +57,10 @@ def folder(tmp_path, monkeypatch):
 def test_in_train_eval_out(folder, capsys):
     assert main(["convert", "hf", "gpt2", "runs/gpt2", "--dtype", "float32"]) == 0
     assert main(["checkpoint", "verify", "runs/gpt2"]) == 0
-    assert main(["train", str(ROOT / "configs" / "gpt2-finetune.toml"), *SMALL, "sample.length=4"]) == 0
+    assert (
+        main(["train", str(ROOT / "configs" / "gpt2-finetune.toml"), *SMALL, "schedule.repeats=1", "sample.length=4"])
+        == 0
+    )
     told = capsys.readouterr().out
     assert "weights    of step 0 of runs/gpt2" in told and "tokens to train on" in told and "--- sample" in told
 
@@ -119,5 +121,5 @@ def test_tokenizers(folder):
     with pytest.raises(ValueError, match="tokenizer nowhere does not exist"):
         load_tokenizer("nowhere")
     (folder / "gpt2" / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="tokenizer.json cannot be read"):
+    with pytest.raises(ValueError, match="cannot be read"):
         load_tokenizer("gpt2")
