@@ -62,8 +62,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 def make(name: str) -> Any:
     """A model of transformers with random numbers in all of its weights."""
-    import torch
-    import transformers
+    import torch  # pyright: ignore[reportMissingImports]
+    import transformers  # pyright: ignore[reportMissingImports]
 
     model_class, config_class, options = CASES[name]
     torch.manual_seed(sorted(CASES).index(name))
@@ -79,7 +79,7 @@ def make(name: str) -> Any:
 
 def batch(name: str) -> dict[str, Any]:
     """What it reads, as tensors; the names are jaxpipe's."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     generator = torch.Generator().manual_seed(7)
 
@@ -95,7 +95,7 @@ def batch(name: str) -> dict[str, Any]:
 
 def answer(model: Any, data: dict[str, Any]) -> dict[str, Any]:
     """The logits, the loss, and the gradients, by ``grad`` and the name of their tensor."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     if "encoder_tokens" in data:
         names = {"encoder_tokens": "input_ids", "encoder_mask": "attention_mask", "tokens": "decoder_input_ids"}
@@ -110,7 +110,7 @@ def answer(model: Any, data: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
     from safetensors.torch import save_file
 
     for name in CASES:

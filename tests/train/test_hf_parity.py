@@ -19,8 +19,8 @@ pytestmark = pytest.mark.filterwarnings("default")  # torch's own
 
 @pytest.mark.parametrize("name", SCRIPT["CASES"])
 def test_a_model_of_transformers_goes_there_and_back(name, tmp_path):
-    import torch
-    import transformers
+    import torch  # pyright: ignore[reportMissingImports]
+    import transformers  # pyright: ignore[reportMissingImports]
 
     theirs, batch = SCRIPT["make"](name), SCRIPT["batch"](name)
     theirs.save_pretrained(tmp_path / "hf")
