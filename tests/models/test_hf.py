@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from jaxpipe.models.gpt import PRESETS
 from jaxpipe.models.gpt_config import GPTConfig
 from jaxpipe.models.hf import config_json, family_for, leaf_shapes, read_config
 from jaxpipe.runtime.mesh import make_mesh
-from jaxpipe.train.weights import open_hf, over
+from jaxpipe.train.convert import from_hf
+from jaxpipe.train.weights import HFWeights, open_hf, over
 
 DATA = Path(__file__).parents[1] / "data" / "hf"
 NAMES = sorted(path.name for path in DATA.iterdir())
@@ -107,6 +109,9 @@ def test_other_ways_to_save_the_same_model_are_read(tmp_path):
         ({"model_type": "gptj"}, "model_type='gptj' .* not supported; it must be one of 'gpt2', 'llama'.*such as"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope type 'yarn' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "needs the number 'factor'"),
+        ({"rope_parameters": {"full_attention": {}}}, "unknown key 'full_attention' of the rope type 'default'"),
+        ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": "x"}}, "rope_theta='x' must be a number"),
+        ({"model_type": ["llama"], "architectures": 5}, "is not supported; it must be one of"),
         ({"hidden_act": "relu"}, "hidden_act='relu' is not supported; it must be one of 'silu'"),
         ({"hidden_size": None}, "has no 'hidden_size'"),
         ({"hidden_size": "8"}, "hidden_size='8' must be of type int"),
@@ -209,3 +214,19 @@ def test_a_damaged_folder_is_one_line(name, error, message, tmp_path):
     shutil.rmtree(tmp_path / "hf")
     with pytest.raises(ConfigError, match="does not exist"):
         open_hf(tmp_path / "hf")
+
+
+def test_a_conversion_holds_one_array_at_a_time(tmp_path, monkeypatch):
+    write_folder(tmp_path / "hf", TINY)
+    alive, most, part = set(), [], HFWeights.part
+
+    def watched(self, leaf, index=None):
+        array = part(self, leaf, index)
+        alive.add(leaf.path)
+        weakref.finalize(array, alive.discard, leaf.path)
+        most.append(len(alive))
+        return array
+
+    monkeypatch.setattr(HFWeights, "part", watched)
+    from_hf(tmp_path / "hf", tmp_path / "run")
+    assert len(most) == len(leaf_shapes(TINY)) and max(most) <= 2
