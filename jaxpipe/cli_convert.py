@@ -34,9 +34,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     back = ways.add_parser("to-hf", help="a checkpoint to a folder of Hugging Face", description="Makes such a folder.")
     back.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run's folder: then its newest")
     back.add_argument("out", metavar="DIR", help="folder to make")
-    back.add_argument(
-        "--max-shard-size", metavar="SIZE", default="5GB", help="of one file, such as 500MB; by default 5GB"
-    )
+    back.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="of one file; by default 5GB")
     back.add_argument("--tokenizer", metavar="DIR", help="folder whose tokenizer goes along; by default the run's")
     back.set_defaults(run=_to_hf)
     for way in (here, back):

@@ -21,8 +21,9 @@ def render(template: str, messages: list[dict[str, Any]], tokens: Mapping[str, s
         ConfigError: It is no Jinja, or it refuses the messages.
 
     Example:
-        >>> render("{% for m in messages %}{{ m.role }}: {{ m.content }}\\n{% endfor %}", [{"role": "user", "content": "Hi"}], {})
-        'user: Hi\\n'
+        >>> template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+        >>> render(template, [{"role": "user", "content": "Hi"}], {})
+        'user: Hi'
     """
     try:
         import jinja2

@@ -71,8 +71,8 @@ class Config:
             raise ConfigError(f"model.vocab_size={self.model.vocab_size} must cover all {BYTES} bytes; try {BYTES}")
         if self.data.source == "tokens" and not self.data.tokenizer and self.sample.length:
             raise ConfigError(
-                f'sample.length={self.sample.length} needs text, but data.source="tokens" has none; try sample.length=0 '
-                "or data.tokenizer=…"
+                f'sample.length={self.sample.length} needs text, but data.source="tokens" has none; '
+                "try sample.length=0 or data.tokenizer=…"
             )
         if self.health.nonfinite == "rollback" and not self.checkpoint.enabled:
             raise ConfigError('health.nonfinite="rollback" needs checkpoints; try checkpoint.enabled=true')

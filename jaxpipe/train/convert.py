@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
 from jaxpipe.errors import CheckpointError, ConfigError
 from jaxpipe.models.gpt_config import GPTConfig
@@ -94,11 +93,10 @@ def _config(cfg: ModelConfig, tokenizer: str) -> dict[str, dict[str, Any]]:
     """What the checkpoint says of its run: the model, and the text that it reads."""
     if not isinstance(cfg, GPTConfig):
         return {"model": asdict(cfg), "data": {"tokenizer": tokenizer}}
+    data = DataConfig(tokenizer=tokenizer) if tokenizer else DataConfig(source="tokens", train=("*.bin",))
     run = Config(
         model=cfg,
-        data=DataConfig(
-            tokenizer=tokenizer, source="stdlib" if tokenizer else "tokens", train=() if tokenizer else ("*.bin",)
-        ),
+        data=data,
         train=TrainConfig(batch_size=8, seq_len=min(cfg.max_seq_len, 1024)),
     )
     plain = {name: {k: list(v) if isinstance(v, tuple) else v for k, v in t.items()} for name, t in asdict(run).items()}

@@ -119,7 +119,7 @@ def _bytes_per_token(config: Config, batches: Batches) -> float:
     if not config.data.tokenizer:
         return 0.0
     tokenizer = load_tokenizer(config.data.tokenizer)
-    parts = [segment.ids[:_DECODED] for segment in batches.segments]
+    parts = [segment.ids[:_DECODED].tolist() for segment in batches.segments]
     return sum(len(tokenizer.decode(part).encode()) for part in parts) / sum(map(len, parts))
 
 

@@ -38,10 +38,10 @@ def inherit(tables: dict[str, dict[str, Any]], name: str) -> dict[str, dict[str,
     try:
         path = find(name)
         meta = read_meta(path)
-    except CheckpointError:
+    except CheckpointError as error:
         if whole:
             return tables  # told when the run looks for its start
-        raise
+        raise CheckpointError(f"{error}; or give [model] its sizes") from error
     if not whole:
         if not isinstance(model_of(meta, path), GPTConfig):
             raise ConfigError(

@@ -22,8 +22,8 @@ from jaxpipe.train.assemble import Assembly, assemble
 from jaxpipe.train.config import Config
 from jaxpipe.train.fingerprint import fingerprint
 from jaxpipe.train.folder import RunFolder
-from jaxpipe.train.inherit import keep_tokenizer
 from jaxpipe.train.health import Health, NonFiniteError, RollBack
+from jaxpipe.train.inherit import keep_tokenizer
 from jaxpipe.train.keeper import Keeper
 from jaxpipe.train.meta import Meta
 from jaxpipe.train.metrics import MetricsLog

@@ -114,13 +114,10 @@ class FileTokenizer:
         self._own.no_truncation()
         self._own.no_padding()
         self._settings = {**_read_json(self.path / SPECIAL), **_read_json(self.path / SETTINGS)}
+        self.vocab_size: int = max(self._own.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.eos_id: int | None = self._end_of_text()
 
-    @cached_property
-    def vocab_size(self) -> int:
-        return max(self._own.get_vocab(with_added_tokens=True).values()) + 1
-
-    @cached_property
-    def eos_id(self) -> int | None:
+    def _end_of_text(self) -> int | None:
         if (token := self._special("eos_token")) is not None:
             return self._own.token_to_id(token)
         for name in ("generation_config.json", "config.json"):

@@ -1,4 +1,4 @@
-"""Weights of Hugging Face: which of their tensors is which of our leaves, and how configs translate. No pipeline, no torch.
+"""Weights of Hugging Face: which of their tensors is which of our leaves, and how configs translate. No torch.
 
 A family (`gpt2`, `llama`, `qwen`, `t5`) is one file: its config both ways, and its table of keys. Files are read and
 written in pieces, as safetensors, and nothing is ever unpickled.

@@ -1,4 +1,4 @@
-"""Reading a config.json strictly: what decides about numbers is understood or refused, and what is not known is named."""
+"""Reading a config.json strictly: what decides about numbers is understood or refused, what is not known is named."""
 
 import difflib
 from collections.abc import Mapping
@@ -8,8 +8,7 @@ from jaxpipe.errors import ConfigError
 
 _MISSING = object()
 
-HARMLESS = frozenset(
-    """
+_HARMLESS = """
     architectures transformers_version model_type torch_dtype dtype use_cache auto_map
     bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id decoder_start_token_id tokenizer_class prefix
     initializer_range initializer_factor gradient_checkpointing attn_implementation pretraining_tp
@@ -22,8 +21,8 @@ HARMLESS = frozenset(
     num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values suppress_tokens
     exponential_decay_length_penalty begin_suppress_tokens finetuning_task id2label label2id num_labels
     task_specific_params problem_type n_ctx n_special predict_special_tokens reorder_and_upcast_attn n_positions
-    """.split()
-)
+"""
+HARMLESS = frozenset(_HARMLESS.split())
 """Keys that change no number of the model (dropout is the training's own, see ``model.dropout``)."""
 
 CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")

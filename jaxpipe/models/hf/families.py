@@ -25,12 +25,12 @@ def family_of(table: Mapping[str, Any], where: str) -> Family:
         ConfigError: We do not have it.
     """
     name = table.get("model_type")
-    if name in FAMILIES:
+    if isinstance(name, str) and name in FAMILIES:
         return FAMILIES[name]
     near = difflib.get_close_matches(str(name), FAMILIES, n=1)
-    classes = table.get("architectures") or []
+    classes = table.get("architectures")
     raise ConfigError(
-        f"{where}: model_type={name!r}{f' ({classes[0]})' if classes else ''} is not supported; it must be one of "
+        f"{where}: model_type={name!r}{f' ({classes[0]})' if classes and isinstance(classes, list) else ''} is not supported; it must be one of "
         f"{', '.join(map(repr, FAMILIES))}{f', such as {near[0]!r}' if near else ''}"
     )
 

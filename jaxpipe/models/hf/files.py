@@ -41,7 +41,7 @@ class HFFolder:
         self._open: dict[str, Any] = {}
         for name in self._names():
             opened = _safe_open(self.path / name)
-            self._open |= {key: opened for key in opened.keys()}  # noqa: SIM118: it is no dict
+            self._open |= dict.fromkeys(opened.keys(), opened)
         self._alias: dict[str, str] = {}
 
     def _names(self) -> list[str]:
@@ -125,8 +125,9 @@ class HFFolder:
     def _check_twin(self, key: str, source: str):
         one, other = self.tensor(key), self.tensor(source)
         same = one.get_shape() == other.get_shape() and one.get_dtype() == other.get_dtype()
-        for row in range(0, one.get_shape()[0] if same else 0, 4096):
-            same = same and np.array_equal(one[row : row + 4096], other[row : row + 4096])
+        count = one.get_shape()[0] if same else 0
+        cuts = [slice(row, min(row + 4096, count)) for row in range(0, count, 4096)]
+        same = same and all(np.array_equal(one[cut], other[cut]) for cut in cuts)
         if not same:
             raise DataError(f"{self.path}: {key!r} differs from {source!r}, to which {self.where} ties it")
 

@@ -1,4 +1,4 @@
-"""Which tensors make a leaf, and how their numbers lie in it: one small value per way, each readable in both directions.
+"""Which tensors make a leaf, and how their numbers lie in it: one small value per way, each good in both directions.
 
 Theirs are linear maps [out, in] with queries, keys and values apart; ours are [in, out] with the three in one kernel,
 ordered by head (see `jaxpipe.models.gpt.Attention`).

@@ -1,4 +1,4 @@
-"""Rotary positions in a config.json: `rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` before it."""
+"""Rotary positions in a config.json: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling`."""
 
 from typing import Any
 
@@ -24,19 +24,19 @@ def read(facts: Facts) -> dict[str, Any]:
     base = facts.take("rope_theta", float, 10000.0)
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
     scaling.pop("type", None)
-    fields: dict[str, Any] = {"positions": "rotary", "rotary_base": float(scaling.pop("rope_theta", base))}
+    if not isinstance(base := scaling.pop("rope_theta", base), int | float):
+        raise facts.error(f"rope_theta={base!r} must be a number")
+    fields: dict[str, Any] = {"positions": "rotary", "rotary_base": float(base)}
     if scaling.pop("partial_rotary_factor", 1.0) != 1.0:
         raise facts.error("partial_rotary_factor below 1 is not supported; it must be 1.0")
-    if kind == "default":
-        return fields
-    if kind != "llama3":
+    if kind not in ("default", "llama3"):
         raise facts.error(f"rope type {kind!r} is not supported; it must be 'default' or 'llama3'")
-    for theirs, ours in _NUMBERS.items():
+    for theirs, ours in _NUMBERS.items() if kind == "llama3" else ():
         if not isinstance(value := scaling.pop(theirs, None), int | float):
             raise facts.error(f"rope type 'llama3' needs the number {theirs!r}; it is {value!r}")
         fields[ours] = int(value) if ours == "rotary_original_len" else float(value)
     if scaling:
-        raise facts.error(f"unknown key {next(iter(scaling))!r} of the rope's scaling")
+        raise facts.error(f"unknown key {next(iter(scaling))!r} of the rope type {kind!r}")
     return fields
 
 
