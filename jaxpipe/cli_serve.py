@@ -93,9 +93,8 @@ def run(options: argparse.Namespace) -> int:
         loaded = cli_generator.load(options)
         max_len = options.max_len or min(getattr(loaded.cfg, "max_seq_len", 1024), cli_generator.MAX_LEN)
         generator = cli_generator.build(options, loaded, slots=options.slots, max_len=max_len)
-        _note(
-            f"cache      {generator.slots} answers of {max_len} tokens, {generator.cache_bytes / 1e9:.3g} GB per device"
-        )
+        size = f"{generator.cache_bytes / 1e6:,.1f} MB per device"
+        _note(f"cache      {generator.slots} answers of {max_len} tokens, {size}")
         from jaxpipe.infer import Engine
 
         with Engine(generator, loaded.tokenizer, queue=options.queue) as engine:
