@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxpipe.errors import ConfigError
 
@@ -56,7 +56,7 @@ def load(options: argparse.Namespace) -> "Loaded":
     return load_model(options.model)
 
 
-def build(options: argparse.Namespace, loaded: "Loaded", *, slots: int, **lengths: int) -> "Generator":
+def build(options: argparse.Namespace, loaded: "Loaded", *, slots: int, **lengths: Any) -> "Generator":
     """Puts the model on its devices. Its weights are in the generator then, and no more in `loaded`.
 
     Args:

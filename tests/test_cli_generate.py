@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 
@@ -43,6 +44,14 @@ def test_wrong_input_exits_2_with_one_line(tmp_path, monkeypatch, capsys, argume
     out, err = capsys.readouterr()
     assert message in err
     assert (out, len(err.splitlines())) == ("", 1)
+
+
+def test_serve_without_its_extra_says_what_to_install(monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith("jaxpipe.infer.server")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["serve", "run"]) == 2
+    assert capsys.readouterr().err == 'jaxpipe: error: a server needs uvicorn; try pip install "jaxpipe[serve]"\n'
 
 
 @pytest.fixture(scope="module")
