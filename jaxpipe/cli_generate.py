@@ -78,8 +78,14 @@ def _answer(options: argparse.Namespace, loaded: "Loaded", texts: list[str], pro
 
     asked = [(place, number) for place in range(len(prompts)) for number in range(options.n)]
     longest, new = max(map(len, prompts)), options.max_new_tokens
-    has_source = decoder_of(loaded.cfg).encoder is not None
-    lengths = {"max_len": new + 1, "max_source_len": longest} if has_source else {"max_len": longest + new}
+    decoder = decoder_of(loaded.cfg)
+    most = None if decoder.longest is None else decoder.longest - longest
+    if most is not None and new > most:
+        near = f"try {most}" if most > 0 else "shorten the prompt"
+        raise ConfigError(
+            f"--max-new-tokens {new} and a prompt of {longest} tokens exceed the model's {decoder.longest}; {near}"
+        )
+    lengths = {"max_len": longest + new} if decoder.encoder is None else {"max_len": new + 1, "max_source_len": longest}
     generator = cli_generator.build(options, loaded, slots=len(asked), **lengths)
     engine = Engine(generator, loaded.tokenizer, queue=len(asked))
     try:

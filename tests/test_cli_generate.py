@@ -87,7 +87,7 @@ def test_generate_writes_text_and_numbers(run, capsys, monkeypatch):
         assert len(answer["tokens"]) == len(answer["logprobs"]) == 6
         assert (bytes(answer["tokens"]).decode(errors="replace"), answer["finish_reason"]) == (answer["text"], "length")
     assert main(["generate", run, *ONE, "--prompt", "x" * 40]) == 2
-    assert "max_len=104 must not exceed the model's max_seq_len=32" in capsys.readouterr().err
+    assert "a prompt of 40 tokens exceed the model's 32; shorten the prompt" in capsys.readouterr().err
 
 
 def test_serve_answers_until_a_signal_comes(run, capsys):
