@@ -14,10 +14,12 @@ from jaxpipe import (
     cli_checkpoint,
     cli_convert,
     cli_eval,
+    cli_generate,
     cli_plan,
     cli_processes,
     cli_profile,
     cli_schedule,
+    cli_serve,
 )
 from jaxpipe.errors import JaxpipeError
 
@@ -64,7 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", metavar="key=value", nargs="*", help=overrides)
     cli_processes.add_options(train)
     train.set_defaults(run=_train)
-    for command in (cli_schedule, cli_bench, cli_plan, cli_profile, cli_eval, cli_checkpoint, cli_convert):
+    model = (cli_eval, cli_checkpoint, cli_convert, cli_generate, cli_serve)
+    for command in (cli_schedule, cli_bench, cli_plan, cli_profile, *model):
         command.register(commands)
     return parser
 

@@ -26,6 +26,8 @@ EXAMPLES = """examples:
   jaxpipe bench --devices 4 --schedule 1f1b zb_h1 zb_v --microbatches 8 16
   jaxpipe bench --config configs/quickstart.toml --devices 2
   jaxpipe bench --trace --schedule zb_v --devices 2 --remat none --out trace.html
+  jaxpipe bench --generate --devices 2 4           tokens per second, GPT-2 124M
+  jaxpipe bench --generate --set model.num_layers=4 model.d_model=256 --sequences 8
 
 exit codes: 0 done, 2 bad arguments or nothing to measure"""
 
@@ -73,12 +75,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="FILE", help=f"with --trace: draw both; ends in {', '.join(WRITERS)} (for Perfetto)"
     )
+    parser.add_argument(
+        "--generate",
+        action="store_true",
+        help="time generation instead: a ring of P devices against the same sequences on one core; the model is GPT-2 "
+        "124M, but for --set",
+    )
+    parser.add_argument("--sequences", type=int, metavar="N", help="with --generate, at a time; by default 16")
+    parser.add_argument("--prompt-len", type=int, metavar="N", help="with --generate; by default 128")
+    parser.add_argument("--new-tokens", type=int, metavar="N", help="with --generate; by default 64")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command. Every wrong input is a `JaxpipeError`."""
     _check(options)
+    if options.generate:
+        return _generate(options)
     from jaxpipe.runtime.mesh import simulate_devices
     from jaxpipe.train import bench, load
     from jaxpipe.train.bench.memory import keep_freed_memory
@@ -108,6 +121,39 @@ def run(options: argparse.Namespace) -> int:
         _trace(cases[0], options)
     else:
         _measure(workload, cases, left_out, options)
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from jaxpipe.infer import bench
+    from jaxpipe.runtime.mesh import simulate_devices
+    from jaxpipe.train import toml
+    from jaxpipe.train.bench import num_cores
+    from jaxpipe.train.bench.memory import keep_freed_memory
+    from jaxpipe.train.config import SCHEMA, from_tables
+
+    devices = options.devices or [2, 4]
+    preset = {"model": {"preset": "gpt2-124m"}, "schedule": {"microbatches": 1}, "train": {"batch_size": 1}}
+    config = from_tables(toml.override(preset, options.set, SCHEMA)).model
+    work = bench.Work(
+        config,
+        sequences=options.sequences or 16,
+        prompt_len=options.prompt_len or 128,
+        new_tokens=options.new_tokens or 64,
+        repeats=(options.repeats or [1])[0],
+    )
+    keep_freed_memory()
+    simulate_devices(max(devices))
+    rows = []
+    if not options.json:
+        print(bench.head(work, num_cores()), flush=True)
+    with bench.OneCore(work) as single:
+        for count in devices:
+            rows.append(bench.measure(work, count, single, options.rounds or 3))
+            if not options.json:
+                print(bench.line(rows[-1]), flush=True)
+    if options.json:
+        print(json.dumps({"cores": num_cores(), "rows": [bench.numbers(row) for row in rows]}, indent=1))
     return 0
 
 
@@ -162,6 +208,19 @@ def _check(options: argparse.Namespace) -> None:
         "--microbatches": options.microbatches,
         "--rounds": [options.rounds] if options.rounds is not None else None,
     }
+    own = ("sequences", "prompt_len", "new_tokens")
+    for name in own:
+        value, option = getattr(options, name), f"--{name.replace('_', '-')}"
+        counts[option] = [value] if value is not None else None
+        if value is not None and not options.generate:
+            raise ConfigError(f"{option} {value} has no effect without --generate; leave it out")
+    if options.generate:
+        given = {"--schedule": options.schedule, "--microbatches": options.microbatches, "--remat": options.remat}
+        given |= {"--config": options.config, "--trace": options.trace, "--out": options.out}
+        if named := [option for option, value in given.items() if value]:
+            raise ConfigError(f"{named[0]} has no effect with --generate; leave it out")
+        if len(options.repeats or []) > 1:
+            raise ConfigError(f"--repeats {options.repeats} must be one number with --generate; try 1")
     for option, values in counts.items():
         for value in values or ():
             if value < 1:

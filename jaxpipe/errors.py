@@ -27,3 +27,7 @@ class CheckpointError(JaxpipeError):
 
 class DataError(JaxpipeError):
     """A data file that is missing, empty or out of the model's range."""
+
+
+class QueueFullError(JaxpipeError):
+    """An engine that has as many requests waiting as it takes."""

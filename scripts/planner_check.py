@@ -3,7 +3,7 @@
     python scripts/planner_check.py                     # every case once; about 10 minutes
     python scripts/planner_check.py --cases 4 --rounds 3
     python scripts/planner_check.py --ranking           # is the predicted best of ten among the measured best three?
-    python scripts/planner_check.py --h100              # temporaries alone, of programs compiled for H100s (extra gpu-aot)
+    python scripts/planner_check.py --h100              # temporaries alone, of programs for H100s (extra gpu-aot)
     python scripts/planner_check.py --json
 
 All cases are compiled, then one block of each kind is timed (`jaxpipe.train.profiling`), then the cases in turn, then

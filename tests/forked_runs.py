@@ -37,7 +37,7 @@ class Runs:
     def __enter__(self) -> "Runs":
         self._folder = tempfile.TemporaryDirectory()
         self._count = 0
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,

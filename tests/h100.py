@@ -68,8 +68,10 @@ def step(
         blocks: Per stage, where `options` has no `stages`.
         kinds: 1: a GPT; 2: an encoder-decoder, encoder blocks in the first half of the stages.
         axes: Sizes of the mesh's other axes.
-        options: Of `Pipeline`.
+        options: Of `Pipeline`; `compiler` holds options of XLA.
     """
+    # What runs in tests is compiled without optimization, see conftest; what users compile is not.
+    compiler: Any = {"xla_backend_optimization_level": 3} | options.pop("compiler", {})
     schedule = build(name, devices=DEVICES, microbatches=MICROBATCHES, repeats=repeats)
     layers = sum(options.get("stages") or [blocks] * schedule.stages)
     if kinds == 1:
@@ -88,6 +90,6 @@ def step(
     placed = jax.tree.map(
         lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h), params, pipe.layout.shardings(params)
     )
-    compiled = jax.jit(pipe.value_and_grad).lower(placed, batch).compile()
+    compiled = jax.jit(pipe.value_and_grad).lower(placed, batch).compile(compiler)
     text = hlo_text(compiled)
     return Step(pipe, pipe.program(placed, batch), text, computations(text), memory_of(compiled))

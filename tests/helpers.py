@@ -165,15 +165,12 @@ def pairwise(factors: Mapping[str, Sequence], legal: Any, seed: int = 0, pool: i
         for values in itertools.product(*factors.values())
         if legal(case := dict(zip(factors, values, strict=True)))
     ]
-    missing = set().union(*(_pairs(case) for case in everything))
+    pairs = [set(itertools.combinations(case.items(), 2)) for case in everything]
+    missing = set().union(*pairs)
     rng = random.Random(seed)
     while missing:
-        sample = rng.sample(everything, min(pool, len(everything)))
-        best = max(sample, key=lambda case: len(_pairs(case) & missing))
-        if gained := _pairs(best) & missing:
+        sample = rng.sample(range(len(everything)), min(pool, len(everything)))
+        best = max(sample, key=lambda at: len(pairs[at] & missing))
+        if gained := pairs[best] & missing:
             missing -= gained
-            yield best
-
-
-def _pairs(case: dict) -> set:
-    return set(itertools.combinations(case.items(), 2))
+            yield everything[best]

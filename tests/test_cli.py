@@ -16,6 +16,7 @@ CONFIG = """
 num_layers = 2
 num_heads = 2
 d_model = 16
+bias = false
 
 [data]
 source = "text"
@@ -50,7 +51,7 @@ def folder(tmp_path, monkeypatch):
 
 def start(*arguments) -> subprocess.Popen:
     """`python -m jaxpipe` with one real CPU device."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     return subprocess.Popen(
         [sys.executable, "-m", "jaxpipe", *arguments],
         stdout=subprocess.PIPE,

@@ -25,6 +25,7 @@ PAGES = [
     ("performance.md", 4),
     ("gpus.md", 6),
     ("planner.md", 4),
+    ("generation.md", 14),
 ]
 CHOOSE = (DOCS / "choose-a-schedule.md").read_text()
 DRAWN = re.findall(r"^jaxpipe (schedule .*--out) docs/(images/\S+)$", CHOOSE, flags=re.M)

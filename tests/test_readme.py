@@ -12,10 +12,10 @@ BLOCKS = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", README, fl
 
 
 def test_there_is_code_to_run():
-    assert len(BLOCKS) == 2
+    assert len(BLOCKS) == 3
 
 
-@pytest.mark.parametrize(("code", "printed"), BLOCKS, ids=["library", "schedule"])
+@pytest.mark.parametrize(("code", "printed"), BLOCKS, ids=["library", "schedule", "generation"])
 def test_code_runs_as_written(code, printed, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

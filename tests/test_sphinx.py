@@ -16,6 +16,7 @@ MODULES = {
     "jaxpipe.schedule": "schedule",
     "jaxpipe.schedule.show": "schedule",
     "jaxpipe.nn": "nn",
+    "jaxpipe.infer": "infer",
     "jaxpipe.models.gpt": "models",
     "jaxpipe.models.encdec": "models",
 }

@@ -15,12 +15,13 @@ after the lane and starts it when the lane is done.
 
 Idle lanes skip (`lax.switch`), and permutes stay outside the conditionals.
 
-Before the loop parameters that are cut over `fsdp` are gathered, once; after it gradients are reduced, once: where they
-are cut, to each device's part. In it nothing crosses `data` or `fsdp`.
+Before the loop parameters that are cut over `fsdp` are gathered, once (or repeat by repeat, between the loops of its
+phases: `jaxpipe.runtime.windows`); after it gradients are reduced, once: where they are cut, to each device's part. In
+it nothing crosses `data` or `fsdp`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -40,7 +41,9 @@ from jaxpipe.runtime.relayout import Layout
 from jaxpipe.runtime.rest import Rest
 from jaxpipe.runtime.stages import Stages
 from jaxpipe.runtime.tick import start, tick
+from jaxpipe.runtime.windows import WIDTH, Window, windows
 from jaxpipe.schedule import TickTable
+from jaxpipe.schedule.table import Phase
 
 
 class Outcome(NamedTuple):
@@ -144,21 +147,27 @@ class Program:
         columns = {name: column[:, 0] for name, column in columns.items()}
         batch = jax.tree.map(lambda x: x.reshape(self.table.schedule.microbatches, -1, *x.shape[1:]), batch)
         ends = self.ends.gather(params, place[0])
+        narrow = self.narrow and loop is None
         device = self.device(
             place=place[0],
             shard=shard[0],
             batch=batch,
             key=key,
-            blocks=self.weights(params["blocks"]),
+            blocks=[None] * self.table.schedule.repeats if narrow else self.weights(params["blocks"]),
             ends=ends,
             seeds=(loss_scale, self._aux_seed(batch, ends) * loss_scale),
         )
         state = start(device, params)
         if loop is not None:
             state = loop(device, state)
-        for phase in self.table.phases if loop is None else ():
+        here = self.windows if loop is None else []
+        for window, following in zip(here, [*here[1:], None], strict=True):
+            if narrow:
+                state, device = self._gather_for(state, device, params["blocks"], window, following)
+            phase, runner = window.phase, replace(device, used=window.repeats)
             rows = {name: column[phase.start : phase.stop] for name, column in columns.items()}
-            state, _ = lax.scan(lambda s, row, phase=phase: (tick(device, s, row, phase), None), state, rows)
+            turn = partial(_turn, runner, phase)
+            state, _ = lax.scan(turn, state, rows)
         everywhere = partial(lax.psum, axis_name=MANUAL)
         return Outcome(
             loss=everywhere(state["loss"]),
@@ -167,6 +176,31 @@ class Program:
             metrics=jax.tree.map(self._metric, state["metrics"]) if self.metrics else {},
             gradient=self._reduce(state) if self.trains else None,
         )
+
+    @cached_property
+    def narrow(self) -> bool:
+        """Whether weights are gathered repeat by repeat."""
+        cut = self.layout.shard == "params" and self.mesh.shape[FSDP] > 1
+        return cut and self.table.schedule.name == "breadth_first" and self.table.schedule.repeats > WIDTH
+
+    @cached_property
+    def windows(self) -> list[Window]:
+        """The loops, in order."""
+        return windows(self.table, self.narrow)
+
+    def _gather_for(
+        self, state: dict, device: Device, blocks: Tree, window: Window, following: Window | None
+    ) -> tuple[dict, Device]:
+        """The device with the weights of a window and, on their way, of the one after it; others are let go.
+
+        A gather waits for the state before the window, lest XLA do all of them at the start of the step.
+        """
+        wanted = window.repeats | (following.repeats if following else frozenset())
+        new = {repeat: blocks[repeat] for repeat in sorted(wanted) if device.blocks[repeat] is None}
+        state, new = lax.optimization_barrier((state, new))
+        whole = {repeat: self._weights_of(repeat, own) for repeat, own in new.items()}
+        kept = [whole.get(c, own) if c in wanted else None for c, own in enumerate(device.blocks)]
+        return state, replace(device, blocks=kept)
 
     def device(self, **known: Any) -> Device:
         """A device that runs this program; `known` are the fields that are arrays of its own."""
@@ -200,12 +234,15 @@ class Program:
 
     def weights(self, blocks: Tree) -> list:
         """The stages' weights of this device, whole, in the dtypes that the lanes compute with."""
+        return [self._weights_of(repeat, own) for repeat, own in enumerate(blocks)]
+
+    def _weights_of(self, repeat: int, blocks: Tree) -> Tree:
         axes = (FSDP,) if self.layout.shard == "params" else ()
 
         def leaf(x, shape, rest):
             return gather(x.astype(shape.dtype), rest, axes)[0]
 
-        return jax.tree.map(leaf, blocks, self.stages.weights, self.rests)
+        return jax.tree.map(leaf, blocks, self.stages.weights[repeat], self.rests[repeat])
 
     def block_gradients(self, accumulators: list) -> list:
         """The accumulators of this device's blocks as gradients ``[1, ...]``, summed over batch shards."""
@@ -237,3 +274,7 @@ class Program:
     def _reduce(self, state: dict) -> Tree:
         """Local accumulators to gradients: the one reduction per step."""
         return {**self.ends.reduce(state["ends"], self.mesh), "blocks": self.block_gradients(state["blocks"])}
+
+
+def _turn(device: Device, phase: Phase, state: dict, row: dict) -> tuple[dict, None]:
+    return tick(device, state, row, phase), None

@@ -16,7 +16,7 @@ from jaxpipe.runtime.lane import Commit, Lane, Skip, run_lane
 from jaxpipe.runtime.mesh import TENSOR
 from jaxpipe.runtime.model import Model, Tree
 from jaxpipe.runtime.stage import Context
-from jaxpipe.runtime.stages import Stages
+from jaxpipe.runtime.stages import Branch, Stages
 from jaxpipe.schedule import TickTable
 
 
@@ -42,6 +42,7 @@ class Device:
         offload: Whether the stash (activations, residuals, weight-residuals) rests in the host's memory.
         second_stream: Whether the second of a lane's two hops has a stream of its own, see `Pipeline`.
         clock: What notes when lanes run, if anything does.
+        used: The repeats that the ticks at hand run, None for all; `blocks` may lack the others.
     """
 
     model: Model
@@ -61,6 +62,16 @@ class Device:
     offload: bool = False
     second_stream: bool = False
     clock: Clock | None = None
+    used: frozenset[int] | None = None
+
+    @cached_property
+    def branches(self) -> list[Branch]:
+        """The branches by number; one that no tick at hand takes stands for by one that is taken."""
+        known, used = self.stages.branches, self.used
+        if used is None:
+            return list(known)
+        taken = next(branch for branch in known if branch.repeat in used)
+        return [branch if branch.repeat in used else taken for branch in known]
 
     @cached_property
     def trains(self) -> bool:

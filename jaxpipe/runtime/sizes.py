@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxpipe.runtime.carry import join, part
 from jaxpipe.runtime.compile import Program
 from jaxpipe.runtime.ends import accumulator_dtype
+from jaxpipe.runtime.mesh import FSDP
 from jaxpipe.runtime.model import Tree
 from jaxpipe.schedule import ModelBytes
 
@@ -45,6 +46,23 @@ def _head(program: Program, head: Tree, carry: Tree) -> Any:
     return jax.value_and_grad(loss, (0, 1))(head, floating)
 
 
+def _copied_weights(program: Program, blocks: Tree) -> int:
+    """The most weights that are there beside those at rest, in another dtype or gathered over `fsdp`."""
+    fsdp = program.layout.shard == "params" and program.mesh.shape[FSDP] > 1
+
+    def copied(weights: Tree, own: Tree, rests: Tree) -> int:
+        leaves = zip(*(jax.tree.leaves(tree) for tree in (weights, own, rests)), strict=True)
+        return tree_bytes(
+            [cast for cast, kept, rest in leaves if cast.dtype != kept.dtype or (fsdp and rest.fsdp is not None)]
+        )
+
+    each = [copied(*of) for of in zip(program.stages.weights, blocks, program.rests, strict=True)]
+    if program.hops_block:  # XLA's CPU backend makes one gather of all
+        return sum(each)
+    here = [window.repeats for window in program.windows]
+    return max(sum(each[c] for c in a | b) for a, b in zip(here, [*here[1:], frozenset()], strict=True))
+
+
 def model_bytes(program: Program, params: Tree) -> ModelBytes:
     """Bytes per device of the pieces of a program.
 
@@ -64,7 +82,6 @@ def model_bytes(program: Program, params: Tree) -> ModelBytes:
         lanes += [(stage.backward_weight, stage.backward_weight_shapes) for stage in made]
     lanes.append((partial(_head, program), (jax.eval_shape(program.ends.head, ends), stages.stage.carry)))
     working = [memory_of(jax.jit(lane).lower(*given).compile()) for lane, given in lanes]
-    leaves = zip(jax.tree.leaves(stages.weights), jax.tree.leaves(params["blocks"]), strict=True)
     return ModelBytes(
         carry=tree_bytes(stages.stage.carry),
         residual=tree_bytes(stages.residuals.shapes),
@@ -72,7 +89,7 @@ def model_bytes(program: Program, params: Tree) -> ModelBytes:
         ends=tree_bytes(program.ends.moved),
         ends_gradient=tree_bytes(ends, accumulator_dtype),
         stage_gradient=sum(a.num_rows * tree_bytes(a.params, accumulator_dtype) for a in stages.accumulators),
-        casts=tree_bytes([cast for cast, rest in leaves if cast.dtype != rest.dtype]),
+        casts=_copied_weights(program, params["blocks"]),
         weight_residual=tree_bytes(stages.weight_residuals.shapes) if split else 0,
         gradient=tree_bytes(stages.stage.gradient),
     )

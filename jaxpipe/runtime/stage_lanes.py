@@ -46,7 +46,7 @@ def forward_lane(device: Device, state: dict, row: dict, arrived: Any) -> tuple[
 
     shapes = list(stages.stage.aux), list(stages.residuals.shapes) if device.trains else []
     updates = [name for name, used in (("aux", stages.stage.aux), ("residual", device.trains)) if used]
-    lane = Lane([partial(run, branch) for branch in stages.branches], commit, shapes, updates, ("f", row))
+    lane = Lane([partial(run, branch) for branch in device.branches], commit, shapes, updates, ("f", row))
     given = device.blocks, device.shared, x, context
     return device.run(lane, state | {"activation": kept}, stages.branch_of(repeat, device.place), x, given)
 
@@ -80,7 +80,7 @@ def backward_lane(device: Device, state: dict, row: dict, rb: Any, dy: list | No
         return out
 
     kinds = [only for only, runs in ((False, full), (True, split)) if runs]
-    branches: list[Callable] = [partial(run, branch, only) for only in kinds for branch in stages.branches]
+    branches: list[Callable] = [partial(run, branch, only) for only in kinds for branch in device.branches]
     index = stages.branch_of(repeat, device.place)
     if full and split:
         index += jnp.where(row["b_input_only"] == 1, len(stages.branches), 0)
@@ -106,7 +106,7 @@ def weight_lane(device: Device, state: dict, row: dict) -> dict:
         dw = stage.backward_weight(params, x, residuals, context, crossing)
         return (), stages.spread(branch, dw, device.zeros)
 
-    branches: list[Callable] = [partial(run, branch) for branch in stages.branches]
+    branches: list[Callable] = [partial(run, branch) for branch in device.branches]
 
     def commit(state: dict, dw) -> dict:
         return device.add(state, repeat, dw)

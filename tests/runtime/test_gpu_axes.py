@@ -70,3 +70,16 @@ def test_every_hop_of_the_steady_phase_is_asynchronous(step):
     steady = [found for body in loop_bodies(step.text) if len(found := hops(body)) == 2]
     assert steady
     assert all(hop.asynchronous and hop.behind for found in steady for hop in found)
+
+
+def test_breadth_first_gathers_one_repeat_behind_the_loop_of_another():
+    two = {"xla_gpu_experimental_parallel_collective_overlap_limit": 2}
+    step = h100.step("breadth_first", 4, blocks=1, axes={"fsdp": 2}, compiler=two)
+    entry = next(lines for lines in step.parts.values() if sum(" while(" in line for line in lines) > 2)
+    found = re.findall(r" (all-gather-start|all-gather-done|while)\(", "\n".join(entry))
+    first, last = found.index("while"), len(found) - found[::-1].index("while")
+    between = " ".join(found[first:last])
+    assert between.count("all-gather-start") >= 2
+    assert "all-gather-start while all-gather-done" in between
+    everything = h100.step("breadth_first", 4, blocks=1, axes={"fsdp": 2}, shard="optimizer")
+    assert step.memory.temp_size_in_bytes < everything.memory.temp_size_in_bytes

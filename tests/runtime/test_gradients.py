@@ -1,5 +1,7 @@
 """Loss and every gradient leaf of the compiled loop against the unpipelined model."""
 
+from functools import cache
+
 import jax
 import pytest
 from helpers import QUICK, TOLERANCE, pairwise, toy_batch, toy_model, toy_oracle, toy_pipeline, tree_allclose
@@ -33,7 +35,7 @@ def ids(case: dict) -> str:
 
 
 FAST = list(pairwise(FACTORS, legal))
-SLOW = [case for seed in (1, 2) for case in pairwise(FACTORS, legal, seed) if case not in FAST]
+SLOW = [case for case in pairwise(FACTORS, legal, seed=1) if case not in FAST]
 
 OTHERS = FACTORS | {
     "schedule": [
@@ -52,16 +54,21 @@ OTHERS = FACTORS | {
 }
 
 
-def buildable(case: dict) -> bool:
+@cache
+def in_catalogue(name: str, devices: int, microbatches: int, repeats: int) -> bool:
     """The catalogue has the schedule in this size."""
     try:
-        build(**{name: case[key] for name, key in BUILD_ARGUMENTS.items()})
+        build(name, devices=devices, microbatches=microbatches, repeats=repeats)
     except ScheduleError:
         return False
     return True
 
 
-BUILD_ARGUMENTS = {"name": "schedule", "devices": "devices", "microbatches": "microbatches", "repeats": "repeats"}
+def buildable(case: dict) -> bool:
+    """`in_catalogue` of a case."""
+    return in_catalogue(case["schedule"], case["devices"], case["microbatches"], case["repeats"])
+
+
 REST = list(pairwise(OTHERS, buildable))
 
 
@@ -94,7 +101,7 @@ def check(schedule, devices, repeats, microbatches, remat, dropout, tied, dtype,
 
 
 def test_the_covering_set_is_small():
-    assert len(FAST) <= 60 and len(SLOW) <= 250
+    assert len(FAST) <= 60 and len(SLOW) <= 60
 
 
 @pytest.mark.parametrize("case", FAST, ids=ids)

@@ -25,6 +25,7 @@ CASES: Any = {
     (2, 2, 1, 2): ("zb_h1", 1, 4, "none", 0.25, True, "params"),
     (2, 1, 4, 1): ("zb_v", 2, 4, "full", 0.25, False, "params"),
     (1, 1, 4, 2): ("1f1b", 1, 1, "none", 0.0, True, "params"),
+    (2, 1, 2, 1): ("breadth_first", 4, 3, "full", 0.25, True, "params"),
 }
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all")
 

@@ -33,6 +33,12 @@ BOUNDED = [
 GROWING = [("gpipe", 1, "ideal"), ("circular", 2, "ideal"), ("breadth_first", 2, "ideal")]
 
 
+def with_remats(cases):
+    """Every case with its residuals kept, one of each kind (paired, split, snake, growing) also without."""
+    both = ("interleaved_1f1b", "interleaved_zb", "zb_v", "gpipe")
+    return [(*case, remat) for case in cases for remat in ("full", "none") if remat == "none" or case[0] in both]
+
+
 @cache
 def pipeline(name, devices, repeats, microbatches, remat, memory="ideal") -> jp.Pipeline:
     """The toy model with two blocks per stage, no two of its sizes equal."""
@@ -64,8 +70,7 @@ def temp_bytes(*case) -> int:
     return memory_of(compiled(*case)).temp_size_in_bytes
 
 
-@pytest.mark.parametrize("remat", ["full", "none"])
-@pytest.mark.parametrize(("name", "repeats", "memory"), BOUNDED)
+@pytest.mark.parametrize(("name", "repeats", "memory", "remat"), with_remats(BOUNDED))
 def test_temporaries_are_flat_in_the_microbatches(name, repeats, memory, remat):
     few, many = (temp_bytes(name, 2, repeats, m, remat, memory) for m in (8, 64))
     batch = 3 * 4 * ROWS * LENGTH * (64 - 8)  # the batch itself, cut into microbatches
@@ -80,8 +85,7 @@ def test_temporaries_of_gpipe_grow_with_the_microbatches(remat):
     assert many - few >= (64 - 8) * carry
 
 
-@pytest.mark.parametrize("remat", ["full", "none"])
-@pytest.mark.parametrize(("name", "repeats", "memory"), BOUNDED + GROWING)
+@pytest.mark.parametrize(("name", "repeats", "memory", "remat"), with_remats(BOUNDED + GROWING))
 def test_temporaries_are_what_the_table_says(name, repeats, memory, remat):
     case = (name, 2, repeats, 8, remat, memory)
     pipe = pipeline(*case)

@@ -25,6 +25,7 @@ CONFIG = """
 num_layers = 1
 num_heads = 1
 d_model = 8
+bias = false
 
 [data]
 source = "text"

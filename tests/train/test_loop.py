@@ -26,6 +26,7 @@ CONFIG = """
 num_layers = 4
 num_heads = 2
 d_model = 16
+bias = false
 
 [data]
 source = "text"
@@ -50,6 +51,9 @@ eval_every = 4
 eval_batches = 2
 log_every = 1
 out = "{folder}/run"
+
+[checkpoint]
+enabled = false
 """
 
 SMALLEST = ("model.num_layers=1", "mesh.pipe=1", "schedule.repeats=1")

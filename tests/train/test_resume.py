@@ -30,6 +30,7 @@ CONFIG = """
 num_layers = 8
 num_heads = 2
 d_model = 16
+bias = false
 dropout = 0.1
 
 [data]

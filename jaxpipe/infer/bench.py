@@ -1,0 +1,240 @@
+"""How fast tokens come, on simulated CPU devices, against the same model without a pipeline on one core.
+
+Three things are timed in turn, round after round, all greedy, with the same number of sequences:
+
+    ring     P devices, P groups
+    one      one device and one group, in a process pinned to one core: the unpipelined decode
+    groups   one device and P groups, in that process: what cutting the batch into groups costs by itself
+
+Each is timed for one new token and for all: the difference is decoding alone, the first the prompts. Reported are
+medians over the rounds and their ratios.
+"""
+
+import multiprocessing as mp
+import os
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxpipe.errors import ConfigError
+from jaxpipe.infer.generator import Generator
+from jaxpipe.infer.sampling import Sampling
+from jaxpipe.models.gpt_config import GPTConfig
+from jaxpipe.runtime.mesh import make_mesh, simulate_devices
+from jaxpipe.runtime.sequential import sequential
+from jaxpipe.runtime.tree import Tree
+from jaxpipe.train.bench.memory import keep_freed_memory
+from jaxpipe.train.model import gpt_model
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is generated.
+
+    Attributes:
+        config: The model; its weights are random.
+        sequences: At a time.
+        prompt_len: Tokens of each prompt, given to the model in one chunk.
+        new_tokens: Tokens of each answer, at least 2.
+        repeats: V of the ring.
+    """
+
+    config: GPTConfig
+    sequences: int
+    prompt_len: int
+    new_tokens: int
+    repeats: int = 1
+
+    def __post_init__(self):
+        for name, least in (("sequences", 1), ("prompt_len", 1), ("new_tokens", 2)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}; try {least}")
+
+    def generator(self, devices: int, groups: int) -> Generator:
+        """The model on the first devices, its sequences in so many groups.
+
+        Raises:
+            ConfigError: The groups do not divide the sequences.
+        """
+        if self.sequences % groups:
+            near = max(groups, self.sequences // groups * groups)
+            raise ConfigError(f"{self.sequences} sequences must be a multiple of devices={groups}; try {near}")
+        return Generator(
+            self.config,
+            random_weights(self.config),
+            mesh=make_mesh(pipe=devices),
+            repeats=self.repeats if devices > 1 else 1,
+            groups=groups,
+            rows=self.sequences // groups,
+            max_len=self.prompt_len + self.new_tokens,
+            chunk=self.prompt_len,
+        )
+
+    def seconds(self, gen: Generator, new_tokens: int) -> float:
+        """Times one run."""
+        rng = np.random.default_rng(0)
+        prompts = rng.integers(0, self.config.vocab_size, (self.sequences, self.prompt_len)).tolist()
+        rows = [gen.check(prompt, Sampling(max_new_tokens=new_tokens)) for prompt in prompts]
+        start = time.perf_counter()
+        gen.run(rows)
+        return time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Medians, seconds.
+
+    Attributes:
+        prompts_s: Until every sequence has its first token.
+        decode_s: For all the others.
+        tokens: How many these are.
+    """
+
+    prompts_s: float
+    decode_s: float
+    tokens: int
+
+    @property
+    def tokens_per_s(self) -> float:
+        """While decoding."""
+        return self.tokens / self.decode_s
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line: the ring of P devices and what it is compared with.
+
+    Attributes:
+        P: Devices.
+        stages: Blocks per stage.
+        ring: Of P devices.
+        one: One group on one core.
+        groups: P groups on one core.
+        cache_bytes: Of keys and values, per device of the ring.
+        period_ms: Between two tokens of a sequence in the ring.
+    """
+
+    P: int
+    stages: tuple[int, ...]
+    ring: Speed
+    one: Speed
+    groups: Speed
+    cache_bytes: int
+    period_ms: float
+
+    @property
+    def speedup(self) -> float:
+        """The ring's tokens per second over those of one core."""
+        return self.ring.tokens_per_s / self.one.tokens_per_s
+
+    @property
+    def over_groups(self) -> float:
+        """The ring's tokens per second over those of as many groups on one core."""
+        return self.ring.tokens_per_s / self.groups.tokens_per_s
+
+
+class OneCore:
+    """A process pinned to one core that times generation on one device while the context lasts.
+
+    Args:
+        work: What is generated.
+    """
+
+    def __init__(self, work: Work):
+        context = mp.get_context("spawn")
+        self._pipe, child = context.Pipe()
+        self._process = context.Process(target=_serve, args=(child, work), daemon=True)
+
+    def __enter__(self) -> "OneCore":
+        self._process.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._pipe.send(None)
+        self._process.join()
+
+    def seconds(self, groups: int, new_tokens: int) -> float:
+        """Times one run with so many groups."""
+        self._pipe.send((groups, new_tokens))
+        return self._pipe.recv()
+
+
+def measure(work: Work, devices: int, single: OneCore, rounds: int) -> Row:
+    """Times one ring.
+
+    Args:
+        work: What is generated.
+        devices: P.
+        single: The process that times one device.
+        rounds: How often each thing is timed, after one run to warm up.
+    """
+    gen = work.generator(devices, devices)
+    times: dict[tuple[str, int], list[float]] = {}
+    for warm in range(rounds + 1):
+        for new in (1, work.new_tokens):
+            found = {
+                "one": single.seconds(1, new),
+                "groups": single.seconds(devices, new),
+                "ring": work.seconds(gen, new),
+            }
+            for name, seconds in found.items() if warm else ():
+                times.setdefault((name, new), []).append(seconds)
+    speeds = {}
+    for name in ("ring", "one", "groups"):
+        first, whole = (statistics.median(times[name, new]) for new in (1, work.new_tokens))
+        speeds[name] = Speed(first, whole - first, work.sequences * (work.new_tokens - 1))
+    period_ms = 1e3 * speeds["ring"].decode_s / (work.new_tokens - 1)
+    return Row(devices, gen.ring.layout.counts, **speeds, cache_bytes=gen.cache_bytes, period_ms=period_ms)
+
+
+def head(work: Work, cores: int) -> str:
+    """What stands above the lines."""
+    c = work.config
+    return (
+        f"gpt d={c.d_model} L={c.num_layers} vocabulary {c.vocab_size}, {c.dtype}, {work.sequences} sequences, "
+        f"prompts of {work.prompt_len}, {work.new_tokens} new tokens; ring on {cores} cores, the rest on one; medians\n"
+        f"{'P':>2} {'stages':>12} {'one tok/s':>10} {'groups tok/s':>12} {'ring tok/s':>10} {'ring/one':>8} "
+        f"{'ring/groups':>11} {'ms/token':>8} {'prompts s, one':>14} {'ring':>6} {'cache MB':>8}"
+    )
+
+
+def line(row: Row) -> str:
+    """One ring."""
+    return (
+        f"{row.P:2} {','.join(map(str, row.stages)):>12} {row.one.tokens_per_s:10.1f} {row.groups.tokens_per_s:12.1f} "
+        f"{row.ring.tokens_per_s:10.1f} {row.speedup:8.2f} {row.over_groups:11.2f} {row.period_ms:8.1f} "
+        f"{row.one.prompts_s:14.2f} {row.ring.prompts_s:6.2f} {row.cache_bytes / 1e6:8.1f}"
+    )
+
+
+def numbers(row: Row) -> dict[str, Any]:
+    """A row as plain values."""
+    plain = {name: vars(getattr(row, name)) for name in ("ring", "one", "groups")}
+    ratios = {"speedup": row.speedup, "over_groups": row.over_groups}
+    return {**vars(row), "stages": list(row.stages), **plain, **ratios}
+
+
+def random_weights(config: GPTConfig) -> Tree:
+    """A canonical tree of random numbers, made on the host."""
+    batch = {name: jax.ShapeDtypeStruct((1, 2), np.int32) for name in ("tokens", "targets")}
+    shapes = jax.eval_shape(sequential(gpt_model(config)).init, jax.random.key(0), batch)
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda s: (0.02 * rng.standard_normal(s.shape, np.float32)).astype(s.dtype), shapes)
+
+
+def _serve(pipe: Any, work: Work) -> None:
+    """For each number of groups and of new tokens that it is sent, times a run; ends at None."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    keep_freed_memory()
+    simulate_devices(1)
+    made: dict[int, Generator] = {}
+    while (asked := pipe.recv()) is not None:
+        groups, new_tokens = asked
+        if groups not in made:
+            made[groups] = work.generator(1, groups)
+        pipe.send(work.seconds(made[groups], new_tokens))

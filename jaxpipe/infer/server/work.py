@@ -1,0 +1,139 @@
+"""The work on one request: all its answers given to the engine, their pieces as they come, and an end in any case."""
+
+import math
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from jaxpipe.errors import ConfigError
+from jaxpipe.infer import QueueFullError, Request, Sampling
+from jaxpipe.infer.server.desk import RETRY_AFTER_S
+from jaxpipe.infer.server.form import Choice, usage
+from jaxpipe.infer.server.mailbox import Mailbox
+from jaxpipe.infer.server.metrics import Metrics
+from jaxpipe.infer.server.problem import Problem, engine_failed
+from jaxpipe.infer.server.prompts import Prompts
+from jaxpipe.infer.server.protocol import Engine, Handle, Piece
+from jaxpipe.infer.server.schemas import Ask
+
+Arrival = tuple[int, Piece | BaseException]
+"""The number of a choice, and what came for it."""
+IMPOSSIBLE = -9999.0
+"""A log-probability that JSON has no number for, as OpenAI writes it."""
+
+
+@dataclass
+class Work:
+    """One admitted request.
+
+    Args:
+        engine: Does it.
+        prompts: Makes text of tokens.
+        metrics: Counts.
+        mailbox: Where the pieces arrive.
+        ask: What is asked for.
+        tokens: The prompts' tokens.
+        stop_ids: Tokens that end an answer.
+    """
+
+    engine: Engine
+    prompts: Prompts
+    metrics: Metrics
+    mailbox: Mailbox[Arrival]
+    ask: Ask
+    tokens: Sequence[list[int]]
+    stop_ids: tuple[int, ...]
+
+    def __post_init__(self):
+        self._handles: list[Handle] = []
+        self._new_tokens = 0
+
+    def start(self):
+        """Gives all answers to the engine.
+
+        Raises:
+            Problem: 429, its queue is full; 503, it is dead.
+        """
+        seed = secrets.randbits(32) if self.ask.seed is None else self.ask.seed % 2**32
+        try:
+            for place, prompt in enumerate(self.tokens):
+                handle = self.engine.submit(self._request(prompt, seed))
+                self._handles.append(handle)
+                handle.listen(partial(_arrive, self.mailbox, place * self.ask.n))
+        except QueueFullError as error:
+            raise Problem(429, str(error), code="queue_full", retry_after_s=RETRY_AFTER_S) from error
+        except ConfigError as error:
+            raise Problem(400, str(error)) from error
+        except RuntimeError as error:
+            if self.engine.error is None:
+                raise
+            raise engine_failed(self.engine.error) from error
+
+    async def changes(self) -> AsyncIterator[dict[int, Choice]]:
+        """What has come for the choices since the last time, until all have ended."""
+        left = len(self.tokens) * self.ask.n
+        began, offsets = time.monotonic(), [0] * left
+        self.metrics.prompt_tokens.add(sum(map(len, self.tokens)))
+        while left:
+            new: dict[int, Choice] = {}
+            for index, piece in await self.mailbox.take():
+                if isinstance(piece, BaseException):
+                    raise engine_failed(piece) from piece
+                if piece.finish_reason == "cancelled":
+                    raise Problem(503, "the engine was closed", code="engine_closed")
+                if self._new_tokens == 0:
+                    self.metrics.first_token.add(time.monotonic() - began)
+                choice = new.setdefault(index, Choice(offset=offsets[index]))
+                self._add(choice, piece)
+                left -= piece.finish_reason is not None
+            for index, choice in new.items():
+                offsets[index] += sum(len(text) for text, _ in choice.tokens or ())
+            yield new
+        self.metrics.whole.add(time.monotonic() - began)
+
+    def echoes(self) -> list[str]:
+        """What each answer begins with: nothing, or its prompt."""
+        texts = [self.prompts.decode(prompt) if self.ask.echo else "" for prompt in self.tokens]
+        return [text for text in texts for _ in range(self.ask.n)]
+
+    def usage(self) -> dict[str, int]:
+        """Tokens so far."""
+        return usage(sum(map(len, self.tokens)), self._new_tokens)
+
+    def close(self):
+        """Drops what has not ended."""
+        for handle in self._handles:
+            handle.cancel()
+        self.metrics.new_tokens.add(self._new_tokens)
+
+    def _request(self, prompt: list[int], seed: int) -> Request:
+        ask = self.ask
+        sampling = Sampling(
+            temperature=ask.temperature,
+            top_k=ask.top_k,
+            top_p=ask.top_p,
+            min_p=ask.min_p,
+            repetition_penalty=ask.repetition_penalty,
+            seed=seed,
+            max_new_tokens=self.prompts.room(prompt, ask),
+            stop_token_ids=self.stop_ids,
+            logprobs=ask.logprobs,
+        )
+        return Request(prompt, sampling, stop=ask.stop, n=ask.n)
+
+    def _add(self, choice: Choice, piece: Piece):
+        choice.text += piece.text
+        choice.finish_reason = piece.finish_reason
+        if piece.token is None:
+            return
+        self._new_tokens += 1
+        if self.ask.logprobs and piece.logprob is not None and piece.token not in self.stop_ids:
+            logprob = piece.logprob if math.isfinite(piece.logprob) else IMPOSSIBLE
+            choice.add((self.prompts.decode([piece.token]), logprob))
+
+
+def _arrive(mailbox: Mailbox[Arrival], first: int, piece: Piece | BaseException):
+    index = 0 if isinstance(piece, BaseException) else piece.index
+    mailbox.put_from_thread((first + index, piece))
