@@ -72,10 +72,11 @@ def _write(weights: HFWeights, path: Path, config: dict[str, dict[str, Any]]) ->
     check, entries, tree = jax.jit(checksum), {}, {}
 
     def make(leaf) -> np.ndarray:
-        array = jax.device_put(weights.part(leaf), cpu)
-        name, shape = f"params/{leaf.path}", list(array.shape)
-        entries[name] = {"shape": shape, "dtype": str(array.dtype), "sum": as_text(check(array))}
-        return np.asarray(array)
+        array = weights.part(leaf)
+        sums = check(jax.device_put(array, cpu))
+        entry = {"shape": list(array.shape), "dtype": str(array.dtype), "sum": as_text(sums)}
+        entries[f"params/{leaf.path}"] = entry
+        return array
 
     def describe() -> Meta:
         key = [int(word) for word in np.asarray(jax.random.key_data(jax.random.key(0)))]

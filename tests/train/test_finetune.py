@@ -72,6 +72,11 @@ def test_in_train_eval_out(folder, capsys):
     per_byte = score["loss"] / np.log(2) * (len(ids) + 1) / len(TEXT.encode())
     assert score["bits_per_byte"] == pytest.approx(per_byte, rel=1e-6)
 
+    here = ["--pipe", "2", "--data", "1", "--chunk", "8", "--max-new-tokens", "4"]
+    assert main(["generate", "runs/gpt2-finetune", "--prompt", "It was", *here, "--json"]) == 0
+    (written,) = json.loads(capsys.readouterr().out)
+    assert written["finish_reason"] in ("length", "stop")
+
     assert main(["convert", "to-hf", "runs/gpt2-finetune", "back", "--max-shard-size", "30kB"]) == 0
     assert json.loads((folder / "back" / "config.json").read_text())["eos_token_id"] == 0
     assert (folder / "back" / "tokenizer.json").read_bytes() == (folder / "gpt2" / "tokenizer.json").read_bytes()

@@ -29,10 +29,10 @@ def family_of(table: Mapping[str, Any], where: str) -> Family:
         return FAMILIES[name]
     near = difflib.get_close_matches(str(name), FAMILIES, n=1)
     classes = table.get("architectures")
-    raise ConfigError(
-        f"{where}: model_type={name!r}{f' ({classes[0]})' if classes and isinstance(classes, list) else ''} is not supported; it must be one of "
-        f"{', '.join(map(repr, FAMILIES))}{f', such as {near[0]!r}' if near else ''}"
-    )
+    named = f" ({classes[0]})" if classes and isinstance(classes, list) else ""
+    hint = f", such as {near[0]!r}" if near else ""
+    known = ", ".join(map(repr, FAMILIES))
+    raise ConfigError(f"{where}: model_type={name!r}{named} is not supported; it must be one of {known}{hint}")
 
 
 def read_config(table: Mapping[str, Any], where: str, dtype: str) -> ModelConfig:
