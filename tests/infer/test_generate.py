@@ -136,12 +136,13 @@ def test_an_encoder_decoder_answers_sources(mesh, options):
     assert [c.tokens for c in got] == [greedy(ENCDEC, s, 8, x) for s, x in zip(starts, sources, strict=True)]
 
 
+@pytest.fixture(scope="module")
+def gen():
+    return make(GPT, {"pipe": 2}, rows=3)
+
+
 class TestOneRing:
     """What is read off one ring, P=2."""
-
-    @pytest.fixture(scope="class")
-    def gen(self):
-        return make(GPT, {"pipe": 2}, rows=3)
 
     def run(self, gen, num, lengths=(5,) * 6):
         given = prompts(GPT.vocab_size, lengths)
