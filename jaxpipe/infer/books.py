@@ -24,7 +24,7 @@ def empty_books(slots: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
     how much of the prompt has been given to the model; `position` [N] of the token to be fed next, -1 if there is none;
     `count` [N] tokens generated; `ticket` [N] says whose prompt goes first; `live` [N].
     """
-    whole = {name: ((slots,), np_dtype) for name, np_dtype in SETTINGS.items()}
+    whole: dict[str, tuple[tuple[int, ...], Any]] = {name: ((slots,), dtype) for name, dtype in SETTINGS.items()}
     whole["stops"] = ((slots, MAX_STOPS), jnp.int32)
     whole |= {name: ((slots,), jnp.int32) for name in ("length", "filled", "position", "count", "ticket")}
     whole |= {"tokens": ((slots, length), jnp.int32), "logprobs": ((slots, length), jnp.float32)}

@@ -98,6 +98,11 @@ class Programs:
         own = jax.tree.map(lambda _: NamedSharding(mesh, OWN), self.ring.shapes)
         return own | {"rooms": jax.tree.map(lambda _: NamedSharding(mesh, heads), own["rooms"])}
 
+    @cached_property
+    def _made(self) -> dict[tuple[int, int], Any]:
+        """What `steps` has made: engines of equal ticks share it."""
+        return {}
+
     def steps(self, ticks: int, window: int) -> Callable[..., tuple[Tree, dict[str, Any]]]:
         """``(params, state, dismissed, known) -> (state, report)``: so many ticks; the state's memory is used again.
 
@@ -125,7 +130,8 @@ class Programs:
             body = self._map(device, (OWN, PartitionSpec(BATCH), PartitionSpec(BATCH)), (OWN, OWN))
             return body(self._places, params, state, dismissed, known)
 
-        return jax.jit(program, donate_argnums=1, out_shardings=(self.shardings, None))
+        jitted = jax.jit(program, donate_argnums=1, out_shardings=(self.shardings, None))
+        return self._made.setdefault((ticks, window), jitted)
 
     @cached_property
     def admit(self) -> Callable[..., Tree]:

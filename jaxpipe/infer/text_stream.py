@@ -20,7 +20,7 @@ class TextStream:
     Example:
         >>> stream = TextStream(lambda tokens: bytes(tokens).decode(errors="replace"), stops=("END",))
         >>> [stream.push(byte) for byte in "hé, ENENDs".encode()]
-        ['h', '', 'é', ',', ' ', '', '', '', 'EN', '']
+        ['h', '', 'é', ',', ' ', '', '', 'EN', '', '', '']
         >>> stream.stopped
         True
     """

@@ -136,12 +136,13 @@ def test_an_encoder_decoder_answers_sources(mesh, options):
     assert [c.tokens for c in got] == [greedy(ENCDEC, s, 8, x) for s, x in zip(starts, sources, strict=True)]
 
 
+@pytest.fixture(scope="module")
+def gen():
+    return make(GPT, {"pipe": 2}, rows=3)
+
+
 class TestOneRing:
     """What is read off one ring, P=2."""
-
-    @pytest.fixture(scope="class")
-    def gen(self):
-        return make(GPT, {"pipe": 2}, rows=3)
 
     def run(self, gen, num, lengths=(5,) * 6):
         given = prompts(GPT.vocab_size, lengths)
@@ -221,5 +222,5 @@ def test_heads_that_tensor_does_not_divide_and_stages_that_do_not_add_up():
 
 
 def test_the_last_stage_gets_fewer_blocks_where_the_head_is_large():
-    wide = replace(GPT, vocab_size=600, num_layers=6)
-    assert Generator(wide, canonical(wide), mesh=make_mesh(pipe=2)).ring.layout.counts == (5, 1)
+    wide = replace(GPT, vocab_size=600, num_layers=6)  # the head reads as much as 2.9 blocks
+    assert Generator(wide, canonical(wide), mesh=make_mesh(pipe=2)).ring.layout.counts == (4, 2)
