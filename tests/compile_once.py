@@ -9,6 +9,9 @@ import hashlib
 
 from jax._src import compiler
 
+KEPT = 1000
+"""Programs that are remembered; the oldest is forgotten first."""
+
 
 def compile_once() -> None:
     """Makes JAX look for an equal program before it compiles one; it then gives out the very same executable."""
@@ -20,8 +23,11 @@ def compile_once() -> None:
         if backend.platform != "cpu" or host_callbacks or "callback" in text:  # a callback is an address in the text
             return compile_anew(backend, module, devices, options, host_callbacks)
         key = hashlib.sha256(text.encode()).digest(), options.SerializeAsString(), tuple(devices)
-        if key not in made:
-            made[key] = compile_anew(backend, module, devices, options, host_callbacks)
-        return made[key]
+        program = made.get(key)
+        if program is None:
+            program = made[key] = compile_anew(backend, module, devices, options, host_callbacks)
+            if len(made) > KEPT:
+                made.pop(next(iter(made)), None)
+        return program
 
     compiler.backend_compile_and_load = compile_or_find

@@ -50,7 +50,7 @@ OTHERS = FACTORS | {
         "dualpipe_v",
     ],
     "devices": [1, 2, 4],
-    "microbatches": [1, 4, 6, 8, 9],
+    "microbatches": [1, 4, 6, 9],
 }
 
 

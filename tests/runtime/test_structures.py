@@ -88,8 +88,8 @@ def varied_oracle(kinds: str, row_groups: int):
     return canonical, loss, metrics, grads
 
 
-def check(kinds, name, devices, repeats, microbatches, data=1, **options):
-    """Loss, metrics and gradients of a varied model against the oracle."""
+def check(kinds, name, devices, repeats, microbatches, data=1, forward=False, **options):
+    """Loss, metrics and gradients of a varied model against the oracle; with `forward`, without gradients too."""
     schedule = build(name, devices=devices, microbatches=microbatches, repeats=repeats)
     pipe = jp.Pipeline(varied_model(kinds), schedule=schedule, mesh=jp.make_mesh(devices, data), **options)
     canonical, loss, metrics, grads = varied_oracle(kinds, microbatches * data)
@@ -100,9 +100,10 @@ def check(kinds, name, devices, repeats, microbatches, data=1, **options):
     assert float(got) == pytest.approx(float(loss), rel=1e-5)
     tree_allclose(got_metrics, metrics)
     tree_allclose(pipe.to_canonical(got_grads), grads)
-    forward, forward_metrics = pipe.loss(params, batch, jax.random.key(1), has_aux=True)
-    assert float(forward) == pytest.approx(float(loss), rel=1e-5)
-    tree_allclose(forward_metrics, metrics)
+    if forward:
+        got, got_metrics = pipe.loss(params, batch, jax.random.key(1), has_aux=True)
+        assert float(got) == pytest.approx(float(loss), rel=1e-5)
+        tree_allclose(got_metrics, metrics)
 
 
 CASES = {
@@ -124,10 +125,22 @@ CASES = {
 }
 
 
+FORWARD = (
+    "encoder on repeat 0, decoder on repeat 1",
+    "encoder and decoder on a snake",
+    "all kinds, uneven, full remat",
+    "only the embedding and only the head",
+    "masked idle lanes",
+    "scanned",
+    "data shards",
+)
+"""Cases whose forward pass is run alone too: remat and the split of backwards change nothing there."""
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_varied_models_equal_the_oracle(name):
     kinds, schedule, devices, repeats, microbatches, options = CASES[name]
-    check(kinds, schedule, devices, repeats, microbatches, **options)
+    check(kinds, schedule, devices, repeats, microbatches, forward=name in FORWARD, **options)
 
 
 @pytest.mark.parametrize(
