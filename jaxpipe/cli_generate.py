@@ -178,6 +178,6 @@ def _sampling(options: argparse.Namespace, loaded: "Loaded", number: int) -> "Sa
         repetition_penalty=options.repetition_penalty,
         seed=(options.seed + number) % 2**32,
         max_new_tokens=options.max_new_tokens,
-        stop_token_ids=() if loaded.tokenizer.eos_id is None else (loaded.tokenizer.eos_id,),
+        stop_token_ids=loaded.tokenizer.stop_ids,
         logprobs=options.logprobs,
     )

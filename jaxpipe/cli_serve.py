@@ -100,9 +100,8 @@ def run(options: argparse.Namespace) -> int:
         with Engine(generator, loaded.tokenizer, queue=options.queue) as engine:
             _warm_up(engine)
             name = options.model_name or Path(options.model).resolve().name
-            eos = loaded.tokenizer.eos_id
             service = Service(
-                engine, loaded.tokenizer, name, limits, () if eos is None else (eos,), generator.max_source_len
+                engine, loaded.tokenizer, name, limits, loaded.tokenizer.stop_ids, generator.max_source_len
             )
             server = Server(
                 service, Auth(keys), sock, grace_s=options.grace, log_requests=options.log_requests, note=_note

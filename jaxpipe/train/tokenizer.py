@@ -41,6 +41,11 @@ class Tokenizer(Protocol):
         """The token that ends a text, if there is one."""
         ...
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens with which the model ends what it writes: that one, and for chats often another."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """The tokens of a prompt, with those that the model wants around it."""
         ...
@@ -72,6 +77,7 @@ class ByteTokenizer:
 
     vocab_size: int = 256
     eos_id: int | None = None
+    stop_ids: tuple[int, ...] = ()
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -115,17 +121,20 @@ class FileTokenizer:
         self._own.no_padding()
         self._settings = {**_read_json(self.path / SPECIAL), **_read_json(self.path / SETTINGS)}
         self.vocab_size: int = max(self._own.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.eos_id: int | None = self._end_of_text()
+        ends = self._configured_ends()
+        named = self._special("eos_token")
+        self.eos_id: int | None = self._own.token_to_id(named) if named is not None else next(iter(ends), None)
+        own = () if self.eos_id is None else (self.eos_id,)
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((*own, *ends)))
 
-    def _end_of_text(self) -> int | None:
-        if (token := self._special("eos_token")) is not None:
-            return self._own.token_to_id(token)
+    def _configured_ends(self) -> list[int]:
+        """The tokens that the model's own files give as ends of what it writes."""
         for name in ("generation_config.json", "config.json"):
             ids = _read_json(self.path / name).get("eos_token_id")
-            ids = ids[0] if isinstance(ids, list) and ids else ids
-            if isinstance(ids, int) and self._own.id_to_token(ids) is not None:
-                return ids
-        return None
+            known = [token for token in (ids if isinstance(ids, list) else [ids]) if type(token) is int and token >= 0]
+            if found := [token for token in known if self._own.id_to_token(token) is not None]:
+                return found
+        return []
 
     def encode(self, text: str) -> list[int]:
         bos = self._special("bos_token")  # a chat template has written it already

@@ -1,6 +1,7 @@
 """A small random GPT-2 in the form of Hugging Face: converted, trained on through a pipeline, measured, handed back."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,6 +119,9 @@ def test_tokenizers(folder):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert (tokenizer.eos_id, tokenizer.vocab_size <= 300) == (0, True)
     assert tokenizer.decode([0, *tokenizer.pieces("It")]) == "It"
+    shutil.copytree(folder / "gpt2", folder / "chatty")
+    (folder / "chatty" / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 0, 10**6]}))
+    assert (tokenizer.stop_ids, load_tokenizer("chatty").stop_ids) == ((0,), (0, 7))
     assert tokenizer.chat([{"role": "user", "content": "Hi"}]) == "<user>Hi"
     with pytest.raises(ValueError, match="refuses this conversation: no"):
         tokenizer.chat([])
