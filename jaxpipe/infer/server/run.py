@@ -1,13 +1,16 @@
 """The server's life: it listens, serves, and on a signal finishes what runs and refuses what comes."""
 
 import asyncio
+import logging
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import uvicorn
+from uvicorn.logging import AccessFormatter
 
 from jaxpipe.errors import ConfigError
 from jaxpipe.infer.server.app import make_app
@@ -81,6 +84,7 @@ class Server:
             ws="none",
             lifespan="off",
             loop="asyncio",
+            log_config=None,  # uvicorn's own would close the handlers of everybody else in the process
             log_level="info" if log_requests else "warning",
             access_log=log_requests,
             proxy_headers=False,
@@ -88,6 +92,8 @@ class Server:
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=int(grace_s) + SPARE_S,
         )
+        if log_requests:
+            _log_requests()
         self._server = _Uvicorn(config, lambda: note(f"serving    {service.model} at {url_of(sock)}/v1"))
         self._desk = service.desk
         self._sock = sock
@@ -134,6 +140,14 @@ class _Uvicorn(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Signals are `_signals`' own: uvicorn would raise them again once it is done, and knows no grace."""
         yield
+
+
+def _log_requests() -> None:
+    """Has a line for each request written to standard output."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(AccessFormatter('%(client_addr)s - "%(request_line)s" %(status_code)s'))
+    logger = logging.getLogger("uvicorn.access")
+    logger.handlers, logger.propagate = [handler], False
 
 
 @contextmanager
