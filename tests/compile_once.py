@@ -6,28 +6,36 @@ from it can order their collectives differently and wait for each other for ever
 """
 
 import hashlib
+from pathlib import Path
 
+import jax
 from jax._src import compiler
 
-KEPT = 1000
-"""Programs that are remembered; the oldest is forgotten first."""
+MAPPINGS = 30_000
+"""Pieces of memory from which on programs are forgotten. Linux gives a process 65,530, and XLA dies without more."""
+
+_MAPS = Path("/proc/self/maps")
+made = {}
+
+
+def forget() -> None:
+    """Lets go of all programs, JAX's own memory of them included, where they are about to become too many."""
+    if made and _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > MAPPINGS:
+        made.clear()
+        jax.clear_caches()
 
 
 def compile_once() -> None:
     """Makes JAX look for an equal program before it compiles one; it then gives out the very same executable."""
     compile_anew = compiler.backend_compile_and_load
-    made = {}
 
     def compile_or_find(backend, module, devices, options, host_callbacks):
         text = module.operation.get_asm(enable_debug_info=False)
         if backend.platform != "cpu" or host_callbacks or "callback" in text:  # a callback is an address in the text
             return compile_anew(backend, module, devices, options, host_callbacks)
         key = hashlib.sha256(text.encode()).digest(), options.SerializeAsString(), tuple(devices)
-        program = made.get(key)
-        if program is None:
-            program = made[key] = compile_anew(backend, module, devices, options, host_callbacks)
-            if len(made) > KEPT:
-                made.pop(next(iter(made)), None)
-        return program
+        if key not in made:
+            made[key] = compile_anew(backend, module, devices, options, host_callbacks)
+        return made[key]
 
     compiler.backend_compile_and_load = compile_or_find

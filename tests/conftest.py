@@ -8,7 +8,7 @@ import os
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 import jax
-from compile_once import compile_once
+from compile_once import compile_once, forget
 
 jax.config.update("jax_platforms", "cpu")  # also where there are GPUs, or only the compiler for them (extra gpu-aot)
 jax.config.update("jax_num_cpu_devices", 8)
@@ -16,3 +16,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.devices()  # starts JAX: a test that simulates fewer devices must not leave fewer to the tests after it
 compile_once()
 gc.set_threshold(50_000)  # JAX traces many small objects, which are not looked through as often
+
+
+def pytest_runtest_logfinish():
+    """After each test."""
+    forget()

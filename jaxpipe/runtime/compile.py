@@ -23,6 +23,7 @@ it nothing crosses `data` or `fsdp`.
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import jax
@@ -161,7 +162,7 @@ class Program:
         if loop is not None:
             state = loop(device, state)
         here = self.windows if loop is None else []
-        for window, following in zip(here, [*here[1:], None], strict=True):
+        for window, following in zip_longest(here, here[1:]):
             if narrow:
                 state, device = self._gather_for(state, device, params["blocks"], window, following)
             phase, runner = window.phase, replace(device, used=window.repeats)

@@ -45,7 +45,7 @@ def windows(table: TickTable, narrow: bool) -> list[Window]:
         >>> from jaxpipe.schedule import build, lower
         >>> table = lower(build("breadth_first", devices=4, microbatches=8, repeats=4))
         >>> [(w.phase.start, sorted(w.repeats)) for w in windows(table, narrow=True)]
-        [(0, [0, 1]), (16, [1, 2]), (24, [2, 3]), (34, [2, 3]), (35, [2, 3]), (50, [1, 2]), (58, [0, 1])]
+        [(0, [0, 1]), (16, [1, 2]), (24, [2, 3]), (34, [3]), (35, [2, 3]), (50, [1, 2]), (58, [0, 1])]
     """
     everything = frozenset(range(table.schedule.repeats))
     if not narrow or table.schedule.repeats <= WIDTH:
