@@ -128,7 +128,7 @@ def _generate(options: argparse.Namespace) -> int:
     from jaxpipe.infer import bench
     from jaxpipe.runtime.mesh import simulate_devices
     from jaxpipe.train import toml
-    from jaxpipe.train.bench import num_cores
+    from jaxpipe.train.bench import OneCore, num_cores
     from jaxpipe.train.bench.memory import keep_freed_memory
     from jaxpipe.train.config import SCHEMA, from_tables
 
@@ -147,7 +147,7 @@ def _generate(options: argparse.Namespace) -> int:
     rows = []
     if not options.json:
         print(bench.head(work, num_cores()), flush=True)
-    with bench.OneCore(work) as single:
+    with OneCore(bench.timed_decode, work) as single:
         for count in devices:
             rows.append(bench.measure(work, count, single, options.rounds or 3))
             if not options.json:
@@ -164,7 +164,7 @@ def _measure(workload: Any, cases: list["Case"], left_out: list[str], options: a
     rows = []
     if not options.json:
         print(report.head(bench.num_cores()), flush=True)
-    with bench.OneCore(workload) as single:
+    with bench.OneCore(bench.timed_step, workload) as single:
         for case in cases:
             rows.append(bench.measure(case, single, options.rounds or 7))
             if not options.json:

@@ -10,10 +10,9 @@ Each is timed for one new token and for all: the difference is decoding alone, t
 medians over the rounds and their ratios.
 """
 
-import multiprocessing as mp
-import os
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +23,10 @@ from jaxpipe.errors import ConfigError
 from jaxpipe.infer.generator import Generator
 from jaxpipe.infer.sampling import Sampling
 from jaxpipe.models.gpt_config import GPTConfig
-from jaxpipe.runtime.mesh import make_mesh, simulate_devices
+from jaxpipe.runtime.mesh import make_mesh
 from jaxpipe.runtime.sequential import sequential
 from jaxpipe.runtime.tree import Tree
-from jaxpipe.train.bench.memory import keep_freed_memory
+from jaxpipe.train.bench import OneCore
 from jaxpipe.train.model import gpt_model
 
 
@@ -137,39 +136,13 @@ class Row:
         return self.ring.tokens_per_s / self.groups.tokens_per_s
 
 
-class OneCore:
-    """A process pinned to one core that times generation on one device while the context lasts.
-
-    Args:
-        work: What is generated.
-    """
-
-    def __init__(self, work: Work):
-        context = mp.get_context("spawn")
-        self._pipe, child = context.Pipe()
-        self._process = context.Process(target=_serve, args=(child, work), daemon=True)
-
-    def __enter__(self) -> "OneCore":
-        self._process.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._pipe.send(None)
-        self._process.join()
-
-    def seconds(self, groups: int, new_tokens: int) -> float:
-        """Times one run with so many groups."""
-        self._pipe.send((groups, new_tokens))
-        return self._pipe.recv()
-
-
 def measure(work: Work, devices: int, single: OneCore, rounds: int) -> Row:
     """Times one ring.
 
     Args:
         work: What is generated.
         devices: P.
-        single: The process that times one device.
+        single: Of `timed_decode`.
         rounds: How often each thing is timed, after one run to warm up.
     """
     gen = work.generator(devices, devices)
@@ -226,15 +199,13 @@ def random_weights(config: GPTConfig) -> Tree:
     return jax.tree.map(lambda s: (0.02 * rng.standard_normal(s.shape, np.float32)).astype(s.dtype), shapes)
 
 
-def _serve(pipe: Any, work: Work) -> None:
-    """For each number of groups and of new tokens that it is sent, times a run; ends at None."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    keep_freed_memory()
-    simulate_devices(1)
+def timed_decode(work: Work) -> Callable[[int, int], float]:
+    """For `OneCore`: one run on one device, with so many groups and new tokens."""
     made: dict[int, Generator] = {}
-    while (asked := pipe.recv()) is not None:
-        groups, new_tokens = asked
+
+    def seconds(groups: int, new_tokens: int) -> float:
         if groups not in made:
             made[groups] = work.generator(1, groups)
-        pipe.send(work.seconds(made[groups], new_tokens))
+        return work.seconds(made[groups], new_tokens)
+
+    return seconds

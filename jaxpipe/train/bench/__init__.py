@@ -18,7 +18,7 @@ lanes of one step really ran), `report`.
 
 from jaxpipe.train.bench.case import Case, Workload, make_cases, workload_of
 from jaxpipe.train.bench.measure import Row, measure, num_cores
-from jaxpipe.train.bench.one_core import OneCore, accumulation_step, in_groups
+from jaxpipe.train.bench.one_core import OneCore, accumulation_step, in_groups, timed_step
 
 __all__ = [
     "Case",
@@ -30,5 +30,6 @@ __all__ = [
     "make_cases",
     "measure",
     "num_cores",
+    "timed_step",
     "workload_of",
 ]

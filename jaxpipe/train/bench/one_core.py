@@ -1,8 +1,9 @@
-"""T1: the step without a pipeline, timed in a process of its own that has one core."""
+"""What is timed in a process of its own that has one core; and T1, the step without a pipeline."""
 
 import multiprocessing as mp
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,29 +16,43 @@ from jaxpipe.train.bench.memory import keep_freed_memory
 
 
 class OneCore:
-    """A process pinned to one core that times single-device steps while the context lasts.
+    """A process pinned to one core that times something there while the context lasts.
 
     Args:
-        workload: Model and microbatch.
+        prepare: ``work -> timed`` with ``timed(*asked) -> seconds``; a function of a module, called in that process.
+        work: What it is given.
     """
 
-    def __init__(self, workload: Workload):
+    def __init__(self, prepare: Callable[[Any], Callable[..., float]], work: Any):
         context = mp.get_context("spawn")
         self._pipe, child = context.Pipe()
-        self._process = context.Process(target=_serve, args=(child, workload), daemon=True)
+        self._process = context.Process(target=_serve, args=(child, prepare, work), daemon=True)
 
     def __enter__(self) -> "OneCore":
         self._process.start()
         return self
 
     def __exit__(self, *_) -> None:
-        self._pipe.send(0)
+        self._pipe.send(None)
         self._process.join()
 
-    def seconds(self, microbatches: int) -> float:
-        """Times one step: loss and gradients of so many microbatches, added up one after the other."""
-        self._pipe.send(microbatches)
+    def seconds(self, *asked: Any) -> float:
+        """Times one run."""
+        self._pipe.send(asked)
         return self._pipe.recv()
+
+
+def timed_step(workload: Workload) -> Callable[[int], float]:
+    """For `OneCore`: loss and gradients of so many microbatches, added up one after the other."""
+    params, step = accumulation_step(workload)
+
+    def seconds(microbatches: int) -> float:
+        groups = in_groups(workload.batch(microbatches), microbatches)
+        start = time.perf_counter()
+        jax.block_until_ready(step(params, groups))
+        return time.perf_counter() - start
+
+    return seconds
 
 
 def accumulation_step(workload: Workload) -> tuple[Any, Any]:
@@ -66,15 +81,12 @@ def in_groups(batch: dict, microbatches: int) -> dict:
     return {name: x.reshape(microbatches, -1, *x.shape[1:]) for name, x in batch.items()}
 
 
-def _serve(pipe: Any, workload: Workload) -> None:
-    """For each number of microbatches that it is sent, times a step; ends at 0."""
+def _serve(pipe: Any, prepare: Callable[[Any], Callable[..., float]], work: Any) -> None:
+    """Times a run for everything that it is sent; ends at None."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     keep_freed_memory()
     simulate_devices(1)
-    params, step = accumulation_step(workload)
-    while microbatches := pipe.recv():
-        groups = in_groups(workload.batch(microbatches), microbatches)
-        start = time.perf_counter()
-        jax.block_until_ready(step(params, groups))
-        pipe.send(time.perf_counter() - start)
+    timed = prepare(work)
+    while (asked := pipe.recv()) is not None:
+        pipe.send(timed(*asked))
