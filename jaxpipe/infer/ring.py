@@ -34,6 +34,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpipe.infer import books as bk
 from jaxpipe.infer import cache
+from jaxpipe.infer.branches import branch_of, branches_of
 from jaxpipe.infer.model import Decoder
 from jaxpipe.infer.sampling import draw
 from jaxpipe.infer.weights import Weights
@@ -254,8 +255,8 @@ class Ring:
 
             return run
 
-        index = jnp.where((positions_R >= 0).any(), self._branch_of(self.layout, repeat, place), -1)
-        branches = [stage(number) for number in self._branches(self.layout)]
+        index = jnp.where((positions_R >= 0).any(), branch_of(self.layout, repeat, place), -1)
+        branches = [stage(number) for number in branches_of(self.layout)]
         x_R1D, new = lax.switch(index + 1, [lambda: (state["x"], nothing), *branches])
         rooms = [
             cache.write_tokens(room, repeat, group, positions_R, own)
@@ -290,12 +291,14 @@ class Ring:
             names = cache.OWN if encoder is None else ("cross_k", "cross_v")
             shapes = {n: (1, y_1CD.shape[1], *rooms[0][n].shape[3:]) for n in names} if rooms else {}
             nothing = [self._zeros(shapes, place)] * self.num_rooms
-            index = self._branch_of(self.layout, jnp.maximum(repeat, 0), place)
-            branches = [stage(number) for number in self._branches(self.layout)]
-            if encoder is not None:
-                index = jnp.where(repeat < 0, len(branches) + self._encoder_branch(place), index)
+            index = branch_of(self.layout, jnp.maximum(repeat, 0), place)
+            branches = [stage(number) for number in branches_of(self.layout)]
+            if encoder is not None and self.weights.encoder is not None:
+                at_encoder = len(branches) + branch_of(self.weights.encoder, 0 * place, place)
+                index = jnp.where(repeat < 0, at_encoder, index)
                 branches += [
-                    lambda n=n: (self._encode(params, n, y_1CD, slot, state), nothing) for n in self._encoder_stages
+                    lambda n=n: (self._encode(params, n, y_1CD, slot, state), nothing)
+                    for n in branches_of(self.weights.encoder)
                 ]
             # A conditional in the loop too, though it always runs there: all reads of rooms come before the writes.
             index = jnp.where(running, index + 1, 0)
@@ -379,35 +382,6 @@ class Ring:
             "y": moved[None, self.rows :],
             "note": jax.tree.unflatten(tree, came),
         }
-
-    # The stages of all devices as branches: those of one repeat that hold the same kinds in the same places are one.
-
-    def _branches(self, layout: Layout) -> list[int]:
-        """A stage for each branch."""
-        return list({(layout.schedule.repeat_of(s), layout.places[s]): s for s in self._stages(layout)}.values())
-
-    def _branch_of(self, layout: Layout, repeat, place):
-        """Which branch a device takes for a repeat."""
-        keys = list({(layout.schedule.repeat_of(s), layout.places[s]): s for s in self._stages(layout)})
-        numbers = [
-            [keys.index((c, layout.places[layout.schedule.stage_at(d, c)])) for d in range(layout.schedule.devices)]
-            for c in range(layout.schedule.repeats)
-        ]
-        if all(row == [c] * layout.schedule.devices for c, row in enumerate(numbers)):
-            return repeat
-        return jnp.asarray(numbers, jnp.int32)[repeat, place]
-
-    @staticmethod
-    def _stages(layout: Layout) -> list[int]:
-        schedule = layout.schedule
-        return [schedule.stage_at(d, c) for c in range(schedule.repeats) for d in range(schedule.devices)]
-
-    @property
-    def _encoder_stages(self) -> list[int]:
-        return self._branches(self.weights.encoder) if self.weights.encoder else []
-
-    def _encoder_branch(self, place):
-        return self._branch_of(self.weights.encoder, 0 * place, place) if self.weights.encoder else 0
 
     def _repeat_of(self, stage: int) -> int:
         return self.layout.schedule.repeat_of(stage)

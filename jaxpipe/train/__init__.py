@@ -6,6 +6,7 @@ Reading order: `sections` and `config` (what can be said), `corpus` and `data` (
 
 from jaxpipe.train.config import Config, load
 from jaxpipe.train.health import NonFiniteError
-from jaxpipe.train.loop import Result, train
+from jaxpipe.train.loop import train
+from jaxpipe.train.training import Result
 
 __all__ = ["Config", "NonFiniteError", "Result", "load", "train"]
