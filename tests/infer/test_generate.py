@@ -113,7 +113,7 @@ def test_the_nth_sequence_is_drawn_with_the_nth_seed(ring):
 
 @pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16"])
 def test_windows_shared_heads_and_experts(cache_dtype):
-    """A window shorter than prompts and chunks; P=2, V=1 with 3 blocks. Caches in bfloat16 lose no token here."""
+    """A window shorter than prompts and chunks; P=2, V=1 with 3 blocks."""
     gen = make(LLAMA, {"pipe": 2}, rows=2, chunk=8, cache_dtype=cache_dtype)
     assert gen.ring.shapes["rooms"][0]["k"].dtype == cache_dtype
     got = gen.generate(GIVEN[:4], Sampling(max_new_tokens=6))

@@ -4,31 +4,14 @@ import json
 import socket
 
 import pytest
-from fake_engine import Bytes, FakeEngine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving import serving
 
 from jaxpipe.errors import ConfigError
 from jaxpipe.infer.server import Limits, listen_on
 from jaxpipe.infer.server.schemas import CHAT, COMPLETION
 
 JSON = {"Content-Type": "application/json"}
-
-
-@pytest.fixture(scope="module")
-def served():
-    engine = FakeEngine(max_len=256)
-    limits = Limits(body_bytes=100_000, prompt_tokens=100, new_tokens=120, choices=8)
-    with serving(engine, Bytes(), limits=limits) as served:
-        yield served
-    engine.close()
-
-
-@pytest.fixture(scope="module")
-def http(served):
-    with served.http() as http:
-        yield http
 
 
 WRONG = {

@@ -85,14 +85,14 @@ class Server:
             lifespan="off",
             loop="asyncio",
             log_config=None,  # uvicorn's own would close the handlers of everybody else in the process
-            log_level="info" if log_requests else "warning",
+            log_level="warning",
             access_log=log_requests,
             proxy_headers=False,
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=int(grace_s) + SPARE_S,
         )
-        if log_requests:
+        if log_requests:  # after uvicorn has set its loggers' levels
             _log_requests()
         self._server = _Uvicorn(config, lambda: note(f"serving    {service.model} at {url_of(sock)}/v1"))
         self._desk = service.desk
@@ -148,6 +148,7 @@ def _log_requests() -> None:
     handler.setFormatter(AccessFormatter('%(client_addr)s - "%(request_line)s" %(status_code)s'))
     logger = logging.getLogger("uvicorn.access")
     logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
 
 
 @contextmanager
