@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from jaxpipe.errors import ConfigError
 from jaxpipe.infer.books import empty_books
+from jaxpipe.infer.few_rows import on_cpu
 from jaxpipe.infer.model import decoder_of
 from jaxpipe.infer.program import Programs
 from jaxpipe.infer.ring import Ring
@@ -112,7 +113,7 @@ class Generator:
     ):
         mesh = mesh or make_mesh()
         check_axes(mesh)
-        decoder = decoder_of(cfg)
+        decoder = decoder_of(cfg, on_cpu=on_cpu(mesh))
         max_len = max_len or decoder.longest or 1024
         devices = mesh.shape[PIPE]
         for name, value, least in (
@@ -143,7 +144,7 @@ class Generator:
             chunk=chunk,
             source_len=self.max_source_len,
             cache_dtype=jnp.dtype(cache_dtype or decoder.dtype),
-            loops=mesh.devices.flat[0].platform == "cpu",
+            loops=on_cpu(mesh),
         )
         self.params = weights.place(canonical)
         self.programs = Programs(self.ring, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.params))

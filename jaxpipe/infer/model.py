@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxpipe.errors import ConfigError
+from jaxpipe.infer.few_rows import use_kernel_first
 from jaxpipe.models import encdec, gpt
 from jaxpipe.models.encdec_config import EncDecConfig
 from jaxpipe.models.gpt_config import GPTConfig
@@ -78,11 +79,12 @@ class Decoder:
         return {to.removeprefix(f"{user}/"): source.removeprefix("embed/") for to, source in pairs}
 
 
-def decoder_of(cfg: GPTConfig | EncDecConfig) -> Decoder:
+def decoder_of(cfg: GPTConfig | EncDecConfig, *, on_cpu: bool = False) -> Decoder:
     """The functions of a reference model.
 
     Args:
         cfg: Of a GPT or of an encoder-decoder.
+        on_cpu: Whether linear maps of few rows are computed as CPUs do it fastest, see `jaxpipe.infer.few_rows`.
 
     Raises:
         ConfigError: Another kind of config.
@@ -93,16 +95,17 @@ def decoder_of(cfg: GPTConfig | EncDecConfig) -> Decoder:
         ('block', 'block', 'block', 'block')
     """
     if isinstance(cfg, GPTConfig):
-        return _gpt(cfg)
+        return _gpt(cfg, on_cpu)
     if isinstance(cfg, EncDecConfig):
-        return _encdec(cfg)
+        return _encdec(cfg, on_cpu)
     raise ConfigError(f"cfg={type(cfg).__name__} has no decoding; try GPTConfig or EncDecConfig")
 
 
-def _gpt(cfg: GPTConfig) -> Decoder:
-    embed = NNXPart("embed", lambda rngs: gpt.Embed(cfg, rngs=rngs), lambda module, *inputs: module.step(*inputs))
-    blocks = {kind: _step(kind, partial(_make, gpt.BLOCKS[kind], cfg)) for kind in dict.fromkeys(cfg.kinds)}
-    head = NNXPart("head", lambda rngs: gpt.Head(cfg, rngs=rngs), lambda module, x: module(x))
+def _gpt(cfg: GPTConfig, on_cpu: bool) -> Decoder:
+    make = partial(_make, cfg, on_cpu)
+    embed = NNXPart("embed", partial(make, gpt.Embed), _step)
+    blocks = {kind: NNXPart(kind, partial(make, gpt.BLOCKS[kind]), _step) for kind in dict.fromkeys(cfg.kinds)}
+    head = NNXPart("head", partial(make, gpt.Head), lambda module, x: module(x))
     return Decoder(
         kinds=cfg.kinds,
         embed=_plain(embed),
@@ -119,12 +122,13 @@ def _gpt(cfg: GPTConfig) -> Decoder:
     )
 
 
-def _encdec(cfg: EncDecConfig) -> Decoder:
-    embed = NNXPart("embed", lambda rngs: encdec.Embed(cfg, rngs=rngs), lambda module, *inputs: module.step(*inputs))
-    step = _step("decoder", partial(_make, encdec.DecoderBlock, cfg))
-    cross = NNXPart("decoder", partial(_make, encdec.DecoderBlock, cfg), lambda module, x: module.cross_cache(x))
-    encode = NNXPart("encoder", partial(_make, encdec.EncoderBlock, cfg), _encode)
-    head = NNXPart("head", lambda rngs: encdec.Head(cfg, rngs=rngs), lambda module, x: module((None, x)))
+def _encdec(cfg: EncDecConfig, on_cpu: bool) -> Decoder:
+    make = partial(_make, cfg, on_cpu)
+    embed = NNXPart("embed", partial(make, encdec.Embed), _step)
+    step = NNXPart("decoder", partial(make, encdec.DecoderBlock), _step)
+    cross = NNXPart("decoder", partial(make, encdec.DecoderBlock), lambda module, x: module.cross_cache(x))
+    encode = NNXPart("encoder", partial(make, encdec.EncoderBlock), _encode)
+    head = NNXPart("head", partial(make, encdec.Head), lambda module, x: module((None, x)))
     return Decoder(
         kinds=("decoder",) * cfg.num_decoder_layers,
         embed=_plain(embed),
@@ -151,12 +155,13 @@ def _encode(module: Any, x_RND, mask_RN):
     return module((x_RND, x_RND[:, :1]), mask_RN)[0]
 
 
-def _make(cls: Any, cfg: Any, rngs: nnx.Rngs) -> Any:
-    return cls(cfg, rngs=rngs)
+def _make(cfg: Any, on_cpu: bool, cls: Any, rngs: nnx.Rngs) -> Any:
+    module = cls(cfg, rngs=rngs)
+    return use_kernel_first(module) if on_cpu else module
 
 
-def _step(name: str, factory: Any) -> NNXPart:
-    return NNXPart(name, factory, lambda module, *inputs: module.step(*inputs))
+def _step(module: Any, *inputs: Any) -> Any:
+    return module.step(*inputs)
 
 
 def _plain(part: NNXPart) -> Callable[..., Any]:

@@ -94,7 +94,7 @@ class Programs:
     def shardings(self) -> Tree:
         """How the state rests on the mesh."""
         mesh = self.ring.weights.mesh
-        heads = PartitionSpec(PIPE, BATCH, None, None, None, TENSOR if mesh.shape.get(TENSOR, 1) > 1 else None)
+        heads = PartitionSpec(PIPE, BATCH, None, TENSOR if mesh.shape.get(TENSOR, 1) > 1 else None)
         own = jax.tree.map(lambda _: NamedSharding(mesh, OWN), self.ring.shapes)
         return own | {"rooms": jax.tree.map(lambda _: NamedSharding(mesh, heads), own["rooms"])}
 

@@ -16,15 +16,16 @@ long prompts never stop the others (Agrawal et al., 2023, "SARATHI"), and follow
 encoder the chunk is the whole source: it goes round once through the encoder's blocks, and then past the decoder's,
 each of which takes its keys and values of it.
 
-What a lane computes stands in a conditional and is small; caches are written outside of it. Both hops of a tick are one
-array each: activations, and a vector of numbers.
+What a lane computes stands in a conditional and is small; caches are written outside of it. All that is passed on is
+one array, so devices meet once in a tick.
 
 Shape legend: R rows of a group, C tokens of a chunk, D d_model, V vocabulary (in suffixes), N slots.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -112,10 +113,8 @@ class Ring:
     def shapes(self) -> Tree:
         """Shapes of what one device carries through the loop."""
         decoder, dtype = self.decoder, self.decoder.dtype
-        kept = decoder.cache(self.slots, self.length, self.source_len, self.cache_dtype)
-        room = {
-            name: jax.ShapeDtypeStruct((self.repeats, *s.shape), s.dtype) for name, s in kept.items() if s.dtype != bool
-        }
+        kept = decoder.cache(self.rows, self.length, self.source_len, self.cache_dtype)
+        room = {name: [[s] * self.groups] * self.repeats for name, s in kept.items() if s.dtype != bool}
         passed = self.source_len or self.chunk
 
         def ints(*shape):
@@ -240,29 +239,29 @@ class Ring:
 
     def _decode(self, params: Tree, place, repeat, group, state: Tree) -> Tree:
         """One stage for the rows of a group."""
-        positions_R = state["note"]["positions"]
-        shapes = {name: state["rooms"][0][name] for name in cache.OWN} if self.num_rooms else {}
-        nothing = [self._zeros({n: (self.rows, 1, *s.shape[3:]) for n, s in shapes.items()}, place)] * self.num_rooms
+        positions_R, rooms = state["note"]["positions"], state["rooms"]
+        nothing = self._zeros(rooms, cache.OWN, self.rows, 1, place)
 
-        def stage(number: int):
+        def stage(number: int, group: int):
             def run():
                 x_R1D, new = state["x"], list(nothing)
                 for room, kind, own in self._blocks(params, number):
-                    kept = cache.group_of(state["rooms"][room], self._repeat_of(number), group, self.rows)
+                    kept = cache.of_group(rooms[room], self._repeat_of(number), group)
                     kept = self._with_mask(kept, state, group * self.rows, self.rows)
                     x_R1D, new[room] = self.decoder.steps[kind](own, x_R1D, kept, positions_R[:, None])
                 return self._whole(x_R1D), new
 
             return run
 
-        index = jnp.where((positions_R >= 0).any(), branch_of(self.layout, repeat, place), -1)
-        branches = [stage(number) for number in branches_of(self.layout)]
+        active = (positions_R >= 0).any()
+        index = jnp.where(active, branch_of(self.layout, repeat, place) * self.groups + group, -1)
+        branches = [stage(number, own) for number in branches_of(self.layout) for own in range(self.groups)]
         x_R1D, new = lax.switch(index + 1, [lambda: (state["x"], nothing), *branches])
-        rooms = [
-            cache.write_tokens(room, repeat, group, positions_R, own)
-            for room, own in zip(state["rooms"], new, strict=True)
-        ]
-        return state | {"x": x_R1D, "rooms": self._lay(rooms)}
+
+        def put(leaf, own, here):
+            return cache.put_tokens(leaf, jnp.where(here, positions_R, -1), own)
+
+        return state | {"x": x_R1D, "rooms": self._keep(rooms, new, jnp.where(active, repeat, -1), group, put)}
 
     def _prefill(self, params: Tree, place, state: Tree) -> Tree:
         """One stage for the chunk of a prompt, or for a source."""
@@ -280,17 +279,16 @@ class Ring:
                     for room, kind, own in self._blocks(params, number):
                         if encoder is not None:
                             made = encoder.cross[kind](own, y)
-                            new[room] = {name: leaf.astype(rooms[room][name].dtype) for name, leaf in made.items()}
+                            new[room] = jax.tree.map(lambda leaf: leaf.astype(self.cache_dtype), made)
                             continue
-                        kept = cache.slot_of(rooms[room], self._repeat_of(number), slot)
+                        kept = cache.of_slot(rooms[room], self._repeat_of(number), slot)
                         y, new[room] = self.decoder.steps[kind](own, y, kept, positions_1C)
                     return self._whole(y), new
 
                 return run
 
             names = cache.OWN if encoder is None else ("cross_k", "cross_v")
-            shapes = {n: (1, y_1CD.shape[1], *rooms[0][n].shape[3:]) for n in names} if rooms else {}
-            nothing = [self._zeros(shapes, place)] * self.num_rooms
+            nothing = self._zeros(rooms, names, 1, y_1CD.shape[1], place)
             index = branch_of(self.layout, jnp.maximum(repeat, 0), place)
             branches = [stage(number) for number in branches_of(self.layout)]
             if encoder is not None and self.weights.encoder is not None:
@@ -303,12 +301,13 @@ class Ring:
             # A conditional in the loop too, though it always runs there: all reads of rooms come before the writes.
             index = jnp.where(running, index + 1, 0)
             y, new = lax.switch(index, [lambda: (y_1CD, nothing), *branches])
-            at = jnp.where(running & (repeat >= 0), note["slot"], -1)
-            written = [
-                cache.write_chunk(room, jnp.maximum(repeat, 0), at, note["offset"], own)
-                for room, own in zip(rooms, new, strict=True)
-            ]
-            return {"y": y, "rooms": self._lay(written)}
+            first = note["offset"] if encoder is None else 0
+
+            def put(leaf, own, here):
+                return cache.put_chunk(leaf, jnp.where(here, slot % self.rows, -1), first, own)
+
+            at = jnp.where(running, repeat, -1)
+            return {"y": y, "rooms": self._keep(rooms, new, at, slot // self.rows, put)}
 
         loop = {"y": state["y"], "rooms": state["rooms"]}
         return state | (_once(running, given, loop, "y") if self.loops else given(loop))
@@ -340,17 +339,23 @@ class Ring:
             slots = jnp.concatenate([slots, slot[None]])
             positions = jnp.concatenate([positions, jnp.where(ends, books["length"][slot] - 1, -1)[None]])
 
-        def write():
-            settings, active = bk.settings_of(books, slots), positions >= 0
-            settings["temperature"] = jnp.where(active, settings["temperature"], 0)
-            settings["repetition_penalty"] = jnp.where(active, settings["repetition_penalty"], 1)
-            logits = self._whole(self.decoder.logits(params["head"], x)[:, 0])
-            return draw(logits, settings, seen[slots], positions + 1)
+        def write(num: int):
+            def run():
+                settings, active = bk.settings_of(books, slots[:num]), positions[:num] >= 0
+                settings["temperature"] = jnp.where(active, settings["temperature"], 0)
+                settings["repetition_penalty"] = jnp.where(active, settings["repetition_penalty"], 1)
+                logits = self._whole(self.decoder.logits(params["head"], x[:num])[:, 0])
+                drawn = draw(logits, settings, seen[slots[:num]], positions[:num] + 1)
+                return [jnp.concatenate([own, jnp.zeros(len(slots) - num, own.dtype)]) for own in drawn]
+
+            return run
 
         def nothing():
-            return jnp.zeros_like(slots), jnp.zeros(slots.shape, jnp.float32)
+            return [jnp.zeros_like(slots), jnp.zeros(slots.shape, jnp.float32)]
 
-        tokens, logprobs = lax.cond((positions >= 0).any(), write, nothing)
+        # Most ticks have no prompt's end, and one row more would cost more than its share.
+        needed = jnp.where((positions[self.rows :] >= 0).any(), 2, (positions_R >= 0).any().astype(jnp.int32))
+        tokens, logprobs = lax.switch(needed, [nothing, write(self.rows), write(len(positions))])
         wrote_R = positions_R >= 0
         note = note | {
             "tokens": jnp.where(wrote_R, tokens[: self.rows], note["tokens"]),
@@ -364,24 +369,14 @@ class Ring:
         return state | {"note": note, "seen": seen}
 
     def _send(self, state: Tree) -> Tree:
-        """To the next device: the activations as one array, the note as one vector."""
-        x, y = state["x"], state["y"]
-        moved = jnp.concatenate([x[:, 0], y[0]])
-        moved = hop(moved, self.devices, ring=self.rounds > 1, step=1)
-        leaves, tree = jax.tree.flatten(state["note"])
-        packed = jnp.concatenate([lax.bitcast_convert_type(leaf, jnp.int32).reshape(-1) for leaf in leaves])
-        packed = hop(packed, self.devices, ring=True, step=1)
-        cuts = [leaf.size for leaf in leaves]
-        parts = [packed[sum(cuts[:n]) : sum(cuts[: n + 1])] for n in range(len(cuts))]
-        came = [
-            lax.bitcast_convert_type(part.reshape(leaf.shape), leaf.dtype)
-            for part, leaf in zip(parts, leaves, strict=True)
-        ]
-        return state | {
-            "x": moved[: self.rows, None],
-            "y": moved[None, self.rows :],
-            "note": jax.tree.unflatten(tree, came),
-        }
+        """To the next device, as one array: with two, devices would wait for each other twice."""
+        parts = {name: state[name] for name in ("x", "y", "note")}
+        leaves, tree = jax.tree.flatten(parts)
+        words = [_words(leaf) for leaf in leaves]
+        moved = hop(jnp.concatenate(words), self.devices, ring=True, step=1)
+        starts = [0, *accumulate(map(len, words))]
+        came = [_unworded(moved[a:b], leaf) for a, b, leaf in zip(starts, starts[1:], leaves, strict=False)]
+        return state | jax.tree.unflatten(tree, came)
 
     def _repeat_of(self, stage: int) -> int:
         return self.layout.schedule.repeat_of(stage)
@@ -407,9 +402,35 @@ class Ring:
         lengths = lax.dynamic_slice_in_dim(state["sources"]["length"], first, rows)
         return jnp.arange(self.source_len)[None] < lengths[:, None]
 
-    def _zeros(self, shapes: dict[str, tuple[int, ...]], place) -> Tree:
-        """Zeros that XLA cannot see to be zero, lest it makes them once and copies them."""
-        return {name: jnp.full(shape, jnp.minimum(place, 0).astype(self.cache_dtype)) for name, shape in shapes.items()}
+    def _keep(self, rooms: list, new: list, repeat, group, put: Callable[..., Any]) -> list:
+        """Writes what is new into the arrays of a repeat and a group, those of no other and none for repeat -1.
+
+        On CPUs in a loop of one turn or none; elsewhere all arrays are written, but where nobody looks.
+        """
+        rooms = [{name: [list(groups) for groups in arrays] for name, arrays in room.items()} for room in rooms]
+        for r in range(self.repeats):
+            for g in range(self.groups):
+                here = (repeat == r) & (group == g)
+
+                def write(old: list, here=here) -> list:
+                    return self._lay(jax.tree.map(partial(put, here=here), old, new))
+
+                old = [{name: room[name][r][g] for name in own} for room, own in zip(rooms, new, strict=True)]
+                for room, written in zip(rooms, _once(here, write, old) if self.loops else write(old), strict=True):
+                    for name, leaf in written.items():
+                        room[name][r][g] = leaf
+        return rooms
+
+    def _zeros(self, rooms: list, names: tuple[str, ...], rows: int, tokens: int, place) -> list:
+        """What an idle lane adds to rooms: zeros that XLA cannot see to be zero, lest it makes them once and copies
+        them.
+        """
+        zero = jnp.minimum(place, 0).astype(self.cache_dtype)
+
+        def like(leaf):
+            return jnp.full((rows, leaf.shape[1], tokens, leaf.shape[3]), zero)
+
+        return [{name: like(room[name][0][0]) for name in names} for room in rooms]
 
     def _whole(self, x):
         """Whole on each device of `tensor`, as all that is passed on."""
@@ -423,7 +444,7 @@ class Ring:
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.shape.get(TENSOR, 1) == 1:
             return rooms
-        cut = NamedSharding(mesh, PartitionSpec(None, None, None, TENSOR))
+        cut = NamedSharding(mesh, PartitionSpec(None, TENSOR))
         return jax.tree.map(lambda leaf: lax.with_sharding_constraint(leaf, cut), rooms)
 
 
@@ -436,7 +457,7 @@ def _mark(seen, slots_n, positions_nC, tokens_nC):
     return seen.at[slots_n].set(rows_nV)
 
 
-def _once(running, turn: Callable[[Tree], Tree], values: Tree, input: str) -> Tree:
+def _once(running, turn: Callable[[Any], Any], values: Any, input: str | None = None) -> Any:
     """``turn(values)`` or the values, as a loop of one turn or none: what a loop carries is updated in place.
 
     Nothing but a barrier tells XLA that the turn depends on being in the loop: without it, it computes in advance what
@@ -445,7 +466,20 @@ def _once(running, turn: Callable[[Tree], Tree], values: Tree, input: str) -> Tr
 
     def body(loop):
         at, values = loop
-        at, came = lax.optimization_barrier((at, values[input]))
-        return at + 1, turn(values | {input: came})
+        if input is not None:
+            at, came = lax.optimization_barrier((at, values[input]))
+            values = values | {input: came}
+        return at + 1, turn(values)
 
     return lax.while_loop(lambda loop: loop[0] < running.astype(jnp.int32), body, (jnp.int32(0), values))[1]
+
+
+def _words(x):
+    """The bits of an array as a vector of int32."""
+    per_word = max(4 // x.dtype.itemsize, 1)
+    return jnp.pad(x.reshape(-1), (0, -x.size % per_word)).view(jnp.int32)
+
+
+def _unworded(words, like):
+    """The array that `_words` was given, of that shape and dtype."""
+    return words.view(like.dtype)[: like.size].reshape(like.shape)

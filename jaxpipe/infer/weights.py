@@ -6,8 +6,7 @@ need them in every tick and all devices run one program; over `tensor` they are 
 
 What is only ever used in the dtype of the computation is cast once, here.
 
-On CPUs the kernels of blocks rest turned, [out, in]: for the few rows of a decoding step, XLA's product with such a
-matrix takes two thirds of the time, as it reads it in order.
+On CPUs the kernels of blocks rest turned, [out, in], as `jaxpipe.infer.few_rows` wants them.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpipe.errors import ConfigError, PartitionError
+from jaxpipe.infer.few_rows import on_cpu
 from jaxpipe.infer.model import Decoder
 from jaxpipe.plan.chain import Chain
 from jaxpipe.plan.partition import partition
@@ -153,13 +153,12 @@ def weights_of(
         stages = _balanced(decoder, canonical, schedule.stages)
     counts = stage_counts(stages, len(decoder.kinds), schedule)
     layout = Layout(mesh, schedule, decoder.kinds, counts, tensor=decoder.tensor, shard="optimizer")
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
     if decoder.encoder is None:
-        return Weights(decoder, mesh, layout, None, on_cpu)
+        return Weights(decoder, mesh, layout, None, on_cpu(mesh))
     once = build("inference", devices=mesh.shape[PIPE], microbatches=mesh.shape[PIPE], repeats=1)
     counts = stage_counts("even", len(decoder.encoder.kinds), once)
     encoder = Layout(mesh, once, decoder.encoder.kinds, counts, tensor=decoder.tensor, shard="optimizer")
-    return Weights(decoder, mesh, layout, encoder, on_cpu)
+    return Weights(decoder, mesh, layout, encoder, on_cpu(mesh))
 
 
 def _balanced(decoder: Decoder, canonical: Tree, stages: int) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxpipe.models.encdec_config import BYTES, PRESETS, T5_TOKENS, EncDecConfig, num_params
-from jaxpipe.models.layers import Rotary, attend, attend_cached, cut, linear, normal, rms_norm
+from jaxpipe.models.layers import Rotary, attend, attend_cached, attend_kept, cut, linear, normal, rms_norm
 from jaxpipe.models.relative import RelativeBias
 
 __all__ = [
@@ -127,18 +127,15 @@ class Attention(nnx.Module):
         q_RCHd, (k_RCHd, v_RCHd) = self.queries(x_RCD), self.memory(x_RCD)
         if self.rotary is not None:
             q_RCHd, k_RCHd = (self.rotary(x, positions_RC) for x in (q_RCHd, k_RCHd))
-        new = {"k": k_RCHd.astype(cache["k"].dtype), "v": v_RCHd.astype(cache["v"].dtype)}
+        new = {"k": k_RCHd.swapaxes(1, 2).astype(cache["k"].dtype), "v": v_RCHd.swapaxes(1, 2).astype(cache["v"].dtype)}
         between = None if bias is None else bias.between
         y_RCHd = attend_cached(q_RCHd, new, cache, positions_RC, bias=between, scale=self.scale)
         return self.proj(y_RCHd.reshape(R, C, -1)), new
 
-    def look(self, x_RCD, k_RSHd, v_RSHd, mask_RS):
+    def look(self, x_RCD, k_RHSd, v_RHSd, mask_RS):
         """Attention to keys and values worked out before, [R, C, D] -> [R, C, D]."""
-        (R, C, _), dtype = x_RCD.shape, x_RCD.dtype
-        k_RSHd, v_RSHd = k_RSHd.astype(dtype), v_RSHd.astype(dtype)
-        mask_RHCS = mask_RS.astype(bool)[:, None, None]
-        y_RCHd = attend(self.queries(x_RCD), k_RSHd, v_RSHd, causal=False, mask_BHTS=mask_RHCS, scale=self.scale)
-        return self.proj(y_RCHd.reshape(R, C, -1))
+        y_RCHd = attend_kept(self.queries(x_RCD), k_RHSd, v_RHSd, mask_RS, scale=self.scale)
+        return self.proj(y_RCHd.reshape(*x_RCD.shape[:2], -1))
 
     def queries(self, x_BTD):
         """[B, T, D] -> [B, T, H, d], not rotated."""
@@ -217,9 +214,9 @@ class DecoderBlock(nnx.Module):
         return x_BSD, y_BTD
 
     def cross_cache(self, x_BSD) -> dict[str, jax.Array]:
-        """What attention to the encoder's output needs, worked out once: ``{"cross_k", "cross_v"}`` [B, S, H, d]."""
+        """What attention to the encoder's output needs, worked out once: ``{"cross_k", "cross_v"}`` [B, H, S, d]."""
         k_BSHd, v_BSHd = self.cross.memory(self.memory_norm(x_BSD).astype(x_BSD.dtype))
-        return {"cross_k": k_BSHd, "cross_v": v_BSHd}
+        return {"cross_k": k_BSHd.swapaxes(1, 2), "cross_v": v_BSHd.swapaxes(1, 2)}
 
     def step(self, y_RCD, cache: dict, positions_RC):
         """The next tokens of each row, [R, C, D], and a cache like `cache_shape` -> [R, C, D], new ``{"k", "v"}``."""
@@ -234,7 +231,7 @@ class Head(nnx.Module):
     """The decoder's last norm and the logits. `kernel` is [V, D], tied or not, so that a tie is the same array."""
 
     def __init__(self, cfg: EncDecConfig, *, rngs: nnx.Rngs):
-        self.dtype, self.wide_dtype = cfg.dtype, cfg.wide_dtype
+        self.dtype, self.wide_dtype, self.dot_general = cfg.dtype, cfg.wide_dtype, jax.lax.dot_general
         self.scale = cfg.d_model**-0.5 if cfg.tied else 1.0
         self.norm = _norm(cfg, rngs=rngs)
         std = 1.0 if cfg.tied else cfg.d_model**-0.5
@@ -242,8 +239,8 @@ class Head(nnx.Module):
 
     def __call__(self, carry):
         """The pair of streams -> logits [B, T, V], float32 or wider."""
-        kernel_VD = self.kernel[...].astype(self.dtype)
-        return jnp.einsum("btd,vd->btv", self.features(carry), kernel_VD, preferred_element_type=self.wide_dtype)
+        kernel_VD, features = self.kernel[...].astype(self.dtype), (((2,), (1,)), ((), ()))
+        return self.dot_general(self.features(carry), kernel_VD, features, preferred_element_type=self.wide_dtype)
 
     def features(self, carry):
         """The pair of streams -> what the kernel is multiplied with [B, T, D], of the compute dtype."""
@@ -293,11 +290,11 @@ def cache_shape(
         dtype: Of keys and values; by default the compute dtype.
 
     Returns:
-        ``{"k", "v"}`` [R, S, H, d], ``{"cross_k", "cross_v"}`` [R, source_len, H, d] and the bools ``memory_mask``
+        ``{"k", "v"}`` [R, H, S, d], ``{"cross_k", "cross_v"}`` [R, H, source_len, d] and the bools ``memory_mask``
         [R, source_len], False for a token that nobody may see.
     """
     own, cross = (
-        jax.ShapeDtypeStruct((rows, tokens, cfg.num_heads, cfg.head_dim), jnp.dtype(dtype or cfg.dtype))
+        jax.ShapeDtypeStruct((rows, cfg.num_heads, tokens, cfg.head_dim), jnp.dtype(dtype or cfg.dtype))
         for tokens in (length, source_len)
     )
     mask = jax.ShapeDtypeStruct((rows, source_len), jnp.bool_)

@@ -116,10 +116,10 @@ class Attention(nnx.Module):
         return self.proj(y_BTHd.reshape(B, T, -1))
 
     def step(self, x_RCD, cache: dict, positions_RC):
-        """[R, C, D] -> [R, C, D], and the new tokens' ``{"k", "v"}`` [R, C, K, d], like the cache."""
+        """[R, C, D] -> [R, C, D], and the new tokens' ``{"k", "v"}`` [R, K, C, d], like the cache."""
         (R, C, _) = x_RCD.shape
         q_RCHd, k_RCKd, v_RCKd = self.heads(x_RCD, positions_RC)
-        new = {"k": k_RCKd.astype(cache["k"].dtype), "v": v_RCKd.astype(cache["v"].dtype)}
+        new = {"k": k_RCKd.swapaxes(1, 2).astype(cache["k"].dtype), "v": v_RCKd.swapaxes(1, 2).astype(cache["v"].dtype)}
         y_RCHd = attend_cached(q_RCHd, new, cache, positions_RC, window=self.window)
         return self.proj(y_RCHd.reshape(R, C, -1)), new
 
@@ -213,14 +213,14 @@ class Head(nnx.Module):
     """The last norm and the logits. `kernel` is [V, D], tied or not, so that a tie is the same array."""
 
     def __init__(self, cfg: GPTConfig, *, rngs: nnx.Rngs):
-        self.dtype, self.wide_dtype = cfg.dtype, cfg.wide_dtype
+        self.dtype, self.wide_dtype, self.dot_general = cfg.dtype, cfg.wide_dtype, jax.lax.dot_general
         self.norm = _norm(cfg, rngs=rngs)
         self.kernel = cut(normal(rngs, (cfg.vocab_size, cfg.d_model), std=cfg.init_std, dtype=cfg.param_dtype), dim=0)
 
     def __call__(self, x_BTD):
         """[B, T, D] -> logits [B, T, V], float32 or wider."""
-        kernel_VD = self.kernel[...].astype(self.dtype)
-        return jnp.einsum("btd,vd->btv", self.features(x_BTD), kernel_VD, preferred_element_type=self.wide_dtype)
+        kernel_VD, features = self.kernel[...].astype(self.dtype), (((2,), (1,)), ((), ()))
+        return self.dot_general(self.features(x_BTD), kernel_VD, features, preferred_element_type=self.wide_dtype)
 
     def features(self, x_BTD):
         """[B, T, D] -> what the kernel is multiplied with, of the compute dtype."""
@@ -267,9 +267,9 @@ def cache_shape(cfg: GPTConfig, rows: int, length: int, dtype: Any = None) -> di
         dtype: By default the compute dtype.
 
     Returns:
-        ``{"k", "v"}``, each [R, S, K, d].
+        ``{"k", "v"}``, each [R, K, S, d]: so that each head's lie in a row and products read them as they are.
     """
-    shape = jax.ShapeDtypeStruct((rows, length, cfg.kv_heads, cfg.head_dim), jnp.dtype(dtype or cfg.dtype))
+    shape = jax.ShapeDtypeStruct((rows, cfg.kv_heads, length, cfg.head_dim), jnp.dtype(dtype or cfg.dtype))
     return {"k": shape, "v": shape}
 
 

@@ -170,8 +170,8 @@ def attend_cached(
 
     Args:
         q_RCHd: Queries, any float dtype.
-        new: ``{"k", "v"}`` of the new tokens, [R, C, K, d].
-        cache: ``{"k", "v"}`` [R, S, K, d]: entry s belongs to position s.
+        new: ``{"k", "v"}`` of the new tokens, [R, K, C, d].
+        cache: ``{"k", "v"}`` [R, K, S, d]: entry s belongs to position s.
         positions_RC: Of the new tokens, consecutive in each row. Only entries before the first are looked at.
         bias: ``(queries [R, C], keys [R, S]) -> [R, H, C, S]``: what positions add to the scaled scores.
         scale: Multiplies the scores. None: 1/sqrt(d).
@@ -180,33 +180,46 @@ def attend_cached(
     Returns:
         [R, C, H, d], like the queries; something finite where a row has no position.
     """
-    (R, C, H, d), (_, S, K, _) = q_RCHd.shape, cache["k"].shape
-    dtype = wide(q_RCHd.dtype)
-    q_RCKGd = q_RCHd.reshape(R, C, K, H // K, d)
+    (R, C), S = positions_RC.shape, cache["k"].shape[2]
     old_RS = jnp.broadcast_to(jnp.arange(S), (R, S))
 
-    def score(k_RSKd, at_RS, seen_RCS):
-        scores_RKGCS = jnp.einsum(
-            "rckgd,rskd->rkgcs", q_RCKGd, k_RSKd.astype(q_RCHd.dtype), preferred_element_type=dtype
-        )
-        scores_RKGCS *= 1 / math.sqrt(d) if scale is None else scale
+    def score(k_RKSd, at_RS, seen_RCS):
+        scores_RKGCS = _scores(q_RCHd, k_RKSd, scale)
         if bias is not None:
-            scores_RKGCS += bias(positions_RC, at_RS).reshape(scores_RKGCS.shape).astype(dtype)
+            scores_RKGCS += bias(positions_RC, at_RS).reshape(scores_RKGCS.shape).astype(scores_RKGCS.dtype)
         if window is not None:
             seen_RCS &= positions_RC[:, :, None] - at_RS[:, None] < window
-        return jnp.where(seen_RCS[:, None, None], scores_RKGCS, jnp.finfo(dtype).min)
+        return jnp.where(seen_RCS[:, None, None], scores_RKGCS, jnp.finfo(scores_RKGCS.dtype).min)
 
     before_RCS = jnp.broadcast_to((old_RS < positions_RC[:, :1])[:, None], (R, C, S))
     among_RCC = jnp.broadcast_to(jnp.tril(jnp.ones((C, C), bool))[None], (R, C, C))
     scores = [score(cache["k"], old_RS, before_RCS), score(new["k"], positions_RC, among_RCC)]
     probs = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q_RCHd.dtype)
+    y_RCKGd = _mixed(probs[..., :S], cache["v"]) + _mixed(probs[..., S:], new["v"])
+    return y_RCKGd.reshape(q_RCHd.shape).astype(q_RCHd.dtype)
 
-    def gather(probs_RKGCS, v_RSKd):
-        v_RSKd = v_RSKd.astype(probs_RKGCS.dtype)
-        return jnp.einsum("rkgcs,rskd->rckgd", probs_RKGCS, v_RSKd, preferred_element_type=dtype)
 
-    y_RCKGd = gather(probs[..., :S], cache["v"]) + gather(probs[..., S:], new["v"])
-    return y_RCKGd.reshape(R, C, H, d).astype(q_RCHd.dtype)
+def attend_kept(q_RCHd, k_RKSd, v_RKSd, mask_RS, *, scale: float | None = None):
+    """Attention to all of what is kept of another sequence, [R, C, H, d]; a False in the mask is a key nobody sees."""
+    scores_RKGCS = _scores(q_RCHd, k_RKSd, scale)
+    scores_RKGCS = jnp.where(mask_RS[:, None, None, None], scores_RKGCS, jnp.finfo(scores_RKGCS.dtype).min)
+    probs_RKGCS = jax.nn.softmax(scores_RKGCS, axis=-1).astype(q_RCHd.dtype)
+    return _mixed(probs_RKGCS, v_RKSd).reshape(q_RCHd.shape).astype(q_RCHd.dtype)
+
+
+def _scores(q_RCHd, k_RKSd, scale: float | None):
+    """Scaled scores [R, K, G, C, S], float32 or wider: each head of keys serves G of queries."""
+    (R, C, H, d), K = q_RCHd.shape, k_RKSd.shape[1]
+    q_RCKGd = q_RCHd.reshape(R, C, K, H // K, d)
+    k_RKSd = k_RKSd.astype(q_RCHd.dtype)
+    scores_RKGCS = jnp.einsum("rckgd,rksd->rkgcs", q_RCKGd, k_RKSd, preferred_element_type=wide(q_RCHd.dtype))
+    return scores_RKGCS * (1 / math.sqrt(d) if scale is None else scale)
+
+
+def _mixed(probs_RKGCS, v_RKSd):
+    """Values by their probabilities, [R, C, K, G, d], float32 or wider."""
+    v_RKSd = v_RKSd.astype(probs_RKGCS.dtype)
+    return jnp.einsum("rkgcs,rksd->rckgd", probs_RKGCS, v_RKSd, preferred_element_type=wide(probs_RKGCS.dtype))
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def test_the_nth_sequence_is_drawn_with_the_nth_seed(ring):
 def test_windows_shared_heads_and_experts(cache_dtype):
     """A window shorter than prompts and chunks; P=2, V=1 with 3 blocks."""
     gen = make(LLAMA, {"pipe": 2}, rows=2, chunk=8, cache_dtype=cache_dtype)
-    assert gen.ring.shapes["rooms"][0]["k"].dtype == cache_dtype
+    assert gen.ring.shapes["rooms"][0]["k"][0][0].dtype == cache_dtype
     got = gen.generate(GIVEN[:4], Sampling(max_new_tokens=6))
     expected = [greedy(LLAMA, prompt, 6) for prompt in GIVEN[:4]]
     if cache_dtype == "float32":
@@ -165,7 +165,7 @@ class TestOneRing:
         assert gen.cache_bytes == rooms * slots * LENGTH * heads * 2 * 4
         state = jax.eval_shape(gen.programs.start)
         assert sum(leaf.size * 4 for leaf in jax.tree.leaves(state["rooms"])) == 2 * gen.cache_bytes
-        room = (2, 1, 1, slots, LENGTH, GPT.num_heads, GPT.head_dim)
+        room = (2, 1, slots // gen.ring.groups, GPT.num_heads, LENGTH, GPT.head_dim)
         assert {leaf.shape for leaf in jax.tree.leaves(state["rooms"])} == {room}
 
     def test_no_cache_or_weight_is_copied_in_the_loop(self, gen):

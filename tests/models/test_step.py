@@ -32,7 +32,7 @@ def write(cache, new, positions_RC):
         for row, positions in enumerate(np.asarray(positions_RC)):
             for at, position in enumerate(positions):
                 if position >= 0:
-                    cache[name][row, position] = leaf[row, at]
+                    cache[name][row, :, position] = leaf[row, :, at]
     return cache
 
 
