@@ -23,7 +23,7 @@ from jaxpipe.infer.model import Decoder
 from jaxpipe.plan.chain import Chain
 from jaxpipe.plan.partition import partition
 from jaxpipe.runtime.casts import cast_dtypes
-from jaxpipe.runtime.mesh import PIPE, TENSOR
+from jaxpipe.runtime.mesh import PIPE, TENSOR, settled
 from jaxpipe.runtime.options import stage_counts
 from jaxpipe.runtime.relayout import Layout
 from jaxpipe.runtime.rest import slashed
@@ -185,7 +185,7 @@ def _turned(leaf: jax.Array) -> jax.Array:
     rest: Any = leaf.sharding
     pipe, rows, columns = (*rest.spec, None, None, None)[:3]
     sharding = NamedSharding(rest.mesh, PartitionSpec(pipe, columns, rows))
-    return jax.jit(jnp.matrix_transpose, out_shardings=sharding)(leaf)
+    return settled(jax.jit(jnp.matrix_transpose, out_shardings=sharding)(leaf))
 
 
 def _astype(tree: Tree, dtypes: Tree) -> Tree:

@@ -1,6 +1,7 @@
 """The device mesh: which devices form the pipeline, and devices simulated on the CPU."""
 
 import math
+import os
 from collections.abc import Sequence
 
 import jax
@@ -169,8 +170,24 @@ def _several(devices: Sequence, name: str) -> bool:
     return len(set(values)) > 1 and len(counts) == 1 and counts != {1}
 
 
+def settled(arrays):
+    """The same arrays; on CPUs they are waited for.
+
+    For work that starts many programs: once some 32 with collectives wait for their turn, JAX's CPU devices wait for
+    each other for ever, unless they have threads to spare, see `simulate_devices`.
+    """
+    first = jax.tree.leaves(arrays)[0]
+    if isinstance(first, jax.core.Tracer) or next(iter(first.devices())).platform != "cpu":
+        return arrays
+    return jax.block_until_ready(arrays)
+
+
 def simulate_devices(count: int) -> None:
     """Makes the CPU look like `count` devices. Call it before anything else touches JAX's devices.
+
+    Each gets two threads (by ``NPROC`` in the environment, which XLA reads; one that is set stays). With one alone, as
+    on machines with fewer cores than that, a loop that starts 32 steps and reads no result deadlocks: one thread waits
+    in a collective, the other for leave to start the next step.
 
     Args:
         count: Number of simulated devices, at least 1.
@@ -180,6 +197,8 @@ def simulate_devices(count: int) -> None:
     """
     if not isinstance(count, int) or count < 1:
         raise ConfigError(f"mesh.simulate={count!r} must be a whole number of at least 1; try 4")
+    if count > 1:
+        os.environ.setdefault("NPROC", str(max(2 * count, os.cpu_count() or 1)))
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)

@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxpipe.errors import PartitionError
-from jaxpipe.runtime.mesh import FSDP, PIPE, TENSOR
+from jaxpipe.runtime.mesh import FSDP, PIPE, TENSOR, settled
 from jaxpipe.runtime.model import Tree
 from jaxpipe.runtime.rest import Rest, Sizes, block_rest, end_rest, slashed
 from jaxpipe.schedule import Schedule
@@ -241,7 +241,7 @@ class Layout:
             moved = []
             for own, (path, leaf) in zip(leaves, flat, strict=True):
                 shape = self.kinds.count(kind), *leaf.shape[positions[0].lead :]
-                moved.append(_stack(positions, own, self.canonical_sharding(path, shape)))
+                moved.append(settled(_stack(positions, own, self.canonical_sharding(path, shape))))
             stacked[kind] = jax.tree.unflatten(structure, moved)["blocks"][kind]
         return {**params, "blocks": stacked}
 
@@ -276,7 +276,7 @@ class Layout:
                 shape = (*positions[0].real.shape, *leaf.shape[1:])
                 spec = self.param_spec(self.rest((path[0], *first, *path[2:]), shape))
                 leaf = jax.device_put(leaf, self.canonical_sharding(path, leaf.shape))
-                moved.append(_cut(positions, leaf, NamedSharding(self.mesh, spec)))
+                moved.append(settled(_cut(positions, leaf, NamedSharding(self.mesh, spec))))
             for n, (repeat, p, _) in enumerate(held):
                 blocks[repeat][p] = jax.tree.unflatten(structure, [leaf[n] for leaf in moved])["blocks"][kind]
 

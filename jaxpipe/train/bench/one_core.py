@@ -86,6 +86,7 @@ def _serve(pipe: Any, prepare: Callable[[Any], Callable[..., float]], work: Any)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     keep_freed_memory()
+    os.environ.pop("NPROC", None)  # the parent's, whose devices are several
     simulate_devices(1)
     timed = prepare(work)
     while (asked := pipe.recv()) is not None:
