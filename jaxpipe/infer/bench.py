@@ -1,9 +1,10 @@
 """How fast tokens come, on simulated CPU devices, against the same model without a pipeline on one core.
 
-Three things are timed in turn, round after round, all greedy, with the same number of sequences:
+Four things are timed in turn, round after round, all greedy, with the same number of sequences:
 
     ring     P devices, P groups
     one      one device and one group, in a process pinned to one core: the unpipelined decode
+    plain    the same with matrix products as XLA makes them, without `jaxpipe.infer.few_rows`
     groups   one device and P groups, in that process: what cutting the batch into groups costs by itself
 
 Each is timed for one new token and for all: the difference is decoding alone, the first the prompts. Reported are
@@ -53,8 +54,13 @@ class Work:
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}; try {least}")
 
-    def generator(self, devices: int, groups: int) -> Generator:
+    def generator(self, devices: int, groups: int, kernel_first: bool = True) -> Generator:
         """The model on the first devices, its sequences in so many groups.
+
+        Args:
+            devices: P.
+            groups: G.
+            kernel_first: See `Generator`.
 
         Raises:
             ConfigError: The groups do not divide the sequences.
@@ -71,6 +77,7 @@ class Work:
             rows=self.sequences // groups,
             max_len=self.prompt_len + self.new_tokens,
             chunk=self.prompt_len,
+            kernel_first=kernel_first,
         )
 
     def seconds(self, gen: Generator, new_tokens: int) -> float:
@@ -112,6 +119,7 @@ class Row:
         stages: Blocks per stage.
         ring: Of P devices.
         one: One group on one core.
+        plain: The same with plain products.
         groups: P groups on one core.
         cache_bytes: Of keys and values, per device of the ring.
         period_ms: Between two tokens of a sequence in the ring.
@@ -121,6 +129,7 @@ class Row:
     stages: tuple[int, ...]
     ring: Speed
     one: Speed
+    plain: Speed
     groups: Speed
     cache_bytes: int
     period_ms: float
@@ -129,6 +138,11 @@ class Row:
     def speedup(self) -> float:
         """The ring's tokens per second over those of one core."""
         return self.ring.tokens_per_s / self.one.tokens_per_s
+
+    @property
+    def over_plain(self) -> float:
+        """The ring's tokens per second over those of one core with plain products."""
+        return self.ring.tokens_per_s / self.plain.tokens_per_s
 
     @property
     def over_groups(self) -> float:
@@ -151,13 +165,14 @@ def measure(work: Work, devices: int, single: OneCore, rounds: int) -> Row:
         for new in (1, work.new_tokens):
             found = {
                 "one": single.seconds(1, new),
+                "plain": single.seconds(1, new, False),
                 "groups": single.seconds(devices, new),
                 "ring": work.seconds(gen, new),
             }
             for name, seconds in found.items() if warm else ():
                 times.setdefault((name, new), []).append(seconds)
     speeds = {}
-    for name in ("ring", "one", "groups"):
+    for name in ("ring", "one", "plain", "groups"):
         first, whole = (statistics.median(times[name, new]) for new in (1, work.new_tokens))
         speeds[name] = Speed(first, whole - first, work.sequences * (work.new_tokens - 1))
     period_ms = 1e3 * speeds["ring"].decode_s / (work.new_tokens - 1)
@@ -170,24 +185,26 @@ def head(work: Work, cores: int) -> str:
     return (
         f"gpt d={c.d_model} L={c.num_layers} vocabulary {c.vocab_size}, {c.dtype}, {work.sequences} sequences, "
         f"prompts of {work.prompt_len}, {work.new_tokens} new tokens; ring on {cores} cores, the rest on one; medians\n"
-        f"{'P':>2} {'stages':>12} {'one tok/s':>10} {'groups tok/s':>12} {'ring tok/s':>10} {'ring/one':>8} "
-        f"{'ring/groups':>11} {'ms/token':>8} {'prompts s, one':>14} {'ring':>6} {'cache MB':>8}"
+        f"{'P':>2} {'stages':>12} {'one tok/s':>10} {'plain tok/s':>11} {'groups tok/s':>12} {'ring tok/s':>10} "
+        f"{'ring/one':>8} {'ring/plain':>10} {'ring/groups':>11} {'ms/token':>8} {'prompts s, one':>14} {'ring':>6} "
+        f"{'cache MB':>8}"
     )
 
 
 def line(row: Row) -> str:
     """One ring."""
     return (
-        f"{row.P:2} {','.join(map(str, row.stages)):>12} {row.one.tokens_per_s:10.1f} {row.groups.tokens_per_s:12.1f} "
-        f"{row.ring.tokens_per_s:10.1f} {row.speedup:8.2f} {row.over_groups:11.2f} {row.period_ms:8.1f} "
+        f"{row.P:2} {','.join(map(str, row.stages)):>12} {row.one.tokens_per_s:10.1f} "
+        f"{row.plain.tokens_per_s:11.1f} {row.groups.tokens_per_s:12.1f} {row.ring.tokens_per_s:10.1f} "
+        f"{row.speedup:8.2f} {row.over_plain:10.2f} {row.over_groups:11.2f} {row.period_ms:8.1f} "
         f"{row.one.prompts_s:14.2f} {row.ring.prompts_s:6.2f} {row.cache_bytes / 1e6:8.1f}"
     )
 
 
 def numbers(row: Row) -> dict[str, Any]:
     """A row as plain values."""
-    plain = {name: vars(getattr(row, name)) for name in ("ring", "one", "groups")}
-    ratios = {"speedup": row.speedup, "over_groups": row.over_groups}
+    plain = {name: vars(getattr(row, name)) for name in ("ring", "one", "plain", "groups")}
+    ratios = {"speedup": row.speedup, "over_plain": row.over_plain, "over_groups": row.over_groups}
     return {**vars(row), "stages": list(row.stages), **plain, **ratios}
 
 
@@ -199,13 +216,14 @@ def random_weights(config: GPTConfig) -> Tree:
     return jax.tree.map(lambda s: (0.02 * rng.standard_normal(s.shape, np.float32)).astype(s.dtype), shapes)
 
 
-def timed_decode(work: Work) -> Callable[[int, int], float]:
-    """For `OneCore`: one run on one device, with so many groups and new tokens."""
-    made: dict[int, Generator] = {}
+def timed_decode(work: Work) -> Callable[..., float]:
+    """For `OneCore`: one run on one device, with so many groups and new tokens, and whether kernels come first."""
+    made: dict[tuple[int, bool], Generator] = {}
 
-    def seconds(groups: int, new_tokens: int) -> float:
-        if groups not in made:
-            made[groups] = work.generator(1, groups)
-        return work.seconds(made[groups], new_tokens)
+    def seconds(groups: int, new_tokens: int, kernel_first: bool = True) -> float:
+        key = groups, kernel_first
+        if key not in made:
+            made[key] = work.generator(1, *key)
+        return work.seconds(made[key], new_tokens)
 
     return seconds

@@ -75,6 +75,7 @@ class Generator:
         cache_dtype: Of keys and values, such as ``"bfloat16"``; by default the compute dtype.
         stages: Blocks per stage; by default those that make the slowest stage fastest, see `weights_of`.
         max_source_len: Tokens of a source at most, for an encoder-decoder; by default `max_len`.
+        kernel_first: Whether linear maps of few rows are computed as `jaxpipe.infer.few_rows` does; by default on CPUs.
 
     Attributes:
         slots: Sequences at a time, of all data shards.
@@ -110,10 +111,12 @@ class Generator:
         cache_dtype: Any = None,
         stages: Sequence[int] | str | None = None,
         max_source_len: int | None = None,
+        kernel_first: bool | None = None,
     ):
         mesh = mesh or make_mesh()
         check_axes(mesh)
-        decoder = decoder_of(cfg, on_cpu=on_cpu(mesh))
+        kernel_first = on_cpu(mesh) if kernel_first is None else kernel_first
+        decoder = decoder_of(cfg, kernel_first=kernel_first)
         max_len = max_len or decoder.longest or 1024
         devices = mesh.shape[PIPE]
         for name, value, least in (
@@ -133,7 +136,7 @@ class Generator:
         if max_source_len is not None and decoder.encoder is None:
             raise ConfigError(f"max_source_len={max_source_len} is for models with an encoder; leave it out")
         chunk = min(chunk, max_len) if decoder.encoder is None else 1
-        weights = weights_of(decoder, canonical, mesh, repeats, stages)
+        weights = weights_of(decoder, canonical, mesh, repeats, stages, turned=kernel_first)
         self.cfg, self.mesh, self.max_len = cfg, mesh, max_len
         self.max_source_len = (max_source_len or max_len) if decoder.encoder else 0
         self.ring = Ring(

@@ -79,12 +79,12 @@ class Decoder:
         return {to.removeprefix(f"{user}/"): source.removeprefix("embed/") for to, source in pairs}
 
 
-def decoder_of(cfg: GPTConfig | EncDecConfig, *, on_cpu: bool = False) -> Decoder:
+def decoder_of(cfg: GPTConfig | EncDecConfig, *, kernel_first: bool = False) -> Decoder:
     """The functions of a reference model.
 
     Args:
         cfg: Of a GPT or of an encoder-decoder.
-        on_cpu: Whether linear maps of few rows are computed as CPUs do it fastest, see `jaxpipe.infer.few_rows`.
+        kernel_first: Whether linear maps of few rows are computed as `jaxpipe.infer.few_rows` does.
 
     Raises:
         ConfigError: Another kind of config.
@@ -95,14 +95,14 @@ def decoder_of(cfg: GPTConfig | EncDecConfig, *, on_cpu: bool = False) -> Decode
         ('block', 'block', 'block', 'block')
     """
     if isinstance(cfg, GPTConfig):
-        return _gpt(cfg, on_cpu)
+        return _gpt(cfg, kernel_first)
     if isinstance(cfg, EncDecConfig):
-        return _encdec(cfg, on_cpu)
+        return _encdec(cfg, kernel_first)
     raise ConfigError(f"cfg={type(cfg).__name__} has no decoding; try GPTConfig or EncDecConfig")
 
 
-def _gpt(cfg: GPTConfig, on_cpu: bool) -> Decoder:
-    make = partial(_make, cfg, on_cpu)
+def _gpt(cfg: GPTConfig, kernel_first: bool) -> Decoder:
+    make = partial(_make, cfg, kernel_first)
     embed = NNXPart("embed", partial(make, gpt.Embed), _step)
     blocks = {kind: NNXPart(kind, partial(make, gpt.BLOCKS[kind]), _step) for kind in dict.fromkeys(cfg.kinds)}
     head = NNXPart("head", partial(make, gpt.Head), lambda module, x: module(x))
@@ -122,8 +122,8 @@ def _gpt(cfg: GPTConfig, on_cpu: bool) -> Decoder:
     )
 
 
-def _encdec(cfg: EncDecConfig, on_cpu: bool) -> Decoder:
-    make = partial(_make, cfg, on_cpu)
+def _encdec(cfg: EncDecConfig, kernel_first: bool) -> Decoder:
+    make = partial(_make, cfg, kernel_first)
     embed = NNXPart("embed", partial(make, encdec.Embed), _step)
     step = NNXPart("decoder", partial(make, encdec.DecoderBlock), _step)
     cross = NNXPart("decoder", partial(make, encdec.DecoderBlock), lambda module, x: module.cross_cache(x))
@@ -155,9 +155,9 @@ def _encode(module: Any, x_RND, mask_RN):
     return module((x_RND, x_RND[:, :1]), mask_RN)[0]
 
 
-def _make(cfg: Any, on_cpu: bool, cls: Any, rngs: nnx.Rngs) -> Any:
+def _make(cfg: Any, kernel_first: bool, cls: Any, rngs: nnx.Rngs) -> Any:
     module = cls(cfg, rngs=rngs)
-    return use_kernel_first(module) if on_cpu else module
+    return use_kernel_first(module) if kernel_first else module
 
 
 def _step(module: Any, *inputs: Any) -> Any:

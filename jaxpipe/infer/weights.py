@@ -6,7 +6,7 @@ need them in every tick and all devices run one program; over `tensor` they are 
 
 What is only ever used in the dtype of the computation is cast once, here.
 
-On CPUs the kernels of blocks rest turned, [out, in], as `jaxpipe.infer.few_rows` wants them.
+On CPUs the kernels of blocks rest turned, [out, in], as products with few rows are fastest: `jaxpipe.infer.few_rows`.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpipe.errors import ConfigError, PartitionError
-from jaxpipe.infer.few_rows import on_cpu
 from jaxpipe.infer.model import Decoder
 from jaxpipe.plan.chain import Chain
 from jaxpipe.plan.partition import partition
@@ -121,7 +120,13 @@ class Weights:
 
 
 def weights_of(
-    decoder: Decoder, canonical: Tree, mesh: Mesh, repeats: int = 1, stages: Sequence[int] | str | None = None
+    decoder: Decoder,
+    canonical: Tree,
+    mesh: Mesh,
+    repeats: int = 1,
+    stages: Sequence[int] | str | None = None,
+    *,
+    turned: bool = False,
 ) -> Weights:
     """Decides which blocks go where.
 
@@ -133,6 +138,7 @@ def weights_of(
         stages: Blocks per stage of the decoder, see `jaxpipe.Pipeline`. By default the split whose largest stage reads
             the fewest bytes of weights per token, for that is what a tick waits for: the last stage, which has the
             head, gets fewer blocks.
+        turned: Whether the kernels of the decoder's blocks shall rest as [out, in].
 
     Raises:
         ConfigError: The mesh's `tensor` does not divide the heads.
@@ -154,11 +160,11 @@ def weights_of(
     counts = stage_counts(stages, len(decoder.kinds), schedule)
     layout = Layout(mesh, schedule, decoder.kinds, counts, tensor=decoder.tensor, shard="optimizer")
     if decoder.encoder is None:
-        return Weights(decoder, mesh, layout, None, on_cpu(mesh))
+        return Weights(decoder, mesh, layout, None, turned)
     once = build("inference", devices=mesh.shape[PIPE], microbatches=mesh.shape[PIPE], repeats=1)
     counts = stage_counts("even", len(decoder.encoder.kinds), once)
     encoder = Layout(mesh, once, decoder.encoder.kinds, counts, tensor=decoder.tensor, shard="optimizer")
-    return Weights(decoder, mesh, layout, encoder, on_cpu(mesh))
+    return Weights(decoder, mesh, layout, encoder, turned)
 
 
 def _balanced(decoder: Decoder, canonical: Tree, stages: int) -> tuple[int, ...]:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 SEEDS = (0x9E3779B9, 0x7F4A7C15)
+PIECE = 2**20
+"""Words of an array that `host_checksum` adds up at once."""
 
 
 @jax.jit
@@ -23,8 +25,34 @@ def checksum(x: jax.Array) -> jax.Array:
     place = jnp.zeros(words.shape, jnp.uint32)
     for dim, size in enumerate(words.shape):
         place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, dim)
-    sums = [jnp.sum(_mix(words ^ _mix(place + np.uint32(seed))), dtype=jnp.uint32) for seed in SEEDS]
-    return jnp.stack(sums)
+    return jnp.stack([jnp.sum(own, dtype=jnp.uint32) for own in _sums(words, place)])
+
+
+def host_checksum(x: np.ndarray) -> np.ndarray:
+    """The checksum of an array of NumPy, uint32 ``[2]``: piece by piece, by one program for all shapes.
+
+    Args:
+        x: Floats, integers or bools of any shape.
+    """
+    words = np.ascontiguousarray(x).reshape(-1).view(f"<u{min(x.dtype.itemsize, 4)}")
+    sums = np.zeros(2, np.uint32)
+    for start in range(0, len(words), PIECE):
+        piece = words[start : start + PIECE]
+        missing = PIECE - len(piece)
+        sums += np.asarray(_piece_checksum(np.pad(piece, (0, missing)) if missing else piece, start, len(piece)))
+    return sums
+
+
+@jax.jit
+def _piece_checksum(words, start, count):
+    at = jnp.arange(PIECE, dtype=jnp.uint32)
+    sums = _sums(words.astype(jnp.uint32), at + jnp.asarray(start, jnp.uint32))
+    return jnp.stack([jnp.sum(jnp.where(at < count, own, 0), dtype=jnp.uint32) for own in sums])
+
+
+def _sums(words, place):
+    """The mixed words, for each of the two seeds."""
+    return [_mix(words ^ _mix(place + np.uint32(seed))) for seed in SEEDS]
 
 
 def as_text(sums) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
@@ -177,7 +178,7 @@ def settled(arrays):
     each other for ever, unless they have threads to spare, see `simulate_devices`.
     """
     first = jax.tree.leaves(arrays)[0]
-    if isinstance(first, jax.core.Tracer) or next(iter(first.devices())).platform != "cpu":
+    if isinstance(first, Tracer) or next(iter(first.devices())).platform != "cpu":
         return arrays
     return jax.block_until_ready(arrays)
 

@@ -304,9 +304,10 @@ def _stack(positions: Sequence[Position], leaves: Sequence, sharding: NamedShard
 
 
 def stack_rows(positions: Sequence[Position], leaves: Sequence):
-    """Leaves ``[P, ...]`` of the positions of a kind as one ``[L_kind, ...]``."""
+    """Leaves ``[P, ...]`` of the positions of a kind as one ``[L_kind, ...]``; NumPy's stay so."""
     rest = leaves[0].shape[positions[0].lead :]
-    flat = jnp.concatenate([leaf.reshape(-1, *rest) for leaf in leaves])
+    xp = np if isinstance(leaves[0], np.ndarray) else jnp
+    flat = xp.concatenate([leaf.reshape(-1, *rest) for leaf in leaves])
     rows = [row for position in positions for rows in position.rows for row in position.padded(rows, -1)]
     place = {row: at for at, row in enumerate(rows)}
     return flat[np.array([place[row] for row in range(len(place) - (-1 in place))])]

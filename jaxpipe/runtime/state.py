@@ -15,10 +15,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Sharding
 
 from jaxpipe.errors import ConfigError
-from jaxpipe.runtime.checksum import checksum
+from jaxpipe.runtime.checksum import checksum, host_checksum
 from jaxpipe.runtime.logical import block_paths, find_path
 from jaxpipe.runtime.relayout import Layout, Position, cut_rows, stack_rows
 from jaxpipe.runtime.tree import Tree
@@ -109,6 +110,22 @@ class StateLayout:
             taken += size
         return [Chunk(tuple(some), self.rest) for some in found]
 
+    def from_host(self, copies: list) -> tuple[list[jax.Array], list]:
+        """The canonical leaves, new arrays on the mesh, and their checksums, made without the devices' collectives.
+
+        Args:
+            copies: Of the flattened state; each is let go when it has been used.
+        """
+        wholes, sums = [], []
+        for leaf in self.leaves:
+            parts = [copies[source] for source in leaf.sources]
+            for source in leaf.sources:
+                copies[source] = None
+            whole: Any = stack_rows(leaf.positions, parts) if leaf.positions else parts[0]
+            sums.append(host_checksum(whole))
+            wholes.append(jax.device_put(whole, leaf.sharding))
+        return wholes, sums
+
     def flatten(self, state: Tree) -> list:
         """The leaves of a state in the order that `CanonicalLeaf.sources` counts them."""
         return jax.tree.leaves(state)
@@ -116,6 +133,19 @@ class StateLayout:
     def unflatten(self, leaves: Sequence) -> Tree:
         """The state of leaves in that order."""
         return jax.tree.unflatten(self._structure, leaves)
+
+
+def host_copies(flat: Sequence) -> list[np.ndarray]:
+    """Whole copies of arrays that this process has all shards of."""
+    return [_host_copy(leaf) for leaf in flat]
+
+
+def _host_copy(leaf: jax.Array) -> np.ndarray:
+    copy = np.empty(leaf.shape, leaf.dtype)
+    for shard in leaf.addressable_shards:
+        if shard.replica_id == 0:
+            copy[shard.index] = np.asarray(shard.data)
+    return copy
 
 
 class Chunk:
@@ -216,7 +246,7 @@ def _word(key: Any) -> str:
     return str(next(getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name)))
 
 
-def _whole(leaf: CanonicalLeaf, group: Sequence) -> jax.Array:
+def _whole(leaf: CanonicalLeaf, group: Sequence) -> Any:
     return stack_rows(leaf.positions, group) if leaf.positions else jnp.copy(group[0])
 
 

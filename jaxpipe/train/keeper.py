@@ -7,6 +7,7 @@ state is safe.
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -14,11 +15,11 @@ import numpy as np
 
 from jaxpipe.errors import CheckpointError
 from jaxpipe.runtime.checksum import as_text
-from jaxpipe.runtime.state import CanonicalLeaf, StateLayout
+from jaxpipe.runtime.state import CanonicalLeaf, StateLayout, host_copies
 from jaxpipe.train.agree import first_says
 from jaxpipe.train.meta import Meta
 from jaxpipe.train.sections import CheckpointConfig
-from jaxpipe.train.store import Store, forget_failures
+from jaxpipe.train.store import Leaves, Store, forget_failures
 from jaxpipe.train.terminal import Report
 
 RETRY_S = 30.0
@@ -71,7 +72,7 @@ class Keeper:
             except CheckpointError:
                 continue
             self._val_loss[step] = math.inf if loss is None else loss
-        for chunk in self._layout.chunks:
+        for chunk in self._layout.chunks if not self._on_host else ():
             chunk.compile()
 
     def due(self, step: int) -> bool:
@@ -104,10 +105,14 @@ class Keeper:
             return
         self._last_time, self._retry_at = time.monotonic(), math.inf
         try:
-            leaves, sums = self._to_host(state)
-            entries = {leaf.name: _entry(leaf, own) for (leaf, _), own in zip(leaves, sums, strict=True)}
-            meta = self._describe(step, row, entries)
-            self._store.start(step, leaves, meta, lambda: self._prune(step, meta.val_loss))
+            meta, take = self._describe(step, row, {}), self._taken(state)
+
+            def make() -> tuple[Leaves, Meta]:
+                wholes, sums = take()
+                entries = {leaf.name: _entry(leaf, own) for leaf, own in zip(self._layout.leaves, sums, strict=True)}
+                return list(zip(self._layout.leaves, wholes, strict=True)), replace(meta, leaves=entries)
+
+            self._store.start(step, make, lambda: self._prune(step, meta.val_loss))
             self._writing = step
         except Exception as error:
             self._failed(step, error)
@@ -140,16 +145,27 @@ class Keeper:
         """Waits for the save in the background."""
         self._settle(wait=True)
 
-    def _to_host(self, state: Any) -> tuple[list[tuple[CanonicalLeaf, jax.Array]], list]:
-        """The canonical leaves in the memory of their hosts, chunk by chunk, and their checksums."""
-        flat, leaves, sums = self._layout.flatten(state), [], []
+    def _taken(self, state: Any) -> Callable[[], tuple[list[jax.Array], list]]:
+        """What returns the canonical leaves, in the memory of their hosts, and their checksums. The state may change.
+
+        Where the devices are the host's own CPU, a copy is all that is made at once: the rest would stop the loop for
+        longer. Accelerators make the rest faster than they copy.
+        """
+        flat = self._layout.flatten(state)
+        if self._on_host:
+            copies = host_copies(flat)
+            return lambda: self._layout.from_host(copies)
+        moved, sums = [], []
         for chunk in self._layout.chunks:
             wholes, found = chunk.gather(flat)
-            moved = [_off_device(whole) for whole in wholes]
+            moved += jax.block_until_ready([_off_device(whole) for whole in wholes])
             sums += list(np.asarray(found))
-            jax.block_until_ready(moved)
-            leaves += zip(chunk.leaves, moved, strict=True)
-        return leaves, sums
+        return lambda: (moved, sums)
+
+    @property
+    def _on_host(self) -> bool:
+        device = next(iter(self._layout.leaves[0].sharding.device_set))
+        return device.platform == "cpu" and jax.process_count() == 1
 
     def _settle(self, *, wait: bool) -> None:
         """Takes note of how the save in the background ended."""

@@ -15,7 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
@@ -31,6 +31,9 @@ from jaxpipe.train.meta import Meta, from_json
 
 STATE, META, TEXT = "state", "meta", "metadata"
 SAVING = ".orbax-checkpoint-tmp"
+
+Leaves = Sequence[tuple[CanonicalLeaf, jax.Array]]
+"""Canonical leaves and their arrays."""
 
 
 class Store:
@@ -58,22 +61,39 @@ class Store:
         """The folder of a checkpoint."""
         return self.path / str(step)
 
-    def start(
-        self, step: int, leaves: Sequence[tuple[CanonicalLeaf, jax.Array]], meta: Meta, then: Callable[[], None]
-    ) -> None:
-        """Begins a save: returns when the arrays are copied to the host, and writes them in the background.
+    def start(self, step: int, make: Callable[[], tuple[Leaves, Meta]], then: Callable[[], None]) -> None:
+        """Begins a save, and writes it in the background.
 
-        The save before must have been finished. All processes must call it.
+        The save before must have been finished. All processes must call it. Where there are several, they make the
+        arrays and begin to write before this returns, for they wait for each other.
 
         Args:
             step: Of the state; a checkpoint of the same step is replaced.
-            leaves: Canonical arrays.
-            meta: What is said about them.
+            make: Returns the canonical arrays, and what is said about them.
             then: Is called in the background when all is written.
 
         Raises:
-            Exception: The folder cannot be written.
+            Exception: The folder cannot be written; in the background it is raised by `finish`.
         """
+        alone = jax.process_count() == 1
+        if not alone:
+            self._write(step, *make())
+
+        def run() -> None:
+            with _silent_stragglers() as wait:
+                try:
+                    if alone:
+                        self._write(step, *make())
+                    self._open().wait_until_finished()
+                    then()
+                except BaseException as error:
+                    self._error = error
+                    wait()
+
+        self._waiter = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._waiter.start()
+
+    def _write(self, step: int, leaves: Leaves, meta: Meta) -> None:
         tree: dict[str, Any] = {}
         for leaf, array in leaves:
             below = tree
@@ -85,16 +105,6 @@ class Store:
             force=True,
             args=ocp.args.Composite(**{STATE: ocp.args.PyTreeSave(tree), META: ocp.args.JsonSave(meta.to_json())}),
         )
-
-        self._waiter = threading.Thread(target=self._wait, args=(then,), name="checkpoint", daemon=True)
-        self._waiter.start()
-
-    def _wait(self, then: Callable[[], None]) -> None:
-        try:
-            self._open().wait_until_finished()
-            then()
-        except BaseException as error:
-            self._error = error
 
     def finish(self) -> None:
         """Waits for the save in the background, if there is one.
@@ -156,7 +166,8 @@ class Store:
         if self._waiter is not None:
             self._waiter.join()
         if self._writer is not None:
-            self._writer.close()
+            with suppress(Exception):  # of a save that failed, and was told of by `finish`
+                self._writer.close()
             self._writer = None
 
 
@@ -303,7 +314,7 @@ def _absolute(path: epath.Path) -> epath.Path:
 
 @contextmanager
 def _silent_stragglers() -> Iterator[Callable[[], None]]:
-    """When one read fails, Orbax closes the event loop that the others still report to; nobody needs them any more.
+    """When a read or write fails, Orbax closes the event loop that the others report to, which nobody needs any more.
 
     Yields:
         What waits until they have reported.
@@ -327,14 +338,18 @@ def _one_line(error: Exception) -> str:
 
 
 class _NotOrbax(logging.Filter):
-    """Drops Orbax's own log lines: what matters is raised, and told in one line."""
+    """Drops Orbax's own log lines: what matters is raised, and told in one line.
+
+    Of a save or read that fails in many places, all but the first are asyncio's to log, which tells Orbax's files.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return "orbax" not in record.pathname
+        return "orbax" not in (record.getMessage() if record.name == "asyncio" else record.pathname)
 
 
 def hush() -> None:
     """Keeps Orbax from logging."""
-    logger = logging.getLogger("absl")
-    if not any(isinstance(own, _NotOrbax) for own in logger.filters):
-        logger.addFilter(_NotOrbax())
+    for name in ("absl", "asyncio"):
+        logger = logging.getLogger(name)
+        if not any(isinstance(own, _NotOrbax) for own in logger.filters):
+            logger.addFilter(_NotOrbax())

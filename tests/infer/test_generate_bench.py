@@ -14,7 +14,7 @@ def test_a_small_ring_is_measured(capsys):
     assert main(["bench", "--generate", "--devices", "2", *sizes, "--json", "--set", *SMALL]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert row["P"] == 2 and sum(row["stages"]) == 2
-    assert [row[name]["tokens"] for name in ("ring", "one", "groups")] == [4] * 3
+    assert [row[name]["tokens"] for name in ("ring", "one", "plain", "groups")] == [4] * 4
     assert row["cache_bytes"] == max(row["stages"]) * 2 * 8 * 16 * 2 * 4
 
 

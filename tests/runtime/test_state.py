@@ -10,8 +10,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxpipe as jp
 from jaxpipe.errors import ConfigError
-from jaxpipe.runtime.checksum import as_text, checksum
-from jaxpipe.runtime.state import StateLayout
+from jaxpipe.runtime.checksum import PIECE, as_text, checksum, host_checksum
+from jaxpipe.runtime.state import StateLayout, host_copies
 
 OPTIMIZERS = {
     "adafactor, accumulated": optax.MultiSteps(
@@ -61,6 +61,22 @@ def test_state_travels_to_another_mesh_and_keeps_every_bit(tx):
     assert gathered(there.unflatten(flat), there)[1] == sums
 
 
+@pytest.mark.parametrize("axes", [{}, {"fsdp": 2}, {"data": 2}], ids=str)
+def test_the_host_makes_what_the_devices_make(axes):
+    pipe = toy_pipeline("interleaved_1f1b", 2, 2, 2, blocks=1, tied=True, **axes)
+    params = pipe.init(jax.random.key(0), toy_batch(4))
+    state = {"params": params, "opt_state": pipe.optimizer(optax.adam(1e-2)).init(params)}
+    layout = StateLayout(pipe.layout, state, params)
+    leaves, sums = gathered(state, layout)
+    copies = host_copies(layout.flatten(state))
+    jax.tree.map(lambda leaf: leaf.delete(), state)
+    wholes, found = layout.from_host(copies)
+    for leaf, whole, own in zip(layout.leaves, wholes, found, strict=True):
+        np.testing.assert_array_equal(whole, leaves[leaf.name])
+        assert whole.sharding == leaf.sharding and as_text(own) == sums[leaf.name]
+    assert copies == [None] * len(copies)
+
+
 def test_gathered_arrays_outlive_the_state():
     state, layout = state_of(1, 1, optax.sgd(0.1))
     leaves, _ = gathered(state, layout)
@@ -88,6 +104,14 @@ def test_a_checksum_sees_a_bit_a_place_and_no_sharding(dtype):
         changed = changed[:1]  # nearly all are true
     for other in changed:
         assert as_text(checksum(other)) not in sums
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 5), (PIECE + 7,), (2, PIECE // 2, 3)], ids=str)
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "int8", "bool"])
+def test_the_host_sums_as_the_devices_do(dtype, shape):
+    x = (100 * np.random.default_rng(0).normal(size=shape)).astype(jnp.dtype(dtype))
+    with jax.enable_x64(True):
+        assert as_text(host_checksum(x)) == as_text(checksum(jnp.asarray(x)))
 
 
 SPECS = ((), ("pipe",), (None, "pipe"))

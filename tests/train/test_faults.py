@@ -105,7 +105,7 @@ def test_twenty_kills_lose_nothing_and_never_corrupt(runs, folder):
         out = process.output()
         assert "damaged" not in out
         assert f"resumed    after step {safe}" in out if safe else "resumed" not in out
-        torn += any("tmp" in path.name for path in store.path.iterdir())
+        torn += any("tmp" in path.name for path in store.path.glob("*"))
         steps = store.steps()
         assert max(steps, default=0) >= safe
         safe, reached = max(steps, default=0), step_in(folder)
@@ -174,16 +174,16 @@ def test_a_disk_that_is_full_or_read_only_does_not_stop_the_run(runs, folder, si
         assert "was not saved: " in out and "the run goes on and tries again" in out
         assert "No space left" in out or "Read-only" in out or "RESOURCE_EXHAUSTED" in out
         assert "failed     the last state was not saved" in out
+        assert "Traceback" not in out and "Error:" not in out
         assert [line["step"] for line in lines(folder, "bad") if "loss" in line] == list(range(1, 121))
 
         process = runs.start(*command, "train.steps=1000000")
-        wait_for(lambda: step_in(folder) > 60, "step 61")
+        wait_for(lambda: "was not saved: " in process.output(), "a warning")
         remount(disk, good)  # the disk is back, and the next save is made
         wait_for(lambda: Store(disk / "checkpoints").steps(), "a save")
         process.send_signal(signal.SIGTERM)
         code, out = process.wait()
         assert code == 3, out
-        assert "was not saved: " in out
     finally:
         subprocess.run(["umount", disk], check=True)
 
