@@ -1,7 +1,8 @@
 """One block of each kind timed on the present devices: `jaxpipe profile`.
 
 Every lane is timed as the compiled loop runs it: in a loop, from stash slots and into them, weight gradients added to
-an accumulator. On CPU devices as many as there are cores run it at the same time, as in a pipeline there.
+an accumulator. The loop runs for few turns and for many, and the difference counts, so that filling the slots does not.
+On CPU devices as many as there are cores run it at the same time, as in a pipeline there.
 """
 
 import statistics
@@ -26,7 +27,7 @@ from jaxpipe.train.parts import Parts, arrays, parts_of
 from jaxpipe.train.planning import gpt_shape
 from jaxpipe.train.profile import Profile, plain_fields
 
-TURNS = 4
+FEW, MANY = 2, 14
 """Turns of a timed loop."""
 
 HOP_BYTES = tuple(4**k * 1024 for k in range(7))
@@ -92,25 +93,36 @@ class _Clock:
         self.rounds = rounds
 
     def seconds(self, run: Callable, *args: Any) -> float:
-        """The median time of ``run(place, *args)``, where `place` is 0 on all devices and not known to be."""
+        """The median time of one turn of ``run(place, turns, *args)``.
 
-        def body(place, *args):
+        `place` is 0 on all devices and not known to be; `turns` is what `_turns` takes.
+        """
+
+        def body(place, turns, *args):
             # The results are not wanted, but all of them must be computed.
-            leaves = jax.tree.leaves(run(jnp.minimum(place[0], 0), *args))
+            leaves = jax.tree.leaves(run(jnp.minimum(place[0], 0), turns, *args))
             return sum(lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).astype(jnp.float32).reshape(1) for x in leaves)
 
         spec = PartitionSpec("at")
-        where = (spec, *[PartitionSpec()] * len(args))
+        where = (spec, *[PartitionSpec()] * (1 + len(args)))
         mapped = jax.shard_map(body, mesh=self.mesh, in_specs=where, out_specs=spec, check_vma=False)
         places = jnp.arange(self.mesh.size, dtype=jnp.int32)
-        compiled = jax.jit(mapped).lower(places, *args).compile()
-        args = jax.device_put((places, *args), tuple(jax.sharding.NamedSharding(self.mesh, s) for s in where))
-        times = []
+        shardings = tuple(jax.sharding.NamedSharding(self.mesh, s) for s in where)
+        compiled = jax.jit(mapped, in_shardings=shardings).lower(places, np.int32(FEW), *args).compile()
+        few, many = (jax.device_put((places, np.int32(turns), *args), shardings) for turns in (FEW, MANY))
+        times: dict[int, list[float]] = {FEW: [], MANY: []}
         for _ in range(self.rounds + 1):
-            start = time.perf_counter()
-            jax.block_until_ready(compiled(*args))
-            times.append(time.perf_counter() - start)
-        return statistics.median(times[1:])
+            for turns, given in ((FEW, few), (MANY, many)):
+                start = time.perf_counter()
+                jax.block_until_ready(compiled(*given))
+                times[turns].append(time.perf_counter() - start)
+        few_s, many_s = (statistics.median(times[turns][1:]) for turns in (FEW, MANY))
+        return max(many_s - few_s, 1e-9) / (MANY - FEW)
+
+
+def _turns(place: Any, turns: Any, turn: Callable[[Any, Any], Any], state: Any) -> Any:
+    """Runs ``turn(state, slot)`` so many times, with two slots in turn."""
+    return lax.fori_loop(0, turns, lambda n, state: turn(state, place + n % 2), state)
 
 
 def _lane_times(stage: Stage, clock: _Clock) -> LaneTimes:
@@ -120,47 +132,47 @@ def _lane_times(stage: Stage, clock: _Clock) -> LaneTimes:
     _, _, kept = jax.jit(stage.forward)(params, carry, context)
     _, crossed = jax.jit(stage.backward_input)(params, carry, kept, context, gradient, aux)
 
-    def forward(place, params, carry, context):
+    def forward(place, turns, params, carry, context):
         def turn(state, at):
             x, stash = state
             y, _, kept = stage.forward(params, x, context)
-            return (y, slots.put(stash, at, kept)), None
+            return (y, slots.put(stash, at, kept))
 
-        return lax.scan(turn, (carry, _stash(residuals, place)), place + jnp.arange(TURNS) % 2)[0]
+        return _turns(place, turns, turn, (carry, _stash(residuals, place)))
 
-    def backward(place, params, carry, kept, context, dy, daux):
+    def backward(place, turns, params, carry, kept, context, dy, daux):
         def turn(state, at):
             dy, sums = state
             dw, dx = stage.backward(params, slots.get(inputs, at), slots.get(stash, at), context, dy, daux)
-            return (dx, jax.tree.map(_add, sums, dw)), None
+            return (dx, jax.tree.map(_add, sums, dw))
 
         inputs, stash = _filled(carry, place), _filled(kept, place)
-        return lax.scan(turn, (dy, _sums(stage.params)), place + jnp.arange(TURNS) % 2)[0]
+        return _turns(place, turns, turn, (dy, _sums(stage.params)))
 
-    def inputs_only(place, params, carry, kept, context, dy, daux):
+    def inputs_only(place, turns, params, carry, kept, context, dy, daux):
         def turn(state, at):
             dy, left = state
             dx, crossing = stage.backward_input(params, slots.get(inputs, at), slots.get(stash, at), context, dy, daux)
-            return (dx, slots.put(left, at, crossing)), None
+            return (dx, slots.put(left, at, crossing))
 
         inputs, stash = _filled(carry, place), _filled(kept, place)
-        return lax.scan(turn, (dy, _stash(crossing, place)), place + jnp.arange(TURNS) % 2)[0]
+        return _turns(place, turns, turn, (dy, _stash(crossing, place)))
 
-    def weights_only(place, params, carry, kept, context, crossed):
+    def weights_only(place, turns, params, carry, kept, context, crossed):
         def turn(sums, at):
             dw = stage.backward_weight(
                 params, slots.get(inputs, at), slots.get(stash, at), context, slots.get(left, at)
             )
-            return jax.tree.map(_add, sums, dw), None
+            return jax.tree.map(_add, sums, dw)
 
         inputs, stash, left = _filled(carry, place), _filled(kept, place), _filled(crossed, place)
-        return lax.scan(turn, _sums(stage.params), place + jnp.arange(TURNS) % 2)[0]
+        return _turns(place, turns, turn, _sums(stage.params))
 
     return LaneTimes(
-        forward=clock.seconds(forward, params, carry, context) / TURNS,
-        input=clock.seconds(inputs_only, params, carry, kept, context, gradient, aux) / TURNS,
-        weight=clock.seconds(weights_only, params, carry, kept, context, crossed) / TURNS,
-        backward=clock.seconds(backward, params, carry, kept, context, gradient, aux) / TURNS,
+        forward=clock.seconds(forward, params, carry, context),
+        input=clock.seconds(inputs_only, params, carry, kept, context, gradient, aux),
+        weight=clock.seconds(weights_only, params, carry, kept, context, crossed),
+        backward=clock.seconds(backward, params, carry, kept, context, gradient, aux),
     )
 
 
@@ -168,32 +180,32 @@ def _end_times(parts: Parts, clock: _Clock) -> tuple[float, float, float]:
     embed, top, carry, mb = (arrays(shapes) for shapes in (parts.embed, parts.head, parts.carry, parts.mb))
     gradient = part(carry)[0]
 
-    def forward(place, embed, mb):
+    def forward(place, turns, embed, mb):
         def turn(sums, at):
             moved = jax.tree.map(lambda x: x + at.astype(x.dtype), mb)
-            return jax.tree.map(jnp.add, sums, parts.model.embed.apply(embed, moved, None)), None
+            return jax.tree.map(jnp.add, sums, parts.model.embed.apply(embed, moved, None))
 
-        return lax.scan(turn, jax.tree.map(jnp.zeros_like, carry), place + jnp.arange(TURNS) % 2)[0]
+        return _turns(place, turns, turn, jax.tree.map(jnp.zeros_like, carry))
 
-    def backward(place, embed, mb, gradient):
+    def backward(place, turns, embed, mb, gradient):
         def turn(sums, at):
             moved = jax.tree.map(lambda x: x + at.astype(x.dtype), mb)
-            return jax.tree.map(_add, sums, embed_gradient(parts, embed, moved, gradient)), None
+            return jax.tree.map(_add, sums, embed_gradient(parts, embed, moved, gradient))
 
-        return lax.scan(turn, _sums(parts.embed), place + jnp.arange(TURNS) % 2)[0]
+        return _turns(place, turns, turn, _sums(parts.embed))
 
-    def both(place, top, carry, mb):
+    def both(place, turns, top, carry, mb):
         def turn(state, at):
             x, sums = state
             _, (dhead, dx) = head(parts, top, x, jax.tree.map(lambda x: x + at.astype(x.dtype), mb))
-            return (join(carry, dx, part(x)[1]), jax.tree.map(_add, sums, dhead)), None
+            return (join(carry, dx, part(x)[1]), jax.tree.map(_add, sums, dhead))
 
-        return lax.scan(turn, (carry, _sums(parts.head)), place + jnp.arange(TURNS) % 2)[0]
+        return _turns(place, turns, turn, (carry, _sums(parts.head)))
 
     return (
-        clock.seconds(forward, embed, mb) / TURNS,
-        clock.seconds(backward, embed, mb, gradient) / TURNS,
-        clock.seconds(both, top, carry, mb) / TURNS,
+        clock.seconds(forward, embed, mb),
+        clock.seconds(backward, embed, mb, gradient),
+        clock.seconds(both, top, carry, mb),
     )
 
 
@@ -222,10 +234,10 @@ def _traffic(clock: _Clock) -> float:
     size = 8 * 2**20
     x, y = (arrays(jax.ShapeDtypeStruct((size,), jnp.float32), seed) for seed in (0, 1))
 
-    def update(place, x, y):
-        return lax.scan(lambda x, at: (x * (1 + at.astype(x.dtype)) + y, None), x, place + jnp.arange(TURNS))[0]
+    def update(place, turns, x, y):
+        return _turns(place, turns, lambda x, at: x * (1 + at.astype(x.dtype)) + y, x)
 
-    return 3 * 4 * size * TURNS / clock.seconds(update, x, y)
+    return 3 * 4 * size / clock.seconds(update, x, y)
 
 
 def _add(sums: Any, new: Any) -> Any:

@@ -5,11 +5,12 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from generating import ENCDEC, GPT, LENGTH, canonical, compile_generate, greedy, make, next_logits, prompts
+from generating import ENCDEC, GPT, LENGTH, canonical, compile_generate, greedy, make, next_logits, prompts, quick
 from hlo import copies, loop_bodies
 
 from jaxpipe.errors import ConfigError, PartitionError
 from jaxpipe.infer import Generator, Sampling
+from jaxpipe.infer.program import Programs
 from jaxpipe.runtime.mesh import make_mesh
 
 NEW = 10
@@ -44,8 +45,9 @@ RINGS = [
     ({"pipe": 2}, {"groups": 3, "rows": 1, "repeats": 2, "chunk": 32}),
     ({"pipe": 4}, {"rows": 2, "stages": [2, 0, 1, 1]}),
     ({"pipe": 2, "data": 2, "tensor": 2}, {"rows": 1, "stages": [3, 1]}),
+    ({"pipe": 2, "fsdp": 2}, {"rows": 1, "repeats": 2, "kernel_first": False}),
 ]
-"""P, V, G, rows, chunks, even and uneven stages, data and tensor axes, pairwise."""
+"""P, V, G, rows, chunks, even and uneven stages, the other axes, plain products, pairwise."""
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,16 @@ def test_greedy_tokens_are_those_of_a_full_recompute(ring, wanted):
     got = ring.generate(GIVEN, Sampling(max_new_tokens=NEW))
     assert [c.tokens for c in got] == wanted
     assert {c.finish_reason for c in got} == {"length"}
+
+
+def test_the_form_for_accelerators_gives_the_same_tokens(wanted):
+    """There conditionals stand in the loop itself, and caches are written in every tick."""
+    gen = make(GPT, {"pipe": 2}, rows=2, kernel_first=False)
+    assert gen.ring.loops
+    gen.ring = replace(gen.ring, loops=False)
+    gen.programs = Programs(gen.ring, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), gen.params))
+    got = quick(gen).generate(GIVEN, Sampling(max_new_tokens=NEW))
+    assert [c.tokens for c in got] == wanted
 
 
 def test_mixed_requests_give_the_same_in_every_ring(ring, mixed):

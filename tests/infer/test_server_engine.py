@@ -1,7 +1,9 @@
 """The server on the real engine: clients get what it gives, token for token, whoever else is there."""
 
 import asyncio
+import gc
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -65,15 +67,22 @@ class Empty:
     token_logprobs = ()
 
 
-def test_many_streams_of_which_some_leave_are_not_mixed_up(served):
-    """The slots are 8: most wait, and leave or end at any time."""
-    prompts = [f"<{number}>" for number in range(60)]
-    texts = wanted(served, prompts)
-    outcomes = asyncio.run(many(served.url, prompts, texts))
-    assert [outcome for outcome in outcomes if outcome not in ("done", "left")] == []
-    assert outcomes.count("done") == 40
-    engine = served.service.engine
-    wait_for(lambda: engine.metrics()["slots_busy"] == engine.metrics()["queued"] == len(served.service.desk) == 0)
+def test_200_streams_of_which_some_leave_are_not_mixed_up(served):
+    """The slots are 8: most wait, and leave or end at any time. Memory stays as it is."""
+    prompts = [f"<{number}>" for number in range(200)]
+    texts, engine = wanted(served, prompts), served.service.engine
+    blocks, arrays = [], []
+    for _ in range(3):
+        outcomes = asyncio.run(many(served.url, prompts, texts))
+        assert [outcome for outcome in outcomes if outcome not in ("done", "left")] == []
+        assert outcomes.count("done") == 133
+        wait_for(lambda: engine.metrics()["slots_busy"] == engine.metrics()["queued"] == len(served.service.desk) == 0)
+        del outcomes
+        gc.collect()
+        blocks.append(sys.getallocatedblocks())
+        arrays.append(len(jax.live_arrays()))
+    assert abs(blocks[2] - blocks[1]) < 0.01 * blocks[1]
+    assert arrays[2] <= arrays[1]
 
 
 async def many(url, prompts, texts):
