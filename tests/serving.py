@@ -34,7 +34,15 @@ class Served:
 
 
 @contextmanager
-def serving(engine: Any, tokenizer: Any, *, keys: tuple[str, ...] = (), limits: Limits | None = None, **options: Any):
+def serving(
+    engine: Any,
+    tokenizer: Any,
+    *,
+    keys: tuple[str, ...] = (),
+    limits: Limits | None = None,
+    source_len: int = 0,
+    **options: Any,
+):
     """Serves while entered.
 
     Args:
@@ -42,10 +50,11 @@ def serving(engine: Any, tokenizer: Any, *, keys: tuple[str, ...] = (), limits: 
         tokenizer: Its own.
         keys: API keys.
         limits: By default the server's own.
+        source_len: Of the generator, for an encoder-decoder.
         options: Of `Server`.
     """
     stop_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-    service = Service(engine, tokenizer, "tiny", limits or Limits(), stop_ids)
+    service = Service(engine, tokenizer, "tiny", limits or Limits(), stop_ids, source_len)
     sock = listen_on("127.0.0.1", 0)
     ready = threading.Event()
     server = Server(service, Auth(keys), sock, note=lambda text: ready.set(), **options)

@@ -4,12 +4,14 @@ import asyncio
 import gc
 import json
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import openai
 import pytest
 from fake_engine import EOS, Bytes
+from generating import ENCDEC, canonical
 from serving import events, serving, wait_for
 
 from jaxpipe.infer import Engine, Generator, Request, Sampling
@@ -26,8 +28,8 @@ PROMPTS = ["hello", "a", "pipelines, all of them", "é", "x" * 40]
 def served():
     cfg = GPTConfig(vocab_size=257, max_seq_len=64, num_layers=2, num_heads=2, d_model=16)
     batch = {name: jnp.zeros((1, 8), int) for name in ("tokens", "targets")}
-    canonical = sequential(gpt_model(cfg)).init(jax.random.key(0), batch)
-    generator = Generator(cfg, canonical, mesh=make_mesh(pipe=2), rows=4, max_len=64, chunk=8)
+    params = sequential(gpt_model(cfg)).init(jax.random.key(0), batch)
+    generator = Generator(cfg, params, mesh=make_mesh(pipe=2), rows=4, max_len=64, chunk=8)
     with Engine(generator, Bytes(), queue=200) as engine, serving(engine, Bytes()) as served:
         yield served
 
@@ -61,6 +63,24 @@ def test_clients_get_what_the_engine_gives(served):
         assert chat.choices[0].message.content == wanted(served, ["<user>hi"])[0]
         with pytest.raises(openai.BadRequestError, match="max_tokens=60 must be at most 59"):
             client.completions.create(model="tiny", prompt="hello", max_tokens=60)
+
+
+def test_an_encoder_decoder_is_served():
+    """Prompts are sources: as long as there is room for sources, whatever the answer's length."""
+    cfg = replace(ENCDEC, vocab_size=257)
+    generator = Generator(cfg, canonical(cfg), mesh=make_mesh(pipe=2), rows=2, max_len=NEW + 1, max_source_len=48)
+    sampling = Sampling(max_new_tokens=NEW, stop_token_ids=(EOS,))
+    answers = generator.generate([Bytes().encode(prompt) for prompt in PROMPTS], sampling)
+    texts = [Bytes().decode([token for token in answer.tokens if token != EOS]) for answer in answers]
+    with (
+        Engine(generator, Bytes(), queue=20) as engine,
+        serving(engine, Bytes(), source_len=48) as served,
+        served.client() as client,
+    ):
+        given = client.completions.create(model="tiny", prompt=PROMPTS, max_tokens=NEW, temperature=0)
+        assert [choice.text for choice in given.choices] == texts
+        with pytest.raises(openai.BadRequestError, match="48"):
+            client.completions.create(model="tiny", prompt="x" * 49, max_tokens=1)
 
 
 class Empty:
