@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -28,7 +29,8 @@ class Run:
         return self._server.ask(["wait", self.pid]), self.output()
 
     def output(self) -> str:
-        return self._path.read_text()
+        """All output so far."""
+        return self._path.read_text() if self._path.exists() else ""
 
 
 class Runs:
@@ -43,6 +45,7 @@ class Runs:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,
             env=environment
             | {
                 "JAX_PLATFORMS": "cpu",
@@ -57,6 +60,8 @@ class Runs:
 
     def __exit__(self, *_):
         self._process.communicate()  # no more requests, so it ends
+        with suppress(ProcessLookupError):  # and what a failed test left running with it
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._folder.cleanup()
 
     def start(self, *words: str, hang_at: int = 0) -> Run:
