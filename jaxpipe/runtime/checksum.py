@@ -36,17 +36,22 @@ def host_checksum(x: np.ndarray) -> np.ndarray:
     """
     words = np.ascontiguousarray(x).reshape(-1).view(f"<u{min(x.dtype.itemsize, 4)}")
     sums = np.zeros(2, np.uint32)
-    for start in range(0, len(words), PIECE):
-        piece = words[start : start + PIECE]
-        missing = PIECE - len(piece)
-        sums += np.asarray(_piece_checksum(np.pad(piece, (0, missing)) if missing else piece, start, len(piece)))
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        for start in range(0, len(words), PIECE):
+            sums += _piece_checksum(words[start : start + PIECE], start)
     return sums
 
 
+def _piece_checksum(words: np.ndarray, start: int) -> np.ndarray:
+    """What a piece adds to the checksum of an array in which it begins at `start`."""
+    whole = np.pad(words, (0, PIECE - len(words))) if len(words) < PIECE else words
+    return np.asarray(_padded_checksum(whole, np.uint32(start % 2**32), np.uint32(len(words))))
+
+
 @jax.jit
-def _piece_checksum(words, start, count):
+def _padded_checksum(words, start, count):
     at = jnp.arange(PIECE, dtype=jnp.uint32)
-    sums = _sums(words.astype(jnp.uint32), at + jnp.asarray(start, jnp.uint32))
+    sums = _sums(words.astype(jnp.uint32), start + at)
     return jnp.stack([jnp.sum(jnp.where(at < count, own, 0), dtype=jnp.uint32) for own in sums])
 
 

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxpipe as jp
 from jaxpipe.errors import ConfigError
-from jaxpipe.runtime.checksum import PIECE, as_text, checksum, host_checksum
+from jaxpipe.runtime.checksum import PIECE, _piece_checksum, as_text, checksum, host_checksum
 from jaxpipe.runtime.state import StateLayout, host_copies
 
 OPTIMIZERS = {
@@ -112,6 +112,13 @@ def test_the_host_sums_as_the_devices_do(dtype, shape):
     x = (100 * np.random.default_rng(0).normal(size=shape)).astype(jnp.dtype(dtype))
     with jax.enable_x64(True):
         assert as_text(host_checksum(x)) == as_text(checksum(jnp.asarray(x)))
+
+
+def test_places_are_counted_modulo_two_to_the_32():
+    """As on the devices; an array of 2^31 words and more is not refused."""
+    words = np.arange(1, 4, dtype=np.uint32)
+    sums = [as_text(_piece_checksum(words, start)) for start in (5, 2**31 + 5, 2**32 + 5)]
+    assert sums[0] == sums[2] != sums[1]
 
 
 SPECS = ((), ("pipe",), (None, "pipe"))
