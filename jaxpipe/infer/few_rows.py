@@ -11,7 +11,6 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh
 
 MOST = 32
 """Rows; with more, both ways take as long."""
@@ -40,8 +39,3 @@ def use_kernel_first(module: nnx.Module) -> nnx.Module:
         if hasattr(part, "dot_general"):
             part.dot_general = kernel_first
     return module
-
-
-def on_cpu(mesh: Mesh) -> bool:
-    """Whether a mesh is of CPU devices."""
-    return mesh.devices.flat[0].platform == "cpu"

@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 
 from jaxpipe.errors import ConfigError
 from jaxpipe.infer.books import empty_books
-from jaxpipe.infer.few_rows import on_cpu
 from jaxpipe.infer.model import decoder_of
 from jaxpipe.infer.program import Programs
 from jaxpipe.infer.ring import Ring
@@ -20,7 +19,7 @@ from jaxpipe.infer.sampling import Sampling
 from jaxpipe.infer.weights import weights_of
 from jaxpipe.models.encdec_config import EncDecConfig
 from jaxpipe.models.gpt_config import GPTConfig
-from jaxpipe.runtime.mesh import PIPE, batch_shards, check_axes, make_mesh
+from jaxpipe.runtime.mesh import PIPE, batch_shards, check_axes, make_mesh, on_cpu
 from jaxpipe.runtime.tree import Tree
 
 Finish = Literal["stop", "length"]

@@ -171,6 +171,11 @@ def _several(devices: Sequence, name: str) -> bool:
     return len(set(values)) > 1 and len(counts) == 1 and counts != {1}
 
 
+def on_cpu(mesh: Mesh) -> bool:
+    """Whether a mesh is of CPU devices, which share the host's threads and memory."""
+    return mesh.devices.flat[0].platform == "cpu"
+
+
 def settled(arrays):
     """The same arrays; on CPUs they are waited for.
 

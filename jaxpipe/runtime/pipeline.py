@@ -18,7 +18,7 @@ from jaxpipe.runtime.ends import Ends, check_weight, metric_shapes
 from jaxpipe.runtime.initial import init_params
 from jaxpipe.runtime.lane import Skip
 from jaxpipe.runtime.logical import logical_optimizer
-from jaxpipe.runtime.mesh import BATCH, PIPE, TENSOR, batch_shards, batch_text, check_axes
+from jaxpipe.runtime.mesh import BATCH, PIPE, TENSOR, batch_shards, batch_text, check_axes, on_cpu
 from jaxpipe.runtime.model import Model, Tree
 from jaxpipe.runtime.options import check_offload, check_tensor, stage_counts, stage_remats, vocab_leaves
 from jaxpipe.runtime.relayout import Layout, Shard
@@ -277,7 +277,7 @@ class Pipeline:
         check_params(params)
         carry = jax.eval_shape(lambda p, mb: model.embed.apply(p, mb, None), params["embed"], mb)
         context = Context(mb, key if random else None, jax.ShapeDtypeStruct((), jnp.int32))
-        stages = build_stages(model, self.layout, self.remats, params, carry, context, walls=self._on_cpu)
+        stages = build_stages(model, self.layout, self.remats, params, carry, context, walls=on_cpu(self.mesh))
         ends = {"embed": params["embed"], "head": params["head"]}
         ends = _with_dtypes(ends, end_dtypes(model, ends, carry, mb, key))
         ends = Ends(model, self.schedule.devices, ends, self.layout.rests(ends), self.layout.shard, self._cut)
@@ -292,7 +292,7 @@ class Pipeline:
             stages=stages,
             ends=ends,
             skip=self._skip,
-            hops_block=self._on_cpu,
+            hops_block=on_cpu(self.mesh),
             metrics=metric_shapes(model, head, carry, mb) if metrics else {},
             offload=self.offload,
             second_stream=self.second_stream,
@@ -303,11 +303,7 @@ class Pipeline:
         """How lanes are idle: simulated devices share cores, and GPUs wait for the host in loops."""
         if self.idle == "mask":
             return "mask"
-        return "loop" if self._on_cpu else "branch"
-
-    @property
-    def _on_cpu(self) -> bool:
-        return self.mesh.devices.flat[0].platform == "cpu"
+        return "loop" if on_cpu(self.mesh) else "branch"
 
 
 def _shapes(tree: Tree) -> Tree:

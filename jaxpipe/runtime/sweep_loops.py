@@ -20,7 +20,7 @@ from jaxpipe.runtime.carry import join, part
 from jaxpipe.runtime.compile import Program
 from jaxpipe.runtime.device import Device
 from jaxpipe.runtime.ends import Ends, accumulator_dtype
-from jaxpipe.runtime.mesh import BATCH, MANUAL, PIPE, batch_shards
+from jaxpipe.runtime.mesh import BATCH, MANUAL, PIPE, batch_shards, on_cpu
 from jaxpipe.runtime.model import Block, Embed, HeadLoss, Model, Tree
 from jaxpipe.runtime.relayout import Layout
 from jaxpipe.runtime.stage import Context, Remat
@@ -84,16 +84,15 @@ def make_loops(
     params = {"blocks": jax.eval_shape(lambda params: _relaid(layout, params), given["params"]), "embed": embed}
     a_key = jax.eval_shape(lambda: jax.random.key(0)) if random else None
     context = Context(mb, a_key, jax.ShapeDtypeStruct((), jnp.int32))
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
     program = Program(
         model=model,
         table=table,
         layout=layout,
         mesh=mesh,
-        stages=build_stages(model, layout, remats, params, carry, context, walls=on_cpu),
+        stages=build_stages(model, layout, remats, params, carry, context, walls=on_cpu(mesh)),
         ends=Ends(model, schedule.devices, {"embed": embed, "head": {}}, {"embed": {}, "head": {}}),
-        skip="loop" if on_cpu else "branch",
-        hops_block=on_cpu,
+        skip="loop" if on_cpu(mesh) else "branch",
+        hops_block=on_cpu(mesh),
     )
     return Loops(program)
 

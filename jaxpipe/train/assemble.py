@@ -9,7 +9,7 @@ import jax
 
 from jaxpipe.errors import ScheduleError
 from jaxpipe.plan import Plan
-from jaxpipe.runtime.mesh import make_mesh, simulate_devices
+from jaxpipe.runtime.mesh import make_mesh, on_cpu, simulate_devices
 from jaxpipe.runtime.model import Model
 from jaxpipe.runtime.pipeline import Pipeline
 from jaxpipe.schedule import Schedule, build, show
@@ -44,7 +44,7 @@ class Assembly:
     @property
     def on_cpu(self) -> bool:
         """Whether the devices are CPU devices, which share the host's threads."""
-        return self.pipe.mesh.devices.flat[0].platform == "cpu"
+        return on_cpu(self.pipe.mesh)
 
     def put(self, batches: Batches, row: int) -> dict[str, jax.Array]:
         """The batch that begins with a row of `Batches.rows`, on the devices.
