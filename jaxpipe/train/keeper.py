@@ -18,8 +18,9 @@ from jaxpipe.runtime.checksum import as_text
 from jaxpipe.runtime.state import CanonicalLeaf, StateLayout, host_copies
 from jaxpipe.train.agree import first_says
 from jaxpipe.train.meta import Meta
+from jaxpipe.train.quiet import forget_failures
 from jaxpipe.train.sections import CheckpointConfig
-from jaxpipe.train.store import Leaves, Store, forget_failures
+from jaxpipe.train.store import Leaves, Store
 from jaxpipe.train.terminal import Report
 
 RETRY_S = 30.0

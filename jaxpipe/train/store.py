@@ -5,17 +5,11 @@
 killed leaves nothing that looks like a checkpoint; checksums in ``meta`` tell what changed afterwards.
 """
 
-import gc
-import inspect
 import json
-import logging
 import os
-import sys
 import threading
-import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import jax
@@ -28,6 +22,7 @@ from jaxpipe.runtime.checksum import as_text, checksum
 from jaxpipe.runtime.state import CanonicalLeaf
 from jaxpipe.train.agree import all_agree
 from jaxpipe.train.meta import Meta, from_json
+from jaxpipe.train.quiet import forget_failures, hush
 
 STATE, META, TEXT = "state", "meta", "metadata"
 SAVING = ".orbax-checkpoint-tmp"
@@ -48,6 +43,7 @@ class Store:
         self._writer: ocp.AsyncCheckpointer | None = None
         self._waiter: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._failed = False
 
     def steps(self) -> list[int]:
         """The steps of the finished checkpoints, ascending."""
@@ -80,15 +76,13 @@ class Store:
             self._write(step, *make())
 
         def run() -> None:
-            with _silent_stragglers() as wait:
-                try:
-                    if alone:
-                        self._write(step, *make())
-                    self._open().wait_until_finished()
-                    then()
-                except BaseException as error:
-                    self._error = error
-                    wait()
+            try:
+                if alone:
+                    self._write(step, *make())
+                self._open().wait_until_finished()
+                then()
+            except BaseException as error:
+                self._error, self._failed = error, True
 
         self._waiter = threading.Thread(target=run, name="checkpoint", daemon=True)
         self._waiter.start()
@@ -166,9 +160,10 @@ class Store:
         if self._waiter is not None:
             self._waiter.join()
         if self._writer is not None:
-            with suppress(Exception):  # of a save that failed, and was told of by `finish`
+            # What failed is raised again here, and was raised by `finish` before.
+            with suppress(Exception) if self._failed else nullcontext():
                 self._writer.close()
-            self._writer = None
+            self._writer, self._failed = None, False
 
 
 def read_meta(path: epath.Path) -> Meta:
@@ -221,12 +216,10 @@ def read_leaves(path: epath.Path, leaves: Sequence[CanonicalLeaf]) -> list[jax.A
         CheckpointError: A leaf cannot be read.
     """
     wrong, arrays = None, []
-    with _silent_stragglers() as wait:
-        try:
-            arrays = _read(path, {leaf.path: leaf.abstract for leaf in leaves})
-        except Exception as error:
-            wrong = _one_line(error)
-            wait()
+    try:
+        arrays = _read(path, {leaf.path: leaf.abstract for leaf in leaves})
+    except Exception as error:
+        wrong = _one_line(error)
     if not all_agree(wrong is None):
         forget_failures()
         raise CheckpointError(f"{path} cannot be read: {wrong or 'another process failed'}")
@@ -262,28 +255,18 @@ def damage(path: epath.Path) -> Iterator[tuple[str, str | None]]:
     meta = read_meta(path)
     device = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     failed = False
-    with _silent_stragglers() as wait:
-        for name, stored in meta.leaves.items():
-            shape = jax.ShapeDtypeStruct(tuple(stored["shape"]), np.dtype(stored["dtype"]), sharding=device)
-            wrong = None
-            try:
-                (array,) = _read(path, {tuple(name.split("/")): shape})
-                if as_text(checksum(array)) != stored["sum"]:
-                    wrong = "does not match its checksum"
-            except Exception as error:
-                wrong, failed = f"cannot be read: {_one_line(error)}", True
-            yield name, wrong
-        if failed:
-            wait()
+    for name, stored in meta.leaves.items():
+        shape = jax.ShapeDtypeStruct(tuple(stored["shape"]), np.dtype(stored["dtype"]), sharding=device)
+        wrong = None
+        try:
+            (array,) = _read(path, {tuple(name.split("/")): shape})
+            if as_text(checksum(array)) != stored["sum"]:
+                wrong = "does not match its checksum"
+        except Exception as error:
+            wrong, failed = f"cannot be read: {_one_line(error)}", True
+        yield name, wrong
     if failed:
         forget_failures()
-
-
-def forget_failures() -> None:
-    """Lets go of what a failed save or read left behind, whose coroutines warn that nobody ran them."""
-    with _silent_stragglers(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
-        gc.collect()
 
 
 def _read(path: epath.Path, shapes: dict[tuple[str, ...], jax.ShapeDtypeStruct]) -> list[jax.Array]:
@@ -312,44 +295,6 @@ def _absolute(path: epath.Path) -> epath.Path:
     return path if "://" in str(path) else epath.Path(os.path.abspath(path))
 
 
-@contextmanager
-def _silent_stragglers() -> Iterator[Callable[[], None]]:
-    """When a read or write fails, Orbax closes the event loop that the others report to, which nobody needs any more.
-
-    Yields:
-        What waits until they have reported.
-    """
-    before = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed" and not inspect.iscoroutine(unraisable.object):
-            before(unraisable)
-
-    sys.unraisablehook = hook
-    try:
-        yield lambda: time.sleep(0.5)
-    finally:
-        sys.unraisablehook = before
-
-
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text if len(text) <= 200 else f"{text[:200]}…"
-
-
-class _NotOrbax(logging.Filter):
-    """Drops Orbax's own log lines: what matters is raised, and told in one line.
-
-    Of a save or read that fails in many places, all but the first are asyncio's to log, which tells Orbax's files.
-    """
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "orbax" not in (record.getMessage() if record.name == "asyncio" else record.pathname)
-
-
-def hush() -> None:
-    """Keeps Orbax from logging."""
-    for name in ("absl", "asyncio"):
-        logger = logging.getLogger(name)
-        if not any(isinstance(own, _NotOrbax) for own in logger.filters):
-            logger.addFilter(_NotOrbax())

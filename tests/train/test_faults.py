@@ -174,6 +174,7 @@ def test_a_disk_that_is_full_or_read_only_does_not_stop_the_run(runs, folder, si
         assert "was not saved: " in out and "the run goes on and tries again" in out
         assert "No space left" in out or "Read-only" in out or "RESOURCE_EXHAUSTED" in out
         assert "failed     the last state was not saved" in out
+        assert "Traceback" not in out and "Error:" not in out
         assert [line["step"] for line in lines(folder, "bad") if "loss" in line] == list(range(1, 121))
 
         process = runs.start(*command, "train.steps=1000000")
