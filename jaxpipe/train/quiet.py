@@ -8,6 +8,7 @@ import gc
 import inspect
 import logging
 import sys
+import traceback
 import warnings
 from typing import Any
 
@@ -31,10 +32,15 @@ def forget_failures() -> None:
 
 
 class _NotOrbax(logging.Filter):
-    """Drops Orbax's own log lines, and asyncio's about Orbax's files."""
+    """Drops Orbax's own log lines, and asyncio's about what Orbax ran."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return "orbax" not in (record.getMessage() if record.name == "asyncio" else record.pathname)
+        if record.name != "asyncio":
+            return "orbax" not in record.pathname
+        error = record.exc_info[1] if record.exc_info else None
+        frames = traceback.walk_tb(error.__traceback__) if error else ()
+        # A task's message says what it ran, a future's does not: there the error tells where it came from.
+        return "orbax" not in record.getMessage() and all("orbax" not in at.f_code.co_filename for at, _ in frames)
 
 
 class _NoStragglers:

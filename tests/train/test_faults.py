@@ -18,7 +18,7 @@ from forked_runs import Runs
 
 from jaxpipe.cli import main
 from jaxpipe.train.metrics import MetricsLog
-from jaxpipe.train.store import Store
+from jaxpipe.train.store import SAVING, Store
 
 CONFIG = """
 [model]
@@ -76,11 +76,11 @@ def lines(folder: Path, out: str = "run") -> list[dict]:
     return [json.loads(line) for line in (folder / out / "metrics.jsonl").read_text().splitlines()]
 
 
-def wait_for(condition, what: str, timeout_s: float = 600.0):
+def wait_for(condition, what: str, timeout_s: float = 600.0, poll_s: float = 0.005):
     end = time.monotonic() + timeout_s
     while not (found := condition()):
         assert time.monotonic() < end, f"{what} did not happen"
-        time.sleep(0.005)
+        time.sleep(poll_s)
     return found
 
 
@@ -96,16 +96,23 @@ def step_in(folder: Path) -> int:
 def test_twenty_kills_lose_nothing_and_never_corrupt(runs, folder):
     rng, store = random.Random(0), Store(folder / "run" / "checkpoints")
     safe, torn, reached = 0, 0, 0
-    for _ in range(20):
+
+    def saving() -> bool:
+        return any(SAVING in path.name for path in store.path.glob("*"))
+
+    for kill in range(20):
         process = runs.start("train", f"{folder}/run.toml")
         wait_for(lambda at=reached: step_in(folder) > at, f"a step after {reached}")
-        time.sleep(rng.uniform(0.0, 0.4))
+        if kill % 2:
+            wait_for(saving, "a save", poll_s=0.0)
+        else:
+            time.sleep(rng.uniform(0.0, 0.4))
         process.send_signal(signal.SIGKILL)
         assert process.wait()[0] == -signal.SIGKILL
         out = process.output()
         assert "damaged" not in out
         assert f"resumed    after step {safe}" in out if safe else "resumed" not in out
-        torn += any("tmp" in path.name for path in store.path.glob("*"))
+        torn += saving()
         steps = store.steps()
         assert max(steps, default=0) >= safe
         safe, reached = max(steps, default=0), step_in(folder)
