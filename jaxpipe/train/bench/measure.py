@@ -19,7 +19,8 @@ from jaxpipe.train.bench.one_core import OneCore
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; times in seconds, medians.
+    """One line of the table; times in seconds, medians. Ratios are medians too, of those of the rounds: in a round all
+    is timed at one speed of the machine.
 
     Attributes:
         case: The model in a few words.
@@ -34,9 +35,9 @@ class Row:
         t_dev_s: The lanes alone.
         t1_s: The step without a pipeline on one core.
         limit_s: What the step could be at best.
-        ratio_to_limit: ``step_s / limit_s``.
-        t_dev_ratio: ``t_dev_s * min(P, cores) / t1_s``: how much the devices are in each other's way.
-        speedup: ``t1_s / step_s``.
+        ratio_to_limit: The step over its limit.
+        t_dev_ratio: T_dev · min(P, cores) / T1: how much the devices are in each other's way.
+        speedup: T1 over the step.
         cpu_s: CPU seconds of the step, all threads.
         t_dev_cpu_s: CPU seconds of the lanes alone.
         temp_bytes: The compiled step's temporaries per device.
@@ -99,7 +100,11 @@ def measure(case: Case, single: OneCore, rounds: int) -> Row:
             for key, value in (("step", whole), ("dev", dev), ("one", one), ("cpu", cpu), ("dev_cpu", dev_cpu)):
                 times[key].append(value)
     median = {key: statistics.median(values) for key, values in times.items()}
-    limit = median["dev"] * (lockstep_ratio(case) if schedule.devices <= cores else 1.0)
+    stretch = lockstep_ratio(case) if schedule.devices <= cores else 1.0
+
+    def ratio(above: str, below: str) -> float:
+        return statistics.median(a / b for a, b in zip(times[above], times[below], strict=True))
+
     return Row(
         case=str(case.workload),
         schedule=schedule.name,
@@ -112,10 +117,10 @@ def measure(case: Case, single: OneCore, rounds: int) -> Row:
         step_s=median["step"],
         t_dev_s=median["dev"],
         t1_s=median["one"],
-        limit_s=limit,
-        ratio_to_limit=median["step"] / limit,
-        t_dev_ratio=median["dev"] * min(schedule.devices, cores) / median["one"],
-        speedup=median["one"] / median["step"],
+        limit_s=median["dev"] * stretch,
+        ratio_to_limit=ratio("step", "dev") / stretch,
+        t_dev_ratio=ratio("dev", "one") * min(schedule.devices, cores),
+        speedup=ratio("one", "step"),
         cpu_s=median["cpu"],
         t_dev_cpu_s=median["dev_cpu"],
         temp_bytes=memory_of(step).temp_size_in_bytes,

@@ -11,7 +11,8 @@ from jaxpipe.train.bench.trace import Trace
 def head(cores: int) -> str:
     """What stands above the lines."""
     return (
-        f"T1 on one core, the rest on {cores}; seconds are medians; limit adds the bubble to T_dev where P <= {cores}\n"
+        f"T1 on one core, the rest on {cores}; limit adds the bubble to T_dev where P <= {cores}\n"
+        "seconds are medians, ratios the medians of the rounds' own\n"
         "moved MB: what a tick copies, stashes and fetches, at most\n"
         f"{'schedule':17} {'P':>2} {'V':>2} {'M':>3} {'remat':>5} {'idle':>4} {'T1':>7} {'T_dev':>7} {'limit':>7} "
         f"{'step':>7} {'step/limit':>10} {'T_dev*n/T1':>10} {'T1/step':>7} {'cpu s':>6} {'temp MB':>8} {'plan MB':>8} "
