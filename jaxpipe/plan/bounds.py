@@ -88,7 +88,7 @@ def least_memory(problem: Problem, option: Option, costs: ModelCosts) -> Memory:
     if len(costs.blocks) == 1:
         return found
     # [1] Where kinds differ, an uneven split may have less; not less than half.
-    return Memory(0.5 * found.weights, 0.5 * found.optimizer, 0.5 * found.activations, 0.5 * found.buffers)
+    return Memory(*(0.5 * part for part in vars(found).values()))
 
 
 @lru_cache(maxsize=4096)

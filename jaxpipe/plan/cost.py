@@ -87,7 +87,7 @@ class ModelCosts:
         param_bytes: Of a parameter at rest.
         tick_s: What a tick takes besides its lanes.
         hop_s: Seconds of a hop of `carry_bytes`, where it was measured; None: by the device's links.
-        scratch: Whether every kind of slot has one more, which idle lanes write.
+        conditional: Whether lanes are conditionals, as everywhere but on CPU devices (`jaxpipe.runtime.lane`).
     """
 
     source: Source
@@ -105,7 +105,7 @@ class ModelCosts:
     param_bytes: int
     tick_s: float = 0.0
     hop_s: float | None = None
-    scratch: bool = field(default=True)
+    conditional: bool = field(default=True)
 
 
 def analytic(shape: ModelShape, device: DeviceSpec, *, rows: int, tensor: int = 1) -> ModelCosts:
@@ -144,7 +144,7 @@ def analytic(shape: ModelShape, device: DeviceSpec, *, rows: int, tensor: int = 
         stage_working_bytes=6 * carry,
         dtype_bytes=size,
         param_bytes=shape.param_bytes,
-        scratch=device.cores is None,
+        conditional=device.cores is None,
     )
 
 

@@ -9,10 +9,12 @@ form of the largest stage of each repeat. While a step runs there are
     buffers       gradient sums, embedding and head gathered with their gradients, weights gathered or in the compute
                   dtype, the working memory of one lane
 
-The last two are the terms of `TickTable.bytes`.
+The last two are the terms of `TickTable.bytes`. Where lanes are conditionals, what they make lies in memory of its own
+before it is committed, and counts as working memory (`ModelCosts.conditional`).
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
@@ -34,12 +36,14 @@ class Memory:
         optimizer: State of AdamW.
         activations: Slots and carries.
         buffers: Everything else that a step needs.
+        lent: How much of activations and buffers lies in the arrays of the gradients, where a step gives those back.
     """
 
     weights: float
     optimizer: float
     activations: float
     buffers: float
+    lent: float = 0.0
 
     @property
     def total(self) -> float:
@@ -49,7 +53,7 @@ class Memory:
     @property
     def temporary(self) -> float:
         """What XLA reports as the temporaries of the step without optimizer."""
-        return self.activations + self.buffers
+        return self.activations + self.buffers - self.lent
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,16 @@ class StageBlocks:
     devices: int
     placement: Placement
 
+    @property
+    def repeats(self) -> int:
+        """Stages per device."""
+        return len(self.kinds) // self.devices
+
     @cached_property
     def stored(self) -> Counter[str]:
         """Blocks whose room a device has: of each repeat's largest stage, kind by kind."""
         total: Counter[str] = Counter()
-        for repeat in range(len(self.kinds) // self.devices):
+        for repeat in range(self.repeats):
             largest: Counter[str] = Counter()
             for device in range(self.devices):
                 largest |= self.kinds[self._stage_at(device, repeat)]
@@ -115,14 +124,19 @@ def model_bytes(
         vocab_parallel: Whether embedding and head stay cut.
     """
 
-    def largest(name: str, less: float) -> float:
-        by_kind = {kind: getattr(block, name)[remat] for kind, block in costs.blocks.items()}
+    def largest_sum(by_kind: Mapping[str, float], less: float = 0.0) -> float:
         return max(sum(by_kind[k] * n for k, n in row) - less * bool(row) for row in blocks.distinct)
+
+    def largest(name: str, less: float) -> float:
+        return largest_sum({kind: getattr(block, name)[remat] for kind, block in costs.blocks.items()}, less)
 
     # [1] The input of a stage's first block rests in an activation slot, not among the residuals.
     residual = largest("residual_bytes", costs.carry_bytes if remat != "full" else 0.0)
     crossing = largest("weight_residual_bytes", costs.carry_bytes if remat == "full" else 0.0)
     working = costs.stage_working_bytes + largest("split_working_bytes" if split else "working_bytes", 0.0)
+    if costs.conditional:
+        made = largest_sum({kind: block.params for kind, block in costs.blocks.items()})
+        working += made * min(costs.dtype_bytes, costs.param_bytes) + (max(0.0, crossing) if split else 0.0)
     stored = stored_params(costs, blocks)
     ends = costs.ends_params / (blocks.devices if vocab_parallel else 1)
     casts = gathers or costs.dtype_bytes < costs.param_bytes
@@ -139,17 +153,17 @@ def model_bytes(
     )
 
 
-def terms(slots: Slots, placement: Placement, model: ModelBytes, *, scratch: bool) -> dict[str, int]:
+def terms(slots: Slots, placement: Placement, model: ModelBytes, *, conditional: bool) -> dict[str, int]:
     """The program's temporaries, term by term.
 
     Args:
         slots: How many buffers there are.
         placement: Of the schedule.
         model: Sizes of the pieces.
-        scratch: Whether idle lanes write a slot of their own, as they do everywhere but on CPU devices.
+        conditional: Whether lanes are conditionals, whose idle branches write a slot of their own.
     """
     found = temporary_bytes(slots, placement, model)
-    if not scratch:
+    if not conditional:
         found["residual slots"] -= model.residual
         if slots.weight_residual:
             found["weight-residual slots"] -= model.weight_residual
@@ -171,11 +185,15 @@ def memory(
     """
     stored = stored_params(costs, blocks)
     resting = (stored + costs.ends_params / blocks.devices) * costs.param_bytes / fsdp
-    parts = terms(slots, blocks.placement, model, scratch=costs.scratch)
+    parts = terms(slots, blocks.placement, model, conditional=costs.conditional)
     activations = sum(size for name, size in parts.items() if name in ACTIVATIONS or name.endswith("carries"))
+    # [1] A sum of one repeat is a gradient's array. Those of several lie elsewhere, and smaller things in these arrays;
+    # of the room so lent three quarters are used, in what was compiled for H100s.
+    room = 1.0 if blocks.repeats == 1 and fsdp == 1 else 0.75
     return Memory(
         weights=resting,
         optimizer=moments * resting,
         activations=activations,
         buffers=sum(parts.values()) - activations,
+        lent=room * resting if costs.conditional else 0.0,
     )

@@ -154,7 +154,7 @@ def assemble_costs(
         stage_working_bytes=base,
         dtype_bytes=leaves[0].dtype.itemsize,
         param_bytes=jax.dtypes.canonicalize_dtype(config.model.param_dtype).itemsize,
-        scratch=device.cores is None,
+        conditional=device.cores is None,
     )
 
 

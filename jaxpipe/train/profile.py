@@ -12,7 +12,7 @@ from jaxpipe.plan import BlockCost, LaneTimes, ModelCosts, Space
 from jaxpipe.train.config import Config
 from jaxpipe.train.planning import gpt_shape
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,38 @@
+"""What the planner counts where lanes are conditionals and where they are loops."""
+
+from dataclasses import replace
+
+import pytest
+
+from jaxpipe.plan import analytic, find_device
+from jaxpipe.plan.memory import memory, model_bytes, stage_blocks, terms
+from jaxpipe.schedule.table import Slots
+from jaxpipe.train.config import from_tables
+from jaxpipe.train.planning import gpt_shape
+
+CONFIG = from_tables({"model": {"vocab_size": 256, "num_layers": 8, "num_heads": 4, "d_model": 64}})
+SLOTS = Slots(activation=3, residual=2, gradient=0, weight_residual=2)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_what_conditionals_make_counts_and_gradients_lend_their_room(split, repeats):
+    shape = gpt_shape(CONFIG.model, 64)
+    costs = analytic(shape, find_device("h100"), rows=2)
+    assert costs.conditional and not analytic(shape, find_device("cpu", cores=2), rows=2).conditional
+    stages = 2 * repeats
+    blocks = stage_blocks((8 // stages,) * stages, shape.kinds, 2, "loop")
+
+    def sizes(conditional: bool):
+        return model_bytes(replace(costs, conditional=conditional), blocks, "none", split=split, gathers=False)
+
+    branch, loop = sizes(True), sizes(False)
+    made = 8 // stages * costs.blocks["block"].params * costs.dtype_bytes + branch.weight_residual
+    assert branch.backward - loop.backward == pytest.approx(made, abs=2)
+    slots = SLOTS if split else replace(SLOTS, weight_residual=0)
+    more, less = (sum(terms(slots, "loop", loop, conditional=c).values()) for c in (True, False))
+    assert more - less == loop.residual + loop.weight_residual
+    found = memory(slots, branch, costs, blocks, fsdp=1)
+    assert found.lent == pytest.approx(found.weights * (1.0 if repeats == 1 else 0.75))
+    assert found.temporary == found.activations + found.buffers - found.lent
+    assert found.total == found.weights + found.optimizer + found.activations + found.buffers
