@@ -49,7 +49,7 @@ def split_bound(problem: Problem, option: Option, costs: ModelCosts, blocks: Sta
         behind += gradient[device]
     cores = problem.device.cores
     if cores is not None:
-        least = max(least, m * sum(works) * option.stride / cores)
+        least = max(least / costs.alone, m * sum(works) * option.stride / cores)
     least += m * ends_of(costs, option, problem).everywhere
     return least + sum(around(problem, option, costs, stored_params(costs, blocks)))
 
@@ -61,7 +61,7 @@ def least_s(problem: Problem, option: Option, costs: ModelCosts) -> float:
     total = sum(work_of(times_of(costs.blocks[kind], option), split) * n for kind, n in blocks)
     total += ends.first_forward + ends.first_backward + ends.last_forward
     cores = problem.device.cores
-    share = max(1 / option.pipe, option.stride / cores if cores else 0.0)
+    share = max(1 / option.pipe / costs.alone, option.stride / cores) if cores else 1 / option.pipe
     params = sum(costs.blocks[kind].params * n for kind, n in blocks) / option.pipe
     busy = option.microbatches * (total * share + ends.everywhere)
     return (busy + sum(around(problem, option, costs, params))) * (1 - 1e-9)

@@ -87,6 +87,7 @@ class ModelCosts:
         param_bytes: Of a parameter at rest.
         tick_s: What a tick takes besides its lanes.
         hop_s: Seconds of a hop of `carry_bytes`, where it was measured; None: by the device's links.
+        alone: How many times as fast a lane is while no other device computes, where devices share cores.
         conditional: Whether lanes are conditionals, as everywhere but on CPU devices (`jaxpipe.runtime.lane`).
     """
 
@@ -105,6 +106,7 @@ class ModelCosts:
     param_bytes: int
     tick_s: float = 0.0
     hop_s: float | None = None
+    alone: float = 1.0
     conditional: bool = field(default=True)
 
 

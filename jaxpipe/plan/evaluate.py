@@ -10,7 +10,7 @@ from jaxpipe.plan.cost import ModelCosts
 from jaxpipe.plan.memory import StageBlocks, stage_blocks, stored_params
 from jaxpipe.plan.price import SPLIT, around, ends_of, hop_of, kept, prices_of, relative_prices
 from jaxpipe.plan.problem import Option, Order, Packing, Plan, Problem
-from jaxpipe.plan.rhythm import Prices, Rhythm, choose, rhythms
+from jaxpipe.plan.rhythm import Cores, Prices, Rhythm, choose, rhythms
 from jaxpipe.plan.splits import splits
 from jaxpipe.schedule.catalog import CATALOG
 
@@ -66,8 +66,8 @@ def _plan(
     order: str,
 ) -> Plan:
     device, hop, ends = problem.device, hop_of(costs, option, problem), ends_of(costs, option, problem)
-    cores = None if device.cores is None else device.cores / option.stride
-    loop = chosen.makespan(prices, hop, ends.everywhere, cores, blocking=device.cores is not None)
+    cores = None if device.cores is None else Cores(device.cores / option.stride, costs.alone)
+    loop = chosen.makespan(prices, hop, ends.everywhere, cores)
     loop += chosen.ticks * costs.tick_s
     sync, update = around(problem, option, costs, stored_params(costs, blocks))
     step = loop + sync + update

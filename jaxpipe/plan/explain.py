@@ -45,7 +45,7 @@ def parts(problem: Problem, plan: Plan) -> list[Part]:
     ends = ends_of(costs, option, problem)
     share = option.microbatches / option.pipe
     if problem.device.cores is not None:
-        share = max(share, option.microbatches * option.stride / problem.device.cores)
+        share = max(share / costs.alone, option.microbatches * option.stride / problem.device.cores)
     plain = {kind: block.times["all"] for kind, block in costs.blocks.items()}
 
     def total(lanes: dict) -> float:

@@ -5,7 +5,8 @@ is one for fewer with more of the same: from 4P microbatches on, P more add the 
 `rhythms` therefore builds schedules for at most 4P microbatches and adds the rest, where P divides their number.
 
 `Rhythm.makespan` is the model of `jaxpipe.schedule.lockstep.lockstep_makespan`, which tests hold it to, and two things
-more that are true of devices simulated on a CPU: hops that nothing hides, and cores that devices share.
+more that are true of devices simulated on a CPU: hops that nothing hides, and cores that devices share, so that one
+which waits leaves its core to the others.
 """
 
 from collections import Counter, defaultdict
@@ -72,21 +73,16 @@ class Rhythm:
         """Buffers of each kind, residuals counted as if all stages kept some."""
         return self.count_slots()
 
-    def makespan(
-        self, prices: "Prices", hop: float = 0.0, head: float = 0.0, cores: float | None = None, blocking: bool = False
-    ) -> float:
+    def makespan(self, prices: "Prices", hop: float = 0.0, head: float = 0.0, cores: "Cores | None" = None) -> float:
         """Time of the loop when every tick waits for its slowest device.
 
         Args:
             prices: Times of the actions.
             hop: Time of a transfer.
             head: Time of a head that all devices run.
-            cores: Cores that all devices share; None where each has its own.
-            blocking: Whether nothing hides a hop: all of a tick's stand at its start.
+            cores: What all devices share, where nothing hides a hop; None where each computes alone.
         """
-        return sum(
-            count * _time(beat, prices, hop, head, cores, blocking) for beat, count in self._classes(prices.classes)
-        )
+        return sum(count * _time(beat, prices, hop, head, cores) for beat, count in self._classes(prices.classes))
 
     def _classes(self, classes: tuple[int, ...]) -> "list[tuple[_Tick, float]]":
         """The kinds of tick that are left when stages of one class are alike."""
@@ -114,6 +110,40 @@ class _Tick(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Cores:
+    """The cores of a machine whose devices are simulated.
+
+    Attributes:
+        number: Of them.
+        alone: How many times as fast a lane is while no other device computes: it has all cores, and their memory.
+    """
+
+    number: float
+    alone: float = 1.0
+
+    def time(self, lanes: Sequence[tuple[float, int]]) -> float:
+        """Seconds until all of some lanes have ended that start together and get equal shares.
+
+        Args:
+            lanes: Seconds of a lane, and how many devices run such a one.
+        """
+        time = done = 0.0
+        running = sum(number for _, number in lanes)
+        for seconds, number in sorted(lanes):
+            time += (seconds - done) * running / self._speed(running) if seconds > done else 0.0
+            done = max(done, seconds)
+            running -= number
+        return time
+
+    def _speed(self, running: int) -> float:
+        """What all lanes that run get done together, in lanes beside others."""
+        if running >= self.number or self.number <= 1:
+            return self.number
+        gained = min(self.alone, self.number) - 1
+        return running + gained * (self.number - running) / (self.number - 1)
+
+
+@dataclass(frozen=True)
 class Prices:
     """Times of the actions, by stage; the last entry is 0, for lanes that do nothing."""
 
@@ -137,18 +167,16 @@ class Prices:
         return tuple(first.setdefault(row, stage) for stage, row in enumerate(rows))
 
 
-def _time(tick: _Tick, prices: Prices, hop: float, head: float, cores: float | None, blocking: bool) -> float:
+def _time(tick: _Tick, prices: Prices, hop: float, head: float, cores: Cores | None) -> float:
     forward, backward, inputs, weight = prices.forward, prices.backward, prices.input, prices.weight
     lanes = [
         (forward[f], (inputs if only else backward)[b] + weight[w], number) for (f, b, only, w), number in tick.lanes
     ]
     head = head if tick.head else 0.0
-    if blocking or cores is not None:
-        slowest = max(f + b for f, b, _ in lanes)
+    if cores is not None:
         devices = sum(number for _, _, number in lanes)
-        shared = sum((f + b) * number for f, b, number in lanes) / cores if cores else 0.0
-        heads = head * max(1.0, devices / cores) if cores else head
-        return max(slowest, shared) + heads + hop * (blocking and (tick.before or tick.sends))
+        heads = head * max(1.0, devices / cores.number)
+        return cores.time([(f + b, number) for f, b, number in lanes]) + heads + hop * (tick.before or tick.sends)
     floor_f, floor_b = hop * tick.before, hop * tick.sends
     if head:
         return max(max(f for f, _, _ in lanes), floor_f) + head + max(max(b for _, b, _ in lanes), floor_b)

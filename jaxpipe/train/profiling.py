@@ -2,12 +2,14 @@
 
 Every lane is timed as the compiled loop runs it: in a loop, from stash slots and into them, weight gradients added to
 an accumulator. The loop runs for few turns and for many, and the difference counts, so that filling the slots does not.
-On CPU devices as many as there are cores run it at the same time, as in a pipeline there.
+On CPU devices as many as there are cores run it at the same time, as in a pipeline there. One is timed alone too: it
+takes the others' cores and their share of the memory's bandwidth, so that a bubble there costs less than its time.
 """
 
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -55,7 +57,7 @@ def profile(
     """
     devices = jax.devices()
     together = devices[: min(len(devices), device.cores)] if device.cores else devices[:1]
-    clock = _Clock(together, rounds)
+    clock, single = _Clock(together, rounds), _Clock(together[:1], rounds)
     costs = {}
     for count in rows:
         parts = parts_of(config, count, remats)
@@ -70,7 +72,15 @@ def profile(
             f"ends     rows={count}  embedding {1e3 * ends[0]:.3f}, its gradient {1e3 * ends[1]:.3f}, "
             f"head {1e3 * ends[2]:.3f} ms"
         )
-        costs[count] = assemble_costs(config, parts, remats, times, ends, source="measured", device=device)
+        alone = 1.0
+        if len(together) > 1:
+            kind, remat = parts.kinds[0], remats[0]
+            one = _lane_times(parts.stages[kind, remat, 1], single)
+            beside = sum(vars(times[kind, remat]).values())
+            alone = min(max(1.0, beside / sum(vars(one).values())), float(len(together)))
+            note(f"{kind:8} rows={count} remat={remat:4}  alone {alone:.2f} times as fast as beside others")
+        found = assemble_costs(config, parts, remats, times, ends, source="measured", device=device)
+        costs[count] = replace(found, alone=alone)
     hops = tuple((float(size), _hop_s(devices, size, rounds)) for size in HOP_BYTES) if len(devices) > 1 else ()
     for size, seconds in hops:
         note(f"hop      {size / 1024:6.0f} KB  {1e6 * seconds:.1f} us")

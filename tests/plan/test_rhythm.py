@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxpipe.plan.rhythm import Prices, choose, rhythms
+from jaxpipe.plan.rhythm import Cores, Prices, choose, rhythms
 from jaxpipe.schedule import Costs, build, lower
 from jaxpipe.schedule.catalog import CATALOG
 from jaxpipe.schedule.lockstep import lockstep_makespan
@@ -38,4 +38,22 @@ def test_devices_that_share_cores_take_turns():
     """Four devices on one core do all their work one after the other, and bubbles cost nothing."""
     schedule = build("1f1b", devices=4, microbatches=8)
     (first, *_) = rhythms("1f1b", 4, 8, 1)
-    assert first.makespan(Prices.of(Costs(), schedule), cores=1) == pytest.approx(4 * 8 * 3)
+    assert first.makespan(Prices.of(Costs(), schedule), cores=Cores(1)) == pytest.approx(4 * 8 * 3)
+
+
+@pytest.mark.parametrize(
+    ("cores", "lanes", "seconds"),
+    [
+        (Cores(2), [(3.0, 1), (1.0, 1)], 3.0),
+        (Cores(2, 2.0), [(3.0, 1), (1.0, 1)], 2.0),  # one second beside each other, then two seconds' work in one
+        (Cores(2, 1.5), [(0.0, 1), (3.0, 1)], 2.0),
+        (Cores(2, 2.0), [(1.0, 4)], 2.0),
+        (Cores(2), [(1.0, 2), (3.0, 1)], 3.5),  # three share two cores until the short ones have ended
+        (Cores(4, 3.0), [(1.0, 2)], 2 / (2 + 2 * 2 / 3)),
+        (Cores(0.5, 2.0), [(1.0, 1)], 2.0),
+    ],
+)
+def test_a_device_that_waits_leaves_its_core_to_the_others(cores, lanes, seconds):
+    assert cores.time(lanes) == pytest.approx(seconds)
+    busy, longest = sum(s * n for s, n in lanes), max(s for s, _ in lanes)
+    assert cores.time(lanes) >= max(busy / cores.number, longest / cores.alone) * (1 - 1e-9)
