@@ -143,6 +143,7 @@ def test_the_measured_step_is_said_once_beside_the_prediction():
 
 def test_a_profile_is_written_read_and_held_to_its_model(costs, tmp_path):
     fields = json.loads(json.dumps(dict(gpt_shape(CONFIG.model, 64).fields)))
+    costs = replace(costs, alone=1.5)
     made = Profile("cpu", "cpu", 2, fields, {2: costs}, ((1024.0, 1e-4), (4096.0, 2e-4)), 1e10)
     path = tmp_path / "profile.json"
     path.write_text(made.to_json())
