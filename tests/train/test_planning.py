@@ -15,6 +15,7 @@ from jaxpipe.plan import Problem, Space, analytic, find_device, search
 from jaxpipe.runtime.sizes import memory_of
 from jaxpipe.schedule import build
 from jaxpipe.train import load
+from jaxpipe.train.bench import num_cores
 from jaxpipe.train.compiled import compiled_costs
 from jaxpipe.train.config import from_tables
 from jaxpipe.train.model import gpt_model
@@ -182,6 +183,24 @@ def test_the_command_writes_a_config_that_runs_take(config_file, tmp_path, capsy
     assert main(["plan", "--from", str(tmp_path), *small[1:]]) == 0
     assert "fastest plans" in capsys.readouterr().out
     assert planned(CONFIG, resolve(CONFIG, CPU).plan).schedule.name == "1f1b"  # pyright: ignore[reportArgumentType]
+
+
+def test_a_measured_profile_prices_plans(config_file, tmp_path, capsys):
+    """`jaxpipe profile`, read by `jaxpipe plan`."""
+    out = str(tmp_path / "profile.json")
+    tiny = ["model.num_layers=4", "train.seq_len=16"]
+    assert main(["profile", config_file, *tiny, "--remat", "none", "--rounds", "1", "--out", out]) == 0
+    said = capsys.readouterr().out
+    assert "wrote " in said and "hop " in said
+    (costs,) = read_profile(out).costs.values()
+    assert costs.source == "measured" and 1.0 <= costs.alone <= num_cores()
+    assert ("times as fast as beside others" in said) == (num_cores() > 1)
+    lanes = vars(costs.blocks["block"].times["none"])
+    assert all(seconds > 0 for seconds in lanes.values()), lanes
+    assert main(["plan", config_file, *tiny, "--devices", "4", "--costs", out, "--remat", "none"]) == 0
+    assert "fastest plans" in capsys.readouterr().out
+    assert main(["profile", config_file, "--rounds", "0"]) == 2
+    assert "--rounds 0 must be at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
