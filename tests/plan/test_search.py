@@ -78,8 +78,16 @@ def test_no_plan_of_any_option_is_faster():
     assert best.step_s == min(plan.step_s for plan in every if plan.memory.total <= asked.limit_bytes)
 
 
-def test_bounds_are_bounds():
-    asked = problem()
+@pytest.mark.parametrize(
+    ("device", "alone"), [(H100, 1.0), (find_device("cpu", cores=2), 1.8), (find_device("cpu", cores=6), 3.0)]
+)
+def test_bounds_are_bounds(device, alone):
+    shape = replace(SHAPE, dtype="float32")
+
+    def priced(rows, tensor):
+        return replace(analytic(shape, device, rows=rows, tensor=tensor), alone=alone)
+
+    asked = problem(device=device, shape=shape, costs=priced)
     for option in options(asked):
         costs = asked.costs(option.rows, option.tensor)
         found = list(plans(asked, option, costs))
