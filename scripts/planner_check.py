@@ -220,8 +220,10 @@ def main() -> None:
         found.append(row)
     best = min(found, key=lambda row: row["predicted_s"])
     place = 1 + sorted(row["measured_s"] for row in found).index(best["measured_s"])
+    alone = [one.costs[rows].alone for one, _ in sides]
     if options.json:
-        print(json.dumps({"cores": num_cores(), "rows": found, "place_of_predicted_best": place}, indent=1))
+        answer = {"cores": num_cores(), "rows": found, "place_of_predicted_best": place, "alone": alone}
+        print(json.dumps(answer, indent=1))
         return
     print(f"{num_cores()} cores; medians of {options.rounds} steps, all cases in turn\n")
     print("| schedule | P | V | remat | stages | predicted s | measured s | error | predicted MB | temp MB | error |")
@@ -241,6 +243,7 @@ def main() -> None:
     print(f"the predicted best of {len(found)} is number {place} as measured")
     drift = statistics.fmean(row["drift"] for row in found)
     print(f"predictions from blocks timed after the steps instead of before: {drift:+.0%}")
+    print("a lane alone is " + " and ".join(f"{times:.2f}" for times in alone) + " times as fast as beside others")
 
 
 if __name__ == "__main__":
