@@ -104,13 +104,18 @@ def without_gloo(lines: Iterable[str]) -> Iterator[str]:
     open_ends = 0
     for line in lines:
         begun = line.count(GLOO[0])
-        if begun or (open_ends and any(piece in line for piece in GLOO)) or (open_ends and line.strip().isdigit()):
-            open_ends += begun - 1
+        if begun or (open_ends and (any(piece in line for piece in GLOO) or _is_rest(line))):
             for piece in GLOO:
                 line = line.replace(piece, "")
-            if not line.strip() or line.strip().isdigit():
+            open_ends += begun - _is_rest(line)  # else the line ends with what somebody else wrote in between
+            if _is_rest(line):
                 continue
         yield line
+
+
+def _is_rest(line: str) -> bool:
+    """Whether a line has nothing but a number, or not even that: all that is left of Gloo's without its words."""
+    return not line.strip() or line.strip().isdigit()
 
 
 def _wait(processes: list[subprocess.Popen]) -> int:

@@ -390,7 +390,10 @@ def test_lines_of_gloo_are_left_out_though_they_come_in_pieces():
     without_gloo = runpy.run_path(str(ROOT / "scripts" / "launch_local.py"))["without_gloo"]
     text = "is connected to 1 peer ranks. Expected number of connected peer ranks is : 1"
     whole, torn = f"[Gloo] Rank 0 {text}\n", ["[Gloo] Rank [Gloo] Rank 01 is connected to 1\n", f" {text}\n"]
-    assert list(without_gloo([whole, "step 1\n", *torn, "12\n", whole])) == ["step 1\n", "12\n"]
+    run_on = [f"[Gloo] Rank 0 {text}[Gloo] Rank 1 {text}\n", "\n"]
+    cut = ["[Gloo] Rank step 2\n", f"0 {text}\n"]
+    shown = ["step 1\n", "12\n", "\n", "step 2\n", "3\n"]
+    assert list(without_gloo([whole, "step 1\n", *torn, "12\n", *run_on, "\n", *cut, "3\n", whole])) == shown
 
 
 def test_sigterm_to_one_stops_all_after_the_same_step(folder):
