@@ -175,7 +175,7 @@ class Program:
             weight=everywhere(state["weight"]),
             aux=everywhere(state["aux"]) if "aux" in state else None,
             metrics=jax.tree.map(self._metric, state["metrics"]) if self.metrics else {},
-            gradient=self._reduce(state) if self.trains else None,
+            gradient=self._reduce(device, state) if self.trains else None,
         )
 
     @cached_property
@@ -245,25 +245,10 @@ class Program:
 
         return jax.tree.map(leaf, blocks, self.stages.weights[repeat], self.rests[repeat])
 
-    def block_gradients(self, accumulators: list) -> list:
-        """The accumulators of this device's blocks as gradients ``[1, ...]``, summed over batch shards."""
-
-        def of(repeat: int, number: int, weights: Tree, rests: Tree) -> Tree:
-            accumulator = self.stages.accumulators[number]
-            row = accumulator.rows[repeat]
-
-            def leaf(sums, like, rest):
-                own = sums if accumulator.num_rows == 1 else sums[row]
-                own = own if own.shape == like.shape else own[: like.shape[0]]
-                return reduce(own[None], rest, self.mesh, BATCH)
-
-            return jax.tree.map(leaf, accumulators[number], weights, rests)
-
-        known = zip(self.stages.places, self.stages.weights, self.rests, strict=True)
-        return [
-            [of(repeat, *each) for each in zip(places, weights, rests, strict=True)]
-            for repeat, (places, weights, rests) in enumerate(known)
-        ]
+    def block_gradients(self, device: Device, sums: list) -> list:
+        """The gradient sums of a device's blocks as gradients ``[1, ...]``, summed over batch shards."""
+        own = sums if device.branches_commit else self.stages.apart(sums)
+        return jax.tree.map(lambda leaf, rest: reduce(leaf[None], rest, self.mesh, BATCH), own, self.rests)
 
     @cached_property
     def rests(self) -> list:
@@ -272,9 +257,10 @@ class Program:
         shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct((devices, *s.shape), s.dtype), self.stages.weights)
         return self.layout.rests({"blocks": shapes})["blocks"]
 
-    def _reduce(self, state: dict) -> Tree:
+    def _reduce(self, device: Device, state: dict) -> Tree:
         """Local accumulators to gradients: the one reduction per step."""
-        return {**self.ends.reduce(state["ends"], self.mesh), "blocks": self.block_gradients(state["blocks"])}
+        blocks = self.block_gradients(device, state["blocks"])
+        return {**self.ends.reduce(state["ends"], self.mesh), "blocks": blocks}
 
 
 def _turn(device: Device, phase: Phase, state: dict, row: dict) -> tuple[dict, None]:

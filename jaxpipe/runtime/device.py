@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,24 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxpipe.runtime import keys, slots
 from jaxpipe.runtime.clock import Clock
 from jaxpipe.runtime.ends import Ends, accumulate, shared_leaves
-from jaxpipe.runtime.lane import Commit, Lane, Skip, run_lane
+from jaxpipe.runtime.lane import SCOPES, Commit, Lane, Skip, run_lane
 from jaxpipe.runtime.mesh import TENSOR
 from jaxpipe.runtime.model import Model, Tree
 from jaxpipe.runtime.stage import Context
-from jaxpipe.runtime.stages import Branch, Stages
+from jaxpipe.runtime.stages import Branch, Stages, pad
 from jaxpipe.schedule import TickTable
+
+
+class Gradients(NamedTuple):
+    """Weight gradients of a stage, to be added to the sums.
+
+    Attributes:
+        branch: Which branch made them, or None if that is not known when traced.
+        own: Of the branch's parameters; or, in the form of `Stages.gradients`, of any.
+    """
+
+    branch: Branch | None
+    own: Tree
 
 
 @dataclass(frozen=True)
@@ -108,6 +120,10 @@ class Device:
 
     def run(self, lane: Lane, state: dict, index, carry: Tree, given: Tree) -> tuple[dict, Tree, Commit]:
         """Runs a lane where `index` is not -1; see `run_lane`."""
+        with jax.named_scope(SCOPES[lane.label[0]] if lane.label else "vocabulary"):
+            return self._run(lane, state, index, carry, given)
+
+    def _run(self, lane: Lane, state: dict, index, carry: Tree, given: Tree) -> tuple[dict, Tree, Commit]:
         skip: Skip = "loop" if lane.rare and self.skip == "branch" else self.skip
         if self.clock is None or lane.label is None:
             return run_lane(skip, lane, state, index, carry, given, self.zeros)
@@ -119,16 +135,37 @@ class Device:
         state, carry = self.clock.stop(where, lane, state, index, carry, commit)
         return state, carry, commit
 
-    def add(self, state: dict, repeat, gradients: dict) -> dict:
-        """The state's entries with the weight gradients of a stage added; those of an idle lane are zero."""
-        accumulators, rows = self.stages.accumulators, self.stages.rows(jnp.maximum(repeat, 0))
-        blocks = [
-            accumulate(sums, tree) if a.num_rows == 1 else slots.add(sums, row, tree)
-            for a, sums, row, tree in zip(accumulators, state["blocks"], rows, gradients["blocks"], strict=True)
-        ]
-        if not jax.tree.leaves(gradients["shared"]):
+    @property
+    def branches_commit(self) -> bool:
+        """Whether each branch commits what it makes; else all hand the same form to one commit for all."""
+        return self.skip == "loop"
+
+    def gradients(self, branch: Branch, dw: Tree) -> "Gradients":
+        """What a branch's backward leaves for `add`."""
+        if self.branches_commit:
+            return Gradients(branch, dw)
+        return Gradients(None, self.stages.spread(branch, dw, self.zeros))
+
+    def add(self, state: dict, repeat, gradients: "Gradients") -> dict:
+        """The state's entries with the weight gradients of a stage added; those of an idle lane are zero.
+
+        Args:
+            state: The loop's state.
+            repeat: Of the stage; -1 where the lane is idle.
+            gradients: From `gradients`.
+        """
+        branch, own = gradients
+        blocks = self._in_rows(state["blocks"], repeat, own) if branch is None else _apart(state["blocks"], branch, own)
+        if not jax.tree.leaves(own["shared"]):
             return {"blocks": blocks}
-        return {"blocks": blocks, "ends": self.parts.add_shared(state["ends"], gradients["shared"])}
+        return {"blocks": blocks, "ends": self.parts.add_shared(state["ends"], own["shared"])}
+
+    def _in_rows(self, blocks: list, repeat, own: Tree) -> list:
+        accumulators, rows = self.stages.accumulators, self.stages.rows(jnp.maximum(repeat, 0))
+        return [
+            accumulate(sums, tree) if a.num_rows == 1 else slots.add(sums, row, tree)
+            for a, sums, row, tree in zip(accumulators, blocks, rows, own["blocks"], strict=True)
+        ]
 
     @property
     def updates(self) -> list[str]:
@@ -175,3 +212,11 @@ class Device:
         mb = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, microbatch, keepdims=False), self.batch)
         group = keys.group_key(self.key, self.shard * self.table.schedule.microbatches + microbatch)
         return Context(mb, group, self.stages.first_block(repeat, self.place))
+
+
+def _apart(blocks: list, branch: Branch, own: Tree) -> list:
+    """The sums ``blocks[repeat][position]`` with the gradients of a branch added."""
+    row = list(blocks[branch.repeat])
+    for position, tree in zip(branch.positions, own["blocks"], strict=True):
+        row[position] = accumulate(row[position], pad(tree, row[position]))
+    return [row if repeat == branch.repeat else sums for repeat, sums in enumerate(blocks)]

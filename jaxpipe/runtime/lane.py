@@ -5,8 +5,9 @@ A lane computes values and *commits* them: into slots and accumulators, which ar
     branch   a conditional computes, idle lanes give zeros, and the commit follows outside of it: updated inside, XLA
              copies slots and accumulators whole. One round trip to the host per lane on a GPU. An idle lane writes its
              zeros into a scratch slot: nobody waits for it, unless devices share cores.
-    loop     a loop of one turn or none computes and commits: what a loop carries is updated in place, and an idle lane
-             does nothing at all. Two round trips to the host per working lane on a GPU, none on a CPU.
+    loop     loops of one turn or none, one for each branch, compute and commit: what a loop carries is updated in
+             place, a branch commits only what it makes, and an idle lane does nothing at all. Two round trips to the
+             host per working lane on a GPU, and one for every other branch; none on a CPU.
     mask     idle lanes compute too and what they make counts as zero. No round trip where there is one branch only, but
              work for nothing, and power.
 
@@ -17,6 +18,7 @@ every tick would cost more than a loop, so GPUs take loops there too.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -27,17 +29,21 @@ from jaxpipe.runtime.model import Tree
 
 Skip = Literal["branch", "loop", "mask"]
 
+SCOPES = {"f": "forward", "b": "backward", "w": "weight_gradient", "h": "head", "e": "embed_gradient"}
+"""By a lane's letter, its name in profiles and in XLA's text."""
+
 
 @dataclass(frozen=True)
 class Lane:
     """What a lane computes, and what becomes of it.
 
     Attributes:
-        branches: ``given -> (carry, kept)``: what is passed on, and what is committed.
+        branches: ``given -> (carry, kept)``: what is passed on, and what is committed. What is committed is alike in
+            all of them, but in loops.
         commit: ``(state, kept) -> state``, for the entries of the loop's state that the lane updates.
-        kept: Shapes of what is committed.
+        kept: Shapes of what is committed, for lanes that are no loops.
         updates: Names of these entries.
-        label: For a `jaxpipe.runtime.clock.Clock`: the lane's letter and the row of the table.
+        label: The lane's letter and the row of the table.
         rare: One device in P runs it and what it commits is large.
     """
 
@@ -89,7 +95,7 @@ def run_lane(
     """
     if skip == "loop":
         part = {name: state[name] for name in lane.updates}
-        part, carry = _run_loop(lane, part, index, carry, given)
+        part, carry = _run_loops(lane, part, index, carry, given)
         return state | part, carry, Commit(None, None)
     branches = [lambda branch=branch: branch(given) for branch in lane.branches]
     if skip == "branch":
@@ -100,15 +106,21 @@ def run_lane(
     return state, carry, Commit(lane.commit, kept)
 
 
-def _run_loop(lane: Lane, state: dict, index: Any, carry: Tree, given: Any) -> tuple[dict, Tree]:
-    def turn(loop):
+def _run_loops(lane: Lane, state: dict, index: Any, carry: Tree, given: Any) -> tuple[dict, Tree]:
+    def turn(branch, loop):
         at, state, _, given = loop
         # Nothing but this barrier tells XLA that the turn depends on being in the loop: without it, it computes the
         # turn in advance, whether or not there will be one.
         at, given = lax.optimization_barrier((at, given))
-        carry, kept = lax.switch(index, [lambda branch=branch: branch(given) for branch in lane.branches])
-        return at + 1, lane.commit(state, kept), carry, given
+        carry, kept = branch(given)
+        return at + 1, state | lane.commit(state, kept), carry, given
 
-    turns = (index >= 0).astype(jnp.int32)
-    _, state, carry, _ = lax.while_loop(lambda loop: loop[0] < turns, turn, (jnp.int32(0), state, carry, given))
+    for number, branch in enumerate(lane.branches):
+        turns = (index == number).astype(jnp.int32)
+        loop = jnp.int32(0), state, carry, given
+        with jax.named_scope(f"branch_{number}"):  # [1]
+            _, state, carry, given = lax.while_loop(lambda loop, n=turns: loop[0] < n, partial(turn, branch), loop)
     return state, carry
+
+
+# [1] So `jaxpipe.runtime.traffic` knows that one of these loops turns, and not all.

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpipe.runtime import end_lanes, slots, vocab_lanes
-from jaxpipe.runtime.device import Device
+from jaxpipe.runtime.device import Device, Gradients
 from jaxpipe.runtime.lane import Commit, Lane
 from jaxpipe.runtime.model import Tree
 from jaxpipe.runtime.stages import Branch
@@ -35,16 +35,18 @@ def forward_lane(device: Device, state: dict, row: dict, arrived: Any) -> tuple[
     def run(branch: Branch, given):
         blocks, shared, x, context = given
         y, aux, residuals = branch.stage.forward(stages.params(branch, blocks, shared), x, context)
-        return device.lay(y), (aux, stages.residuals.fill(residuals, device.zeros) if device.trains else [])
+        if not device.trains or (device.branches_commit and not residuals):
+            return device.lay(y), (aux, None)
+        return device.lay(y), (aux, stages.residuals.fill(residuals, device.zeros))
 
     def commit(state: dict, kept) -> dict:
         aux, residuals = kept
         out = {"aux": state["aux"] + aux[0].astype(state["aux"].dtype)} if aux else {}
-        if device.trains:
+        if residuals is not None:
             out["residual"] = device.keep(state["residual"], row["f_residual"], residuals)
         return out
 
-    shapes = list(stages.stage.aux), list(stages.residuals.shapes) if device.trains else []
+    shapes = list(stages.stage.aux), list(stages.residuals.shapes) if device.trains else None
     updates = [name for name, used in (("aux", stages.stage.aux), ("residual", device.trains)) if used]
     lane = Lane([partial(run, branch) for branch in device.branches], commit, shapes, updates, ("f", row))
     given = device.blocks, device.shared, x, context
@@ -66,15 +68,15 @@ def backward_lane(device: Device, state: dict, row: dict, rb: Any, dy: list | No
         arguments = stages.params(branch, blocks, shared), x, residuals, context, gradient, daux
         if input_only:
             dx, crossing = stage.backward_input(*arguments)
-            crossing = stages.weight_residuals.fill(crossing, device.zeros)
-            return device.lay(dx), (device.zeros(stages.gradients) if full else None, crossing)
+            none = Gradients(None, device.zeros(stages.gradients)) if full and not device.branches_commit else None
+            return device.lay(dx), (none, stages.weight_residuals.fill(crossing, device.zeros))
         dw, dx = stage.backward(*arguments)
-        crossing = device.zeros(list(stages.weight_residuals.shapes)) if split else None
-        return device.lay(dx), (stages.spread(branch, dw, device.zeros), crossing)
+        none = device.zeros(list(stages.weight_residuals.shapes)) if split and not device.branches_commit else None
+        return device.lay(dx), (device.gradients(branch, dw), none)
 
     def commit(state: dict, kept) -> dict:
-        dw, crossing = kept
-        out = {} if dw is None else device.add(state, repeat, dw)
+        gradients, crossing = kept
+        out = {} if gradients is None else device.add(state, repeat, gradients)
         if crossing is not None:
             out["weight_residual"] = device.keep(state["weight_residual"], row["b_weight_residual"], crossing)
         return out
@@ -84,7 +86,8 @@ def backward_lane(device: Device, state: dict, row: dict, rb: Any, dy: list | No
     index = stages.branch_of(repeat, device.place)
     if full and split:
         index += jnp.where(row["b_input_only"] == 1, len(stages.branches), 0)
-    shapes = stages.gradients if full else None, list(stages.weight_residuals.shapes) if split else None
+    gradients = Gradients(None, stages.gradients) if full else None
+    shapes = gradients, list(stages.weight_residuals.shapes) if split else None
     updates = [*(device.updates if full else []), *(["weight_residual"] if split else [])]
     context = device.context(row["b_microbatch"], repeat)
     given = device.blocks, device.shared, state["activation"], state["residual"], context, gradient, device.daux
@@ -103,15 +106,14 @@ def weight_lane(device: Device, state: dict, row: dict) -> dict:
         crossing = device.fetch(crossing, row["w_weight_residual"])
         crossing = stages.weight_residuals.take(stage.weight_residuals, crossing)
         params = stages.params(branch, blocks, shared)
-        dw = stage.backward_weight(params, x, residuals, context, crossing)
-        return (), stages.spread(branch, dw, device.zeros)
+        return (), device.gradients(branch, stage.backward_weight(params, x, residuals, context, crossing))
 
     branches: list[Callable] = [partial(run, branch) for branch in device.branches]
 
-    def commit(state: dict, dw) -> dict:
-        return device.add(state, repeat, dw)
+    def commit(state: dict, gradients: Gradients) -> dict:
+        return device.add(state, repeat, gradients)
 
-    lane = Lane(branches, commit, stages.gradients, device.updates, ("w", row))
+    lane = Lane(branches, commit, Gradients(None, stages.gradients), device.updates, ("w", row))
     context = device.context(row["w_microbatch"], repeat)
     slots_read = (state[name] for name in ("activation", "residual", "weight_residual"))
     given = device.blocks, device.shared, *slots_read, context

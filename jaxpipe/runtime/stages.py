@@ -5,7 +5,9 @@ unevenly or has several kinds of block, in what they compute. A *branch* is one 
 repeat; a table of numbers says which branch a device takes for which repeat. Models of equal stages have one branch per
 repeat.
 
-Gradients are added up in *accumulators*: one for each position of the repeat that has most, a row per repeat.
+Gradients are added up where it is known when traced which branch made them, in arrays of their own for each repeat and
+position, like the weights. Elsewhere in *accumulators*: one for each position of the repeat that has most, a row per
+repeat.
 """
 
 from collections.abc import Sequence
@@ -116,6 +118,19 @@ class Stages:
             for a in self.accumulators
         ]
 
+    def apart(self, sums: Sequence[Tree]) -> list:
+        """What the accumulators hold, by repeat and position, like `weights`."""
+
+        def of(repeat: int, number: int, weights: Tree) -> Tree:
+            accumulator = self.accumulators[number]
+            own = sums[number]
+            if accumulator.num_rows > 1:
+                own = jax.tree.map(lambda leaf: leaf[accumulator.rows[repeat]], own)
+            return jax.tree.map(_cut, own, weights)
+
+        known = zip(self.places, self.weights, strict=True)
+        return [[of(repeat, *each) for each in zip(*row, strict=True)] for repeat, row in enumerate(known)]
+
     def params(self, branch: Branch, blocks: Sequence[Sequence[Tree]], shared: Tree) -> Tree:
         """What a branch's lanes take as parameters, from ``blocks[repeat][position]``."""
         own = [
@@ -137,9 +152,7 @@ class Stages:
         }
         rest = {n: a.params for n, a in enumerate(self.accumulators) if n not in own}
         whole = own | dict(zip(rest, zeros(list(rest.values())), strict=True))
-        blocks = [
-            jax.tree.map(_padded, whole[n], accumulator.params) for n, accumulator in enumerate(self.accumulators)
-        ]
+        blocks = [pad(whole[n], accumulator.params) for n, accumulator in enumerate(self.accumulators)]
         return {"blocks": blocks, "shared": gradient["shared"]}
 
 
@@ -148,8 +161,17 @@ def _first(tree: Tree, count: int | None) -> Tree:
     return tree if count is None else jax.tree.map(lambda x: x if x.shape[0] == count else x[:count], tree)
 
 
-def _padded(leaf, like):
-    """A leaf with zeros for the blocks that a shorter run lacks."""
-    if leaf.shape == like.shape:
-        return leaf
-    return jnp.pad(leaf, [(0, like.shape[0] - leaf.shape[0])] + [(0, 0)] * (leaf.ndim - 1))
+def pad(tree: Tree, like: Tree) -> Tree:
+    """Leaves with zeros for the blocks that a shorter run lacks."""
+
+    def padded(leaf, like):
+        if leaf.shape == like.shape:
+            return leaf
+        return jnp.pad(leaf, [(0, like.shape[0] - leaf.shape[0])] + [(0, 0)] * (leaf.ndim - 1))
+
+    return jax.tree.map(padded, tree, like)
+
+
+def _cut(leaf, like):
+    """The blocks of a shorter run."""
+    return leaf if leaf.shape == like.shape else leaf[: like.shape[0]]

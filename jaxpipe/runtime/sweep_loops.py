@@ -192,8 +192,8 @@ class Loops:
             "activation": device.stash(carry, counts.activation),
         }
         if device.trains:
-            scratch = device.skip != "loop" or not all(table.keeps)
-            state["residual"] = device.stash(list(stages.residuals.shapes), counts.residual, scratch)
+            shapes = list(stages.residuals.shapes)
+            state["residual"] = device.stash(shapes, counts.residual, not device.branches_commit)
 
         def tick(state, row, phase):
             arrived = hops(device, state["y"], sides(device, "f", phase.start, phase.stop))
@@ -227,7 +227,7 @@ class Loops:
 
         state = _loop(table, columns, self._start_backward(device, stash), tick, backwards=True)
         shared = jax.tree.map(lambda leaf: lax.psum(leaf, MANUAL), state["ends"]["embed"]["shared"])
-        return self.program.block_gradients(state["blocks"]), _whole_batch(state["out"]), shared
+        return self.program.block_gradients(device, state["blocks"]), _whole_batch(state["out"]), shared
 
     def _start_backward(self, device: Device, stash: dict) -> dict:
         """The state before the first tick of the backward loop."""
@@ -243,11 +243,9 @@ class Loops:
         }
         if not table.gradient_direct:
             state["gradient"] = device.slots(gradient, counts.gradient)
-        full, split = backward_kinds(table)
-        if split:
+        if backward_kinds(table)[1]:
             shapes = list(stages.weight_residuals.shapes)
-            scratch = device.skip != "loop" or full
-            state["weight_residual"] = device.stash(shapes, counts.weight_residual, scratch)
+            state["weight_residual"] = device.stash(shapes, counts.weight_residual, not device.branches_commit)
         return state
 
     def _on_devices(self, run: Callable, given: dict, resting: Tree, key, stash: dict, dy: list, out_specs: Any) -> Any:

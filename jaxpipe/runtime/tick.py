@@ -47,27 +47,28 @@ def start(device: Device, params: Tree) -> dict:
     state["activation"] = device.stash(stage.carry, counts.activation)
     if not device.trains:
         return state
-    idles = device.skip != "loop"  # idle lanes write too
+    scratch = not device.branches_commit  # for idle lanes, and for branches that have nothing to write
     state |= {
         "dx": gradient,
-        "residual": device.stash(list(stages.residuals.shapes), counts.residual, idles or not all(table.keeps)),
+        "residual": device.stash(list(stages.residuals.shapes), counts.residual, scratch),
         "ends": device.zeros(_accumulators(device.ends)),
         "blocks": block_sums(device),
     }
     if not table.gradient_direct:
         state["gradient"] = device.slots(stage.gradient, counts.gradient)
-    full, split = backward_kinds(table)
-    if split:
+    if backward_kinds(table)[1]:
         shapes = list(stages.weight_residuals.shapes)
-        state["weight_residual"] = device.stash(shapes, counts.weight_residual, idles or full)
+        state["weight_residual"] = device.stash(shapes, counts.weight_residual, scratch)
     return state
 
 
-def block_sums(device: Device) -> list[Tree]:
-    """Gradient accumulators of all blocks: one row per repeat, but no lone row.
+def block_sums(device: Device) -> list:
+    """Gradient accumulators of all blocks, see `jaxpipe.runtime.stages`: one row per repeat, but no lone row.
 
     XLA adds to [1, ...] in a new buffer and copies it back.
     """
+    if device.branches_commit:
+        return device.zeros(_accumulators(device.stages.weights))
     rows = [(a.num_rows,) if a.num_rows > 1 else () for a in device.stages.accumulators]
     sums = zip(device.stages.accumulators, rows, strict=True)
     return [device.zeros(_accumulators(a.params, lead)) for a, lead in sums]

@@ -16,6 +16,8 @@ _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _ARRAY = re.compile(r"([a-z]+\d*)\w*\[([\d,]*)\]")
+_LANE = re.compile(r'op_name="([^"]*/)branch_\d+/while"')
+"""A loop of a lane's branch: what comes before the branch is the lane's, see `jaxpipe.runtime.lane`."""
 _PASSES_ON = {"bitcast", "convert", "copy", "transpose", "reshape"}
 """What may stand between an update in place and the result of its fusion."""
 
@@ -24,8 +26,8 @@ _PASSES_ON = {"bitcast", "convert", "copy", "transpose", "reshape"}
 class Traffic:
     """Bytes that one turn of a loop moves, each array counted once where it is read or written.
 
-    A conditional counts with its dearest branch, an inner loop as often as it is known to turn, else once: the lanes of
-    a working tick.
+    A conditional counts with its dearest branch, and so do the loops of a lane's branches; another inner loop as often
+    as it is known to turn, else once: the lanes of a working tick.
 
     Attributes:
         copy_bytes: Copied arrays, and buffers that a fusion writes whole to change a slice.
@@ -150,6 +152,7 @@ def _turns(loop: _Instruction) -> int | None:
 def _moved(parts: dict, name: str, at_least: int) -> Traffic:
     """What a computation moves when it runs once."""
     sum_, lines = Traffic(), parts.get(name, ())
+    branches: dict[str, Traffic] = {}
     sizes = {line.name: line.bytes for line in lines}
     for line in lines:
         if line.opcode in ("copy", "copy-start"):
@@ -161,12 +164,18 @@ def _moved(parts: dict, name: str, at_least: int) -> Traffic:
         elif line.opcode == "fusion":
             sum_ = sum_.plus(_fused(parts[line.calls("calls")], at_least))
         elif line.opcode == "while":
-            sum_ = sum_.plus(_moved(parts, line.calls("body"), at_least), _turns(line) or 1)
+            loop, lane = _moved(parts, line.calls("body"), at_least), _LANE.search(line.rest)
+            if lane:
+                branches[lane.group(1)] = max(loop, branches.get(lane.group(1), loop), key=lambda of: of.total_bytes)
+            else:
+                sum_ = sum_.plus(loop, _turns(line) or 1)
         elif line.opcode == "conditional":
-            branches = [_moved(parts, branch, at_least) for branch in branches_of(line.rest)]
-            sum_ = sum_.plus(max(branches, key=lambda branch: branch.total_bytes))
+            each = (_moved(parts, branch, at_least) for branch in branches_of(line.rest))
+            sum_ = sum_.plus(max(each, key=lambda of: of.total_bytes))
         elif line.opcode in ("call", "async-start"):
             sum_ = sum_.plus(_moved(parts, line.calls("to_apply") or line.calls("calls"), at_least))
+    for branch in branches.values():
+        sum_ = sum_.plus(branch)
     return sum_
 
 

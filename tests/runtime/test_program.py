@@ -89,8 +89,10 @@ def test_temporaries_of_gpipe_grow_with_the_microbatches(remat):
 def test_temporaries_are_what_the_table_says(name, repeats, memory, remat):
     case = (name, 2, repeats, 8, remat, memory)
     pipe = pipeline(*case)
-    planned = sum(pipe.table.bytes(pipe.sizes(shapes(pipe)[1])).values())
-    assert 0.6 * planned <= temp_bytes(*case) <= 1.2 * planned
+    sizes = pipe.sizes(shapes(pipe)[1])
+    planned = sum(pipe.table.bytes(sizes).values())
+    # Sums of blocks may lie in the arrays of the gradients that the step gives back.
+    assert 0.65 * (planned - sizes.stage_gradient) <= temp_bytes(*case) <= 1.05 * planned
 
 
 def test_v_half_keeps_less_than_1f1b_and_v_min_less_again():
@@ -156,6 +158,12 @@ def test_loops_copy_no_stash_accumulator_or_weight(name, repeats, remat):
     text = hlo_text(compiled(*case))
     found = [copy for body in loop_bodies(text, inner=True) for copy in copies(body)]
     assert not [shape for shape in found if shape in weights | stash | accumulators]
+
+
+@pytest.mark.parametrize("name", ["interleaved_1f1b", "dualpipe_v"])
+def test_branches_of_a_lane_are_loops_and_no_conditionals(name):
+    """A conditional's results lie in memory of their own before they are added to the sums."""
+    assert " conditional(" not in hlo_text(compiled(name, 2, 2, 8, "none", "ideal"))
 
 
 @pytest.mark.parametrize("remat", ["full", "none"])

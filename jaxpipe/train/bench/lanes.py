@@ -65,8 +65,8 @@ def _run(device: Device, state: dict) -> dict:
             known = weights, x, residuals, context
             only = jnp.asarray(split[repeat])[m, device.place] if _mixed(split) else split[repeat][0][0]
             dx, dw = _backward(branch, only, known, dy, device.daux, never)
-            dx, dw = _apart(never, (dx, stages.spread(branch, dw, device.zeros)))
-            state = state | device.add(state, at, dw)
+            dx, dw = _apart(never, (dx, dw))
+            state = state | device.add(state, at, device.gradients(branch, dw))
             state = embed_gradient_lane(device, state, row, dx)
             x, _ = _apart(never, (_varied(carry, m), dx))
         return (state, x), None
