@@ -9,8 +9,9 @@ form of the largest stage of each repeat. While a step runs there are
     buffers       gradient sums, embedding and head gathered with their gradients, weights gathered or in the compute
                   dtype, the working memory of one lane
 
-The last two are the terms of `TickTable.bytes`. Where lanes are conditionals, what they make lies in memory of its own
-before it is committed, and counts as working memory (`ModelCosts.conditional`).
+The last two are the terms of `TickTable.bytes`. The weight gradients that a lane makes lie in memory of their own
+before they are added to the sums, and count as working memory; where lanes are conditionals (`ModelCosts.conditional`),
+what I leaves for W does too.
 """
 
 from collections import Counter
@@ -134,9 +135,10 @@ def model_bytes(
     residual = largest("residual_bytes", costs.carry_bytes if remat != "full" else 0.0)
     crossing = largest("weight_residual_bytes", costs.carry_bytes if remat == "full" else 0.0)
     working = costs.stage_working_bytes + largest("split_working_bytes" if split else "working_bytes", 0.0)
-    if costs.conditional:
-        made = largest_sum({kind: block.params for kind, block in costs.blocks.items()})
-        working += made * min(costs.dtype_bytes, costs.param_bytes) + (max(0.0, crossing) if split else 0.0)
+    made = largest_sum({kind: block.params for kind, block in costs.blocks.items()})
+    working += made * min(costs.dtype_bytes, costs.param_bytes)
+    if costs.conditional and split:
+        working += max(0.0, crossing)
     stored = stored_params(costs, blocks)
     ends = costs.ends_params / (blocks.devices if vocab_parallel else 1)
     casts = gathers or costs.dtype_bytes < costs.param_bytes
@@ -187,13 +189,15 @@ def memory(
     resting = (stored + costs.ends_params / blocks.devices) * costs.param_bytes / fsdp
     parts = terms(slots, blocks.placement, model, conditional=costs.conditional)
     activations = sum(size for name, size in parts.items() if name in ACTIVATIONS or name.endswith("carries"))
-    # [1] A sum of one repeat is a gradient's array. Those of several lie elsewhere, and smaller things in these arrays;
-    # of the room so lent three quarters are used, in what was compiled for H100s.
-    room = 1.0 if blocks.repeats == 1 and fsdp == 1 else 0.75
+    # [1] Until they are written, the gradients' arrays are room for sums and for weight gradients on their way there.
+    # The sums of several repeats are one array where lanes are conditionals, and fit in none of these; smaller things
+    # do, and of the room so lent three quarters are used, in what was compiled for H100s.
+    apart = blocks.repeats == 1 or not costs.conditional
+    room = 1.0 if apart and fsdp == 1 else 0.75
     return Memory(
         weights=resting,
         optimizer=moments * resting,
         activations=activations,
         buffers=sum(parts.values()) - activations,
-        lent=room * resting if costs.conditional else 0.0,
+        lent=room * resting,
     )
