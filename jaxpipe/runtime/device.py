@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxpipe.runtime import keys, slots
 from jaxpipe.runtime.clock import Clock
 from jaxpipe.runtime.ends import Ends, accumulate, shared_leaves
-from jaxpipe.runtime.lane import SCOPES, Commit, Lane, Skip, run_lane
+from jaxpipe.runtime.lane import Commit, Lane, Skip, run_lane
 from jaxpipe.runtime.mesh import TENSOR
 from jaxpipe.runtime.model import Model, Tree
 from jaxpipe.runtime.stage import Context
@@ -120,7 +120,7 @@ class Device:
 
     def run(self, lane: Lane, state: dict, index, carry: Tree, given: Tree) -> tuple[dict, Tree, Commit]:
         """Runs a lane where `index` is not -1; see `run_lane`."""
-        with jax.named_scope(SCOPES[lane.label[0]] if lane.label else "vocabulary"):
+        with jax.named_scope(lane.name):
             return self._run(lane, state, index, carry, given)
 
     def _run(self, lane: Lane, state: dict, index, carry: Tree, given: Tree) -> tuple[dict, Tree, Commit]:

@@ -83,7 +83,8 @@ def run_head(
             out["metrics"] = _keep_metrics(state["metrics"], row, metrics)
         return out | ({"ends": device.parts.add_head(state["ends"], dhead)} if device.trains else {})
 
-    state, dy, commit_now = device.run(Lane([branch], commit, shapes, updates, **lane), state, index, given[1], given)
+    made = Lane("head", [branch], commit, shapes, updates, **lane)
+    state, dy, commit_now = device.run(made, state, index, given[1], given)
     if "gradient" in state:
         state = state | {"gradient": slots.put(state["gradient"], row["h_gradient"], dy)}
     return state, dy, commit_now
@@ -104,7 +105,7 @@ def embed_gradient_lane(device: Device, state: dict, row: dict, dx: list) -> dic
     embed = device.ends["embed"]
     index = jnp.where((device.place == 0) & (row["b_repeat"] == 0), 0, -1)
     context = device.context(row["b_microbatch"], row["b_repeat"])
-    lane = Lane([run], commit, embed, ["ends"], ("e", row), rare=True)
+    lane = Lane("embed_gradient", [run], commit, embed, ["ends"], ("e", row), rare=True)
     state, _, commit_now = device.run(lane, state, index, (), (embed, context, dx))
     return commit_now(state)
 

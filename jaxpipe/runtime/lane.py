@@ -29,24 +29,23 @@ from jaxpipe.runtime.model import Tree
 
 Skip = Literal["branch", "loop", "mask"]
 
-SCOPES = {"f": "forward", "b": "backward", "w": "weight_gradient", "h": "head", "e": "embed_gradient"}
-"""By a lane's letter, its name in profiles and in XLA's text."""
-
 
 @dataclass(frozen=True)
 class Lane:
     """What a lane computes, and what becomes of it.
 
     Attributes:
+        name: In profiles and in XLA's text; no two lanes of a tick have the same.
         branches: ``given -> (carry, kept)``: what is passed on, and what is committed. What is committed is alike in
             all of them, but in loops.
         commit: ``(state, kept) -> state``, for the entries of the loop's state that the lane updates.
         kept: Shapes of what is committed, for lanes that are no loops.
         updates: Names of these entries.
-        label: The lane's letter and the row of the table.
+        label: For a `jaxpipe.runtime.clock.Clock`: the lane's letter and the row of the table.
         rare: One device in P runs it and what it commits is large.
     """
 
+    name: str
     branches: list[Callable[[Any], tuple[Tree, Any]]]
     commit: Callable[[dict, Any], dict]
     kept: Any

@@ -48,7 +48,8 @@ def forward_lane(device: Device, state: dict, row: dict, arrived: Any) -> tuple[
 
     shapes = list(stages.stage.aux), list(stages.residuals.shapes) if device.trains else None
     updates = [name for name, used in (("aux", stages.stage.aux), ("residual", device.trains)) if used]
-    lane = Lane([partial(run, branch) for branch in device.branches], commit, shapes, updates, ("f", row))
+    branches: list[Callable] = [partial(run, branch) for branch in device.branches]
+    lane = Lane("forward", branches, commit, shapes, updates, ("f", row))
     given = device.blocks, device.shared, x, context
     return device.run(lane, state | {"activation": kept}, stages.branch_of(repeat, device.place), x, given)
 
@@ -91,7 +92,8 @@ def backward_lane(device: Device, state: dict, row: dict, rb: Any, dy: list | No
     updates = [*(device.updates if full else []), *(["weight_residual"] if split else [])]
     context = device.context(row["b_microbatch"], repeat)
     given = device.blocks, device.shared, state["activation"], state["residual"], context, gradient, device.daux
-    return device.run(Lane(branches, commit, shapes, updates, ("b", row)), state, index, gradient, given)
+    lane = Lane("backward", branches, commit, shapes, updates, ("b", row))
+    return device.run(lane, state, index, gradient, given)
 
 
 def weight_lane(device: Device, state: dict, row: dict) -> dict:
@@ -113,7 +115,7 @@ def weight_lane(device: Device, state: dict, row: dict) -> dict:
     def commit(state: dict, gradients: Gradients) -> dict:
         return device.add(state, repeat, gradients)
 
-    lane = Lane(branches, commit, Gradients(None, stages.gradients), device.updates, ("w", row))
+    lane = Lane("weight_gradient", branches, commit, Gradients(None, stages.gradients), device.updates, ("w", row))
     context = device.context(row["w_microbatch"], repeat)
     slots_read = (state[name] for name in ("activation", "residual", "weight_residual"))
     given = device.blocks, device.shared, *slots_read, context

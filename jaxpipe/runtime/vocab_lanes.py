@@ -39,7 +39,7 @@ def embed_lane(device: Device, arrived: Tree, row: dict) -> Tree:
 
         return lax.cond(first, finish, lambda: arrived), ()
 
-    lane = Lane([run], lambda state, kept: {}, (), [])
+    lane = Lane("embed", [run], lambda state, kept: {}, (), [])
     index = jnp.minimum(row["e_microbatch"], 0)
     _, x, _ = device.run(lane, {}, index, arrived, (device.ends["embed"], context, arrived))
     return x
@@ -121,7 +121,7 @@ def embed_gradient_lane(device: Device, state: dict, row: dict, dx: list) -> dic
         return drop_path(params, embed.table), rows
 
     params = device.ends["embed"]
-    lane = Lane([run], commit, jax.eval_shape(kept, params, context.mb), ["ends"])
+    lane = Lane("embed_gradient", [run], commit, jax.eval_shape(kept, params, context.mb), ["ends"])
     index = jnp.minimum(row["g_microbatch"], 0)
     state, _, commit_now = device.run(lane, state, index, (), (params, context, dx))
     return commit_now(state)

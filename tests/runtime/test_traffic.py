@@ -6,6 +6,7 @@ import pytest
 from hlo import hlo_text
 from jax import lax
 
+from jaxpipe.runtime.lane import Lane, run_lane
 from jaxpipe.runtime.traffic import Traffic, traffic
 
 ROWS, ROW = 8, 1000
@@ -120,3 +121,19 @@ ENTRY %main (state: (f32[8,1000], f32[1,1000], s32[])) -> (f32[8,1000], f32[1,10
 
 def test_fusions_that_read_through_an_update_or_write_the_whole_buffer():
     assert traffic(HAND_MADE) == [Traffic(copy_bytes=2 * 32000, slice_bytes=4000, update_bytes=0)]
+
+
+def test_of_a_lanes_branches_the_dearest_counts_and_lanes_add_up():
+    def lane(name: str) -> Lane:
+        branches = [lambda rows, n=n: ((), jnp.tile(jnp.cos(rows[:1] + n), (n, 1))) for n in (1, 2, 3)]
+        return Lane(name, branches, lambda state, rows: {"b": put(state["b"], rows, 0)}, None, ["b"])
+
+    def body(b, rows, i):
+        for name in ("one", "two"):
+            with jax.named_scope(name):
+                state, _, _ = run_lane("loop", lane(name), {"b": b}, i % 4 - 1, (), rows, lambda shapes: shapes)
+            b = state["b"]
+        return b
+
+    (loop,) = moved(body)
+    assert (loop.copy_bytes, loop.update_bytes) == (0, 2 * 3 * 4 * ROW)

@@ -1,5 +1,6 @@
 """A vocabulary cut over the pipe gives the same numbers as one stage that computes the head alone."""
 
+import re
 from functools import cache
 
 import jax
@@ -132,6 +133,12 @@ def test_only_the_cut_vocabulary_reduces_inside_the_loop():
     bodies = loop_bodies(hlo_text(compiled("vocab_parallel")[1]), inner=True)
     assert any(" all-reduce" in line for body in bodies for line in body)
     assert not any(" all-gather" in line or " all-to-all" in line for body in bodies for line in body)
+
+
+def test_lanes_of_a_tick_have_names_of_their_own():
+    """What `jaxpipe.runtime.traffic` tells lanes apart by."""
+    found = re.findall(r'op_name="[^"]*/(\w+)/branch_0/while"', hlo_text(compiled("vocab_parallel")[1]))
+    assert set(found) == {"embed", "forward", "head", "backward", "embed_gradient"}
 
 
 def test_out_of_range_tokens_and_targets_give_nan():
