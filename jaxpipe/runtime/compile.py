@@ -82,6 +82,7 @@ class Program:
         offload: Whether the stash rests in the host's memory.
         second_stream: Whether the second of a lane's two hops has a stream of its own, see `Pipeline`.
         clock: What notes when lanes run, if anything does.
+        ends_inside: Whether the first stage's lanes hold the embedding and the last one's the head, see `Device`.
     """
 
     model: Model
@@ -96,6 +97,7 @@ class Program:
     offload: bool = False
     second_stream: bool = False
     clock: Clock | None = None
+    ends_inside: bool = False
 
     @property
     def trains(self) -> bool:
@@ -165,7 +167,8 @@ class Program:
         for window, following in zip_longest(here, here[1:]):
             if narrow:
                 state, device = self._gather_for(state, device, params["blocks"], window, following)
-            phase, runner = window.phase, replace(device, used=window.repeats)
+            phase = window.phase
+            runner = replace(device, ticks=(phase.start, phase.stop))
             rows = {name: column[phase.start : phase.stop] for name, column in columns.items()}
             turn = partial(_turn, runner, phase)
             state, _ = lax.scan(turn, state, rows)
@@ -216,6 +219,7 @@ class Program:
             offload=self.offload,
             second_stream=self.second_stream,
             clock=self.clock,
+            ends_inside=self.ends_inside,
             **known,
         )
 

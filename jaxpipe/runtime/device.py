@@ -1,5 +1,6 @@
 """What one device knows while it runs the loop, and the small things that every lane asks of it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -16,7 +17,8 @@ from jaxpipe.runtime.lane import Commit, Lane, Skip, run_lane
 from jaxpipe.runtime.mesh import TENSOR
 from jaxpipe.runtime.model import Model, Tree
 from jaxpipe.runtime.stage import Context
-from jaxpipe.runtime.stages import Branch, Stages, pad
+from jaxpipe.runtime.stages import Branch, Choices, Stages, pad
+from jaxpipe.runtime.wide import wide_gradients
 from jaxpipe.schedule import TickTable
 
 
@@ -54,7 +56,10 @@ class Device:
         offload: Whether the stash (activations, residuals, weight-residuals) rests in the host's memory.
         second_stream: Whether the second of a lane's two hops has a stream of its own, see `Pipeline`.
         clock: What notes when lanes run, if anything does.
-        used: The repeats that the ticks at hand run, None for all; `blocks` may lack the others.
+        ticks: The first tick at hand and the one after the last, None for all of the table; `blocks` may lack weights
+            that these do not use.
+        ends_inside: Whether the first stage's lanes hold the embedding and the last one's the head. Else these have
+            lanes of their own: one more conditional, or loop, for every device in every tick.
     """
 
     model: Model
@@ -74,16 +79,30 @@ class Device:
     offload: bool = False
     second_stream: bool = False
     clock: Clock | None = None
-    used: frozenset[int] | None = None
+    ticks: tuple[int, int] | None = None
+    ends_inside: bool = False
 
-    @cached_property
-    def branches(self) -> list[Branch]:
-        """The branches by number; one that no tick at hand takes stands for by one that is taken."""
-        known, used = self.stages.branches, self.used
-        if used is None:
-            return list(known)
-        taken = next(branch for branch in known if branch.repeat in used)
-        return [branch if branch.repeat in used else taken for branch in known]
+    @property
+    def embeds_inside(self) -> bool:
+        """Whether the embedding is part of the first stage's lanes."""
+        return self.ends_inside and "embed" not in self.parts.cut
+
+    @property
+    def head_inside(self) -> bool:
+        """Whether the head is part of the last stage's forward lane."""
+        return self.ends_inside and not self.parts.cut
+
+    def choices(self, lane: str, first: bool = False, last: bool = False) -> Choices:
+        """What devices choose from in a lane in the ticks at hand.
+
+        Args:
+            lane: ``f``, ``b`` or ``w``.
+            first: See `Stages.choices`.
+            last: See `Stages.choices`.
+        """
+        rows = self.table.columns[f"{lane}_repeat"][slice(*self.ticks or (None,))]
+        used = {(repeat, place) for row in rows for place, repeat in enumerate(row) if repeat >= 0}
+        return self.stages.choices(used, first, last)
 
     @cached_property
     def trains(self) -> bool:
@@ -124,7 +143,7 @@ class Device:
             return self._run(lane, state, index, carry, given)
 
     def _run(self, lane: Lane, state: dict, index, carry: Tree, given: Tree) -> tuple[dict, Tree, Commit]:
-        skip: Skip = "loop" if lane.rare and self.skip == "branch" else self.skip
+        skip: Skip = "loop" if lane.rare and self.skip in ("branch", "deferred") else self.skip
         if self.clock is None or lane.label is None:
             return run_lane(skip, lane, state, index, carry, given, self.zeros)
         where = self.place, self.shard
@@ -138,7 +157,20 @@ class Device:
     @property
     def branches_commit(self) -> bool:
         """Whether each branch commits what it makes; else all hand the same form to one commit for all."""
-        return self.skip == "loop"
+        return self.skip in ("branch", "loop")
+
+    def wide(self, backward: Callable, params: Tree, *args: Any) -> tuple[Tree, Any]:
+        """What a backward returns, its weight gradients as wide as their sums where conditionals commit them.
+
+        Where one commit follows for all, what is handed to it is better narrow. And simulated devices were seen to wait
+        forever for a hop beside a half-precision product with a wide result (jaxlib 0.10.2).
+
+        Args:
+            backward: ``(params, *args) -> (gradients of params, others)``.
+            params: Parameters.
+            args: The rest.
+        """
+        return wide_gradients(backward, params, *args) if self.skip == "branch" else backward(params, *args)
 
     def gradients(self, branch: Branch, dw: Tree) -> "Gradients":
         """What a branch's backward leaves for `add`."""

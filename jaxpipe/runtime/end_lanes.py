@@ -1,6 +1,7 @@
-"""The lanes of the two ends: embedding, head with loss, and the embedding's gradient."""
+"""The two ends: embedding, head with loss, and the embedding's gradient; as parts of other lanes, or as their own."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,46 +17,61 @@ from jaxpipe.runtime.model import Tree, loss_and_metrics
 from jaxpipe.runtime.stage import Context
 
 
+def embed(device: Device, params: Tree, context: Context) -> Tree:
+    """The embedded microbatch."""
+    return device.whole(device.model.embed.apply(params, context.mb, keys.embed_key(context.group)))
+
+
 def embed_lane(device: Device, arrived: Tree, context: Context, row: dict) -> Tree:
     """The stage's input: what arrived, or on the first stage the embedded microbatch."""
     first = (device.place == 0) & (row["f_repeat"] == 0)
-    embed, key = device.model.embed.apply, keys.embed_key(context.group)
     if device.skip == "mask":
-        x = device.whole(embed(device.ends["embed"], context.mb, key))
+        x = embed(device, device.ends["embed"], context)
         return jax.tree.map(lambda a, b: jnp.where(first, a, b), x, arrived)
-    return lax.cond(first, lambda: device.whole(embed(device.ends["embed"], context.mb, key)), lambda: arrived)
+    return lax.cond(first, lambda: embed(device, device.ends["embed"], context), lambda: arrived)
 
 
-def head_lane(device: Device, state: dict, row: dict, y: Tree) -> tuple[dict, list, Commit]:
-    """Loss of the microbatch that leaves the last stage and, when training, its gradient."""
-    context = device.context(row["f_microbatch"], row["f_repeat"])
-    head, dtype = device.parts.head(device.ends), state["loss"].dtype
-    floating, others = part(y)
+def head(device: Device, dtype: Any, like: Tree, given: tuple) -> tuple[list, tuple]:
+    """Loss of the microbatch that leaves the last stage and, when training, its gradient.
 
-    def loss(head, floating, others, context):
+    Args:
+        device: The device.
+        dtype: Of the sums of losses and weights.
+        like: A carry, for its structure.
+        given: The head's parameters, the floating-point leaves of what leaves the last stage, its other leaves, the
+            context of the microbatch, and the gradient of the loss.
+
+    Returns:
+        The gradient of the floating-point leaves, or they themselves when not training, and what `commit_head` takes.
+    """
+    params, floating, others, context, seed = given
+    floating = device.whole(floating)
+
+    def loss(params, floating):
         key = keys.head_key(context.group, len(device.model.blocks))
-        carry = join(y, floating, others)
-        total, weight, metrics = loss_and_metrics(device.model.head_loss.apply(head, carry, context.mb, key))
+        carry = join(like, floating, others)
+        total, weight, metrics = loss_and_metrics(device.model.head_loss.apply(params, carry, context.mb, key))
         metrics = metrics if device.metrics else {}
         return total.astype(dtype), (lax.stop_gradient(weight).astype(dtype), lax.stop_gradient(metrics))
 
-    def evaluate(given):
-        head, floating, others, context, _ = given
-        floating = device.whole(floating)
-        total, (weight, metrics) = loss(head, floating, others, context)
+    if not device.trains:
+        total, (weight, metrics) = loss(params, floating)
         return floating, (total, weight, metrics, None)
 
-    def train(given):
-        head, floating, others, context, seed = given
-        floating = device.whole(floating)
-        total, vjp, (weight, metrics) = jax.vjp(
-            lambda head, floating: loss(head, floating, others, context), head, floating, has_aux=True
-        )
-        dhead, dy = vjp(seed.astype(dtype))
-        return device.whole(dy), (total, weight, metrics, dhead)
+    def train(params, floating, seed):
+        total, vjp, (weight, metrics) = jax.vjp(loss, params, floating, has_aux=True)
+        dparams, dy = vjp(seed.astype(dtype))
+        return dparams, (dy, total, weight, metrics)
 
-    branch, given = train if device.trains else evaluate, (head, floating, others, context, device.seeds[0])
-    return run_head(device, state, row, jnp.minimum(row["h_gradient"], 0), branch, given, label=("h", row), rare=True)
+    dparams, (dy, *sums) = device.wide(train, params, floating, seed)
+    return device.whole(dy), (*sums, dparams)
+
+
+def head_lane(device: Device, state: dict, row: dict, y: Tree) -> tuple[dict, list, Commit]:
+    """The head in a lane of its own."""
+    context, run = device.context(row["f_microbatch"], row["f_repeat"]), partial(head, device, state["loss"].dtype, y)
+    given = device.parts.head(device.ends), *part(y), context, device.seeds[0]
+    return run_head(device, state, row, jnp.minimum(row["h_gradient"], 0), run, given, label=("h", row), rare=True)
 
 
 def run_head(
@@ -74,39 +90,52 @@ def run_head(
     """
     scalar = jax.ShapeDtypeStruct((), state["loss"].dtype)
     shapes = scalar, scalar, device.metrics, device.parts.head(device.ends) if device.trains else None
-    updates = ["loss", "weight", *(["metrics"] if device.metrics else []), *(["ends"] if device.trains else [])]
-
-    def commit(state, kept):
-        total, weight, metrics, dhead = kept
-        out = {"loss": state["loss"] + total, "weight": state["weight"] + weight}
-        if device.metrics:
-            out["metrics"] = _keep_metrics(state["metrics"], row, metrics)
-        return out | ({"ends": device.parts.add_head(state["ends"], dhead)} if device.trains else {})
-
-    made = Lane("head", [branch], commit, shapes, updates, **lane)
+    made = Lane("head", [branch], partial(commit_head, device, row), shapes, head_updates(device), **lane)
     state, dy, commit_now = device.run(made, state, index, given[1], given)
     if "gradient" in state:
         state = state | {"gradient": slots.put(state["gradient"], row["h_gradient"], dy)}
     return state, dy, commit_now
 
 
+def head_updates(device: Device) -> list[str]:
+    """The entries of the state that `commit_head` changes."""
+    return ["loss", "weight", *(["metrics"] if device.metrics else []), *(["ends"] if device.trains else [])]
+
+
+def commit_head(device: Device, row: dict, state: dict, made: tuple) -> dict:
+    """The entries of the state with what a head made: loss, weight, metrics and gradient (None when not training)."""
+    total, weight, metrics, gradient = made
+    out = {"loss": state["loss"] + total, "weight": state["weight"] + weight}
+    if device.metrics:
+        out["metrics"] = _keep_metrics(state["metrics"], row, metrics)
+    return out | ({"ends": device.parts.add_head(state["ends"], gradient)} if device.trains else {})
+
+
+def embed_gradient(device: Device, params: Tree, context: Context, dx: list) -> Tree:
+    """The gradient of the embedding's parameters."""
+
+    def run(params):
+        return part(device.model.embed.apply(params, context.mb, keys.embed_key(context.group)))[0]
+
+    return device.wide(lambda params, dx: (jax.vjp(run, params)[1](dx)[0], ()), params, device.whole(dx))[0]
+
+
+def commit_embed(state: dict, gradient: Tree) -> dict:
+    """The entries of the state with a gradient of the embedding added."""
+    return {"ends": state["ends"] | {"embed": accumulate(state["ends"]["embed"], gradient)}}
+
+
 def embed_gradient_lane(device: Device, state: dict, row: dict, dx: list) -> dict:
     """On the first stage, adds up the embedding's gradient."""
-    apply = device.model.embed.apply
 
     def run(given):
-        embed, context, dx = given
-        _, vjp = jax.vjp(lambda p: part(apply(p, context.mb, keys.embed_key(context.group)))[0], embed)
-        return (), vjp(device.whole(dx))[0]
+        return (), embed_gradient(device, *given)
 
-    def commit(state, gradient):
-        return {"ends": state["ends"] | {"embed": accumulate(state["ends"]["embed"], gradient)}}
-
-    embed = device.ends["embed"]
+    params = device.ends["embed"]
     index = jnp.where((device.place == 0) & (row["b_repeat"] == 0), 0, -1)
     context = device.context(row["b_microbatch"], row["b_repeat"])
-    lane = Lane("embed_gradient", [run], commit, embed, ["ends"], ("e", row), rare=True)
-    state, _, commit_now = device.run(lane, state, index, (), (embed, context, dx))
+    lane = Lane("embed_gradient", [run], commit_embed, params, ["ends"], ("e", row), rare=True)
+    state, _, commit_now = device.run(lane, state, index, (), (params, context, dx))
     return commit_now(state)
 
 

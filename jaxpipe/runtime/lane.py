@@ -1,19 +1,22 @@
-"""Running a lane, or not: three ways to be idle, for two kinds of machine.
+"""Running a lane, or not: four ways to be idle.
 
 A lane computes values and *commits* them: into slots and accumulators, which are large and must be updated in place.
 
-    branch   a conditional computes, idle lanes give zeros, and the commit follows outside of it: updated inside, XLA
-             copies slots and accumulators whole. One round trip to the host per lane on a GPU. An idle lane writes its
-             zeros into a scratch slot: nobody waits for it, unless devices share cores.
-    loop     loops of one turn or none, one for each branch, compute and commit: what a loop carries is updated in
-             place, a branch commits only what it makes, and an idle lane does nothing at all. Two round trips to the
-             host per working lane on a GPU, and one for every other branch; none on a CPU.
-    mask     idle lanes compute too and what they make counts as zero. No round trip where there is one branch only, but
-             work for nothing, and power.
+    branch    a conditional computes and commits, each branch what it makes; where the lane is idle, all passes through
+              untouched. One round trip to the host per lane on a GPU.
+    deferred  a conditional computes, idle lanes give zeros, and the commit follows outside of it. One round trip too,
+              but what the branches make is written and read once more, and an idle lane writes its zeros into a scratch
+              slot and adds them to the accumulators.
+    loop      loops of one turn or none, one for each branch, compute and commit: what a loop carries is updated in
+              place. Two round trips to the host per working lane on a GPU, and one for every other branch; none on a
+              CPU.
+    mask      idle lanes compute too and what they make counts as zero. No round trip where there is one branch only,
+              but work for nothing, and power.
 
-So GPUs take branches and simulated CPU devices, which share cores, take loops; masks are for whoever measured them. The
-lanes of embedding and head are rare: for all devices but one to add gradients of zero, as large as the vocabulary, in
-every tick would cost more than a loop, so GPUs take loops there too.
+GPUs take branches. XLA before jaxlib 0.11.1 passes a buffer through the first branch of a conditional in place and
+copies it in every other [1], so there a lane of several branches is deferred. The lanes of embedding and head are rare:
+to add gradients of zero, as large as the vocabulary, in every tick would cost more than a loop, so where lanes are
+deferred these are loops. Simulated CPU devices, which share cores, take loops; masks are for whoever measured them.
 """
 
 from collections.abc import Callable
@@ -24,10 +27,24 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
+from jaxlib.version import __version_info__ as version_info
 
+from jaxpipe.runtime.mesh import on_cpu
 from jaxpipe.runtime.model import Tree
+from jaxpipe.runtime.stages import Stages
 
-Skip = Literal["branch", "loop", "mask"]
+Skip = Literal["branch", "deferred", "loop", "mask"]
+
+PASSES_IN_PLACE = version_info >= (0, 11, 1)
+"""Whether XLA passes buffers through every branch of a conditional in place [1]."""
+
+
+def skip_of(mesh: Mesh, stages: Stages) -> Skip:
+    """How lanes of stages are idle on a mesh."""
+    if on_cpu(mesh):
+        return "loop"
+    return "branch" if PASSES_IN_PLACE or len(stages.branches) == 1 else "deferred"
 
 
 @dataclass(frozen=True)
@@ -37,9 +54,9 @@ class Lane:
     Attributes:
         name: In profiles and in XLA's text; no two lanes of a tick have the same.
         branches: ``given -> (carry, kept)``: what is passed on, and what is committed. What is committed is alike in
-            all of them, but in loops.
+            all of them where one commit follows (``deferred`` and ``mask``).
         commit: ``(state, kept) -> state``, for the entries of the loop's state that the lane updates.
-        kept: Shapes of what is committed, for lanes that are no loops.
+        kept: Shapes of what is committed, for ``deferred``.
         updates: Names of these entries.
         label: For a `jaxpipe.runtime.clock.Clock`: the lane's letter and the row of the table.
         rare: One device in P runs it and what it commits is large.
@@ -96,13 +113,23 @@ def run_lane(
         part = {name: state[name] for name in lane.updates}
         part, carry = _run_loops(lane, part, index, carry, given)
         return state | part, carry, Commit(None, None)
-    branches = [lambda branch=branch: branch(given) for branch in lane.branches]
     if skip == "branch":
+        part = {name: state[name] for name in lane.updates}
+        working = [partial(_committed, lane, branch) for branch in lane.branches]
+        part, carry = lax.switch(index + 1, [lambda part, carry, given: (part, carry), *working], part, carry, given)
+        return state | part, carry, Commit(None, None)
+    branches = [lambda branch=branch: branch(given) for branch in lane.branches]
+    if skip == "deferred":
         carry, kept = lax.switch(index + 1, [lambda: (carry, zeros(lane.kept)), *branches])
         return state, carry, Commit(lane.commit, kept)
     carry, kept = lax.switch(jnp.maximum(index, 0), branches) if len(branches) > 1 else branches[0]()
     kept = jax.tree.map(lambda x: jnp.where(index >= 0, x, jnp.zeros_like(x)), kept)
     return state, carry, Commit(lane.commit, kept)
+
+
+def _committed(lane: Lane, branch: Callable, state: dict, carry: Tree, given: Any) -> tuple[dict, Tree]:
+    carry, kept = branch(given)
+    return state | lane.commit(state, kept), carry
 
 
 def _run_loops(lane: Lane, state: dict, index: Any, carry: Tree, given: Any) -> tuple[dict, Tree]:
@@ -117,9 +144,10 @@ def _run_loops(lane: Lane, state: dict, index: Any, carry: Tree, given: Any) -> 
     for number, branch in enumerate(lane.branches):
         turns = (index == number).astype(jnp.int32)
         loop = jnp.int32(0), state, carry, given
-        with jax.named_scope(f"branch_{number}"):  # [1]
+        with jax.named_scope(f"branch_{number}"):  # [2]
             _, state, carry, given = lax.while_loop(lambda loop, n=turns: loop[0] < n, partial(turn, branch), loop)
     return state, carry
 
 
-# [1] So `jaxpipe.runtime.traffic` knows that one of these loops turns, and not all.
+# [1] Read off programs compiled for H100s with jaxlib 0.10.2 and 0.12.0.1, tests/runtime/test_gpu_schedule.py.
+# [2] So `jaxpipe.runtime.traffic` knows that one of these loops turns, and not all.

@@ -16,7 +16,7 @@ from jaxpipe.runtime.casts import end_dtypes
 from jaxpipe.runtime.compile import Outcome, Program
 from jaxpipe.runtime.ends import Ends, check_weight, metric_shapes
 from jaxpipe.runtime.initial import init_params
-from jaxpipe.runtime.lane import Skip
+from jaxpipe.runtime.lane import PASSES_IN_PLACE, skip_of
 from jaxpipe.runtime.logical import logical_optimizer
 from jaxpipe.runtime.mesh import BATCH, PIPE, TENSOR, batch_shards, batch_text, check_axes, on_cpu
 from jaxpipe.runtime.model import Model, Tree
@@ -284,6 +284,7 @@ class Pipeline:
         head = jax.eval_shape(ends.head, dict(ends.shapes))
         if stages.stage.aux:
             check_weight(model, head, carry, mb)
+        skip = "mask" if self.idle == "mask" else skip_of(self.mesh, stages)
         return Program(
             model=model,
             table=table or self.table,
@@ -291,19 +292,13 @@ class Pipeline:
             mesh=self.mesh,
             stages=stages,
             ends=ends,
-            skip=self._skip,
+            skip=skip,
             hops_block=on_cpu(self.mesh),
             metrics=metric_shapes(model, head, carry, mb) if metrics else {},
             offload=self.offload,
             second_stream=self.second_stream,
+            ends_inside=skip == "branch" and PASSES_IN_PLACE,
         )
-
-    @property
-    def _skip(self) -> Skip:
-        """How lanes are idle: simulated devices share cores, and GPUs wait for the host in loops."""
-        if self.idle == "mask":
-            return "mask"
-        return "loop" if on_cpu(self.mesh) else "branch"
 
 
 def _shapes(tree: Tree) -> Tree:

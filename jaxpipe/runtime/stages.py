@@ -10,7 +10,7 @@ position, like the weights. Elsewhere in *accumulators*: one for each position o
 repeat.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -37,6 +37,40 @@ class Branch:
     repeat: int
     positions: tuple[int, ...]
     stage: Stage
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a device may run in a lane.
+
+    Attributes:
+        branch: The stage.
+        first: Whether the embedding, or its gradient, is part of it.
+        last: Whether the head is part of it.
+    """
+
+    branch: Branch
+    first: bool = False
+    last: bool = False
+
+
+@dataclass(frozen=True)
+class Choices:
+    """All that the devices may run in a lane.
+
+    Attributes:
+        each: The choices.
+        number: By repeat and device, which of them a device takes; -1 where it has nothing to run.
+    """
+
+    each: Sequence[Choice]
+    number: tuple[tuple[int, ...], ...]
+
+    def index(self, repeat, device):
+        """Which choice a device takes for a repeat; -1 for repeat -1."""
+        if all(number in (-1, c) for c, row in enumerate(self.number) for number in row):
+            return repeat
+        return jnp.where(repeat < 0, -1, jnp.asarray(self.number, jnp.int32)[jnp.maximum(repeat, 0), device])
 
 
 @dataclass(frozen=True)
@@ -99,11 +133,25 @@ class Stages:
         """Shapes of what a backward makes: a tree per accumulator, and the leaves that blocks share."""
         return {"blocks": [a.params for a in self.accumulators], "shared": self.stage.params["shared"]}
 
-    def branch_of(self, repeat, device):
-        """Which branch a device takes; -1 for repeat -1."""
-        if self.number == tuple((c,) * self.schedule.devices for c in range(self.schedule.repeats)):
-            return repeat
-        return jnp.where(repeat < 0, -1, jnp.asarray(self.number, jnp.int32)[jnp.maximum(repeat, 0), device])
+    def choices(self, used: Iterable[tuple[int, int]], first: bool = False, last: bool = False) -> Choices:
+        """What the devices choose from in a lane.
+
+        Args:
+            used: The stages that run there, as repeat and device.
+            first: Whether the first stage is a choice of its own, together with the embedding.
+            last: Whether the last stage is, together with the head.
+        """
+        schedule = self.schedule
+        number = [[-1] * schedule.devices for _ in range(schedule.repeats)]
+        each: list[Choice] = []
+        for repeat, device in sorted(set(used)):
+            stage = schedule.stage_at(device, repeat)
+            branch = self.branches[self.number[repeat][device]]
+            choice = Choice(branch, first and stage == 0, last and stage == schedule.stages - 1)
+            if choice not in each:
+                each.append(choice)
+            number[repeat][device] = each.index(choice)
+        return Choices(each, tuple(map(tuple, number)))
 
     def first_block(self, repeat, device):
         """The number of the first block of a device's stage."""

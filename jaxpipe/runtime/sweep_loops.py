@@ -20,6 +20,7 @@ from jaxpipe.runtime.carry import join, part
 from jaxpipe.runtime.compile import Program
 from jaxpipe.runtime.device import Device
 from jaxpipe.runtime.ends import Ends, accumulator_dtype
+from jaxpipe.runtime.lane import skip_of
 from jaxpipe.runtime.mesh import BATCH, MANUAL, PIPE, batch_shards, on_cpu
 from jaxpipe.runtime.model import Block, Embed, HeadLoss, Model, Tree
 from jaxpipe.runtime.relayout import Layout
@@ -84,14 +85,15 @@ def make_loops(
     params = {"blocks": jax.eval_shape(lambda params: _relaid(layout, params), given["params"]), "embed": embed}
     a_key = jax.eval_shape(lambda: jax.random.key(0)) if random else None
     context = Context(mb, a_key, jax.ShapeDtypeStruct((), jnp.int32))
+    stages = build_stages(model, layout, remats, params, carry, context, walls=on_cpu(mesh))
     program = Program(
         model=model,
         table=table,
         layout=layout,
         mesh=mesh,
-        stages=build_stages(model, layout, remats, params, carry, context, walls=on_cpu(mesh)),
+        stages=stages,
         ends=Ends(model, schedule.devices, {"embed": embed, "head": {}}, {"embed": {}, "head": {}}),
-        skip="loop" if on_cpu(mesh) else "branch",
+        skip=skip_of(mesh, stages),
         hops_block=on_cpu(mesh),
     )
     return Loops(program)

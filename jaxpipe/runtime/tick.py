@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpipe.runtime import end_lanes, vocab_lanes
+from jaxpipe.runtime.carry import part
 from jaxpipe.runtime.device import Device
 from jaxpipe.runtime.end_lanes import start_metrics
 from jaxpipe.runtime.ends import accumulator_dtype
@@ -77,13 +78,14 @@ def block_sums(device: Device) -> list:
 def tick(device: Device, state: dict, row: dict, phase: Phase) -> dict:
     """One turn of the loop; `row` holds one number of each column."""
     rf, rb, y, dy = state.get("rf", {}), {}, None, None
+    head_inside = phase.head and device.head_inside
     if phase.backward:
         rb = hops(device, state["dx"], sides(device, "b", phase.start, phase.stop))  # [1]
     if phase.forward and device.hops_block:
         rf = hops(device, state["y"], sides(device, "f", phase.start, phase.stop))
         rf, rb = fence(rf, rb)
     if phase.forward:
-        state, y, commit = forward_lane(device, state, row, rf)
+        state, y, commit = forward_lane(device, state, row, rf, head_inside)
         if device.hops_block:
             state = commit(state) | {"y": y}
         else:
@@ -92,7 +94,9 @@ def tick(device: Device, state: dict, row: dict, phase: Phase) -> dict:
             # [2] What the last tick of a phase sends arrives in the next one.
             rf = rf | hops(device, y, sides(device, "f", phase.start + 1, phase.stop + 1))
             state = commit(state) | {"rf": rf}
-    if phase.head:
+    if head_inside:
+        dy = part(y)[0]
+    elif phase.head:
         run_head = vocab_lanes.head_lane if device.parts.cut else end_lanes.head_lane
         state, dy, commit = run_head(device, state, row, y)
         state = commit(state)
@@ -100,8 +104,11 @@ def tick(device: Device, state: dict, row: dict, phase: Phase) -> dict:
         state, dx, commit = backward_lane(device, state, row, rb, dy)
         if phase.forward and not device.hops_block:
             state["rf"], (dx, commit) = fence(state["rf"], (dx, commit))
-        add_embed = vocab_lanes.embed_gradient_lane if "embed" in device.parts.cut else end_lanes.embed_gradient_lane
-        state = add_embed(device, commit(state), row, dx) | {"dx": dx}
+        state = commit(state) | {"dx": dx}
+        if "embed" in device.parts.cut:
+            state = vocab_lanes.embed_gradient_lane(device, state, row, dx)
+        elif not device.embeds_inside:
+            state = end_lanes.embed_gradient_lane(device, state, row, dx)
     if phase.weight:
         state = weight_lane(device, state, row)
     return state
