@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.interpreters import partial_eval
 
 from jaxpipe.errors import ConfigError
+from jaxpipe.jax_internals import dce_jaxpr
 from jaxpipe.nn.blocks import check_alike, find_blocks, take_out
 from jaxpipe.nn.nnx_part import BlockCall, NNXPart, block_part, params_of
 from jaxpipe.nn.parts import block_of, embed_of, head_of
@@ -268,7 +268,7 @@ def _reads(part: NNXPart, *inputs: Tree) -> tuple[Tree, set[str]]:
             return part.apply(_nested(dict(zip(shapes, leaves, strict=True))), key, *inputs)
 
         closed, out = jax.make_jaxpr(run, return_shape=True)(list(shapes.values()), *inputs)
-        used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))[1]
+        used = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))[1]
         read |= {path for path, is_used in zip(shapes, used, strict=False) if is_used}
     return out, read
 
