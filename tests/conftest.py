@@ -2,10 +2,13 @@
 
 import gc
 import os
+from importlib.metadata import version
 
 # Most programs run once or twice here: time goes into compiling them, which this makes three times as fast. Processes
-# that tests start inherit it.
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# that tests start inherit it. A flag that XLA does not know ends the process, and the second is gone from 0.11.1 on.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+if tuple(map(int, version("jaxlib").split(".")[:3])) < (0, 11, 1):
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import jax
 from compile_once import compile_once, forget

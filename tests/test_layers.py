@@ -14,13 +14,14 @@ ROOT = Path(jaxpipe.__file__).parent
 MAY_IMPORT = {
     "errors": set(),
     "jax_internals": set(),
+    "flax_nnx": {"errors"},
     "schedule": {"errors"},
     "plan": {"errors", "schedule"},
     "runtime": {"errors", "jax_internals", "schedule"},
-    "models": {"errors", "jax_internals"},
-    "nn": {"errors", "jax_internals", "schedule", "plan", "runtime"},
-    "train": {"errors", "jax_internals", "schedule", "plan", "runtime", "models", "nn"},
-    "infer": {"errors", "jax_internals", "schedule", "plan", "runtime", "models", "nn", "train"},
+    "models": {"errors", "jax_internals", "flax_nnx"},
+    "nn": {"errors", "jax_internals", "flax_nnx", "schedule", "plan", "runtime"},
+    "train": {"errors", "jax_internals", "flax_nnx", "schedule", "plan", "runtime", "models", "nn"},
+    "infer": {"errors", "jax_internals", "flax_nnx", "schedule", "plan", "runtime", "models", "nn", "train"},
 }
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0].removesuffix(".py") in MAY_IMPORT)
 
@@ -58,6 +59,12 @@ def test_imports_go_down_only(path):
 def test_private_names_of_jax_are_in_one_module():
     using = {path.name for path in PROJECT if any(map(PRIVATE.match, modules_of(path)))}
     assert using == {"jax_internals.py"}
+
+
+def test_nnx_is_imported_in_one_module():
+    """Which says in one line where it does not load, see `test_versions`."""
+    using = {path.name for path in FILES if any(re.match(r"flax\.nnx\b", name) for name in modules_of(path))}
+    assert using == {"flax_nnx.py"}
 
 
 def test_schedules_and_plans_load_neither_jax_nor_numpy():

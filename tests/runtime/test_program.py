@@ -5,6 +5,7 @@ import re
 from functools import cache
 
 import jax
+import numpy as np
 import pytest
 from helpers import QUICK, ROWS, toy_batch, toy_pipeline
 from hlo import computations, copies, hlo_text, holds_product, loop_bodies
@@ -185,3 +186,13 @@ def test_a_tick_moves_its_slots_once(remat):
     steady = max(traffic(hlo_text(compiled(*case))), key=lambda loop: loop.total_bytes)
     assert carry + residual <= steady.update_bytes <= carry + residual + gradients
     assert steady.copy_bytes <= 8 * carry
+
+
+def test_batches_of_numpys_own_integers_are_taken_as_jax_takes_them():
+    """NumPy's default int64 becomes int32 at `jax.jit`, without a word; newer JAX warns where shapes say int64."""
+    pipe, right = pipeline("1f1b", 2, 1, 2, "full"), toy_batch(2 * ROWS)
+    batch = right | {name: right[name].astype(np.int64) for name in ("tokens", "targets")}
+    params = pipe.init(jax.random.key(0), batch)
+    assert pipe.sizes(batch) == pipe.sizes(right)
+    results = [jax.eval_shape(pipe.value_and_grad, params, b) for b in (batch, right)]
+    assert results[0] == results[1]
