@@ -1,7 +1,8 @@
 """The names of JAX that may change without notice, all of them and nowhere else.
 
 Traced programs are read and rewritten (`jaxpipe.runtime.residuals`, `split`, `logical`), for which JAX has no public
-interface. Whoever moves to a new JAX looks here first. Checked with jax 0.10.2, 0.11.0, 0.11.2 and 0.12.0.1.
+interface. Whoever moves to a new JAX looks here first. Checked with jax 0.10.2, 0.11.0, 0.11.2 and 0.12.0.1. From
+0.12 on `Jaxpr` and `ClosedJaxpr` are two names of one class, a program that holds its constants.
 
 What only a few users need is imported inside its function, so that a name that is gone breaks that one alone.
 """
@@ -9,7 +10,14 @@ What only a few users need is imported inside its function, so that a name that 
 from typing import Any
 
 from jax.core import Tracer, eval_jaxpr
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+from jax.extend.core import (
+    ClosedJaxpr,  # pyright: ignore[reportPrivateImportUsage]
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+    Var,
+    jaxpr_as_fun,
+)
 from jax.interpreters.partial_eval import dce_jaxpr
 
 __all__ = [
