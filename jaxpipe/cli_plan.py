@@ -196,7 +196,7 @@ def _cores(options: argparse.Namespace, name: str, measured: int | None = None) 
     """The cores that simulated devices share."""
     if options.cores is not None or not name.lower().startswith("cpu"):
         return options.cores
-    from jaxpipe.train.bench import num_cores
+    from jaxpipe.plan.device import num_cores
 
     return measured or num_cores()
 

@@ -31,3 +31,7 @@ class DataError(JaxpipeError):
 
 class QueueFullError(JaxpipeError):
     """An engine that has as many requests waiting as it takes."""
+
+
+class VersionError(JaxpipeError):
+    """Installed versions of JAX and Flax that do not work together."""

@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
-# Makes .venv and installs jaxpipe into it with one extra: bash scripts/setup.sh viz|dev
+# Makes .venv and installs jaxpipe into it with extras: bash scripts/setup.sh viz|dev|dev,gpu-aot
 # Needs Python 3.11 or newer (set PYTHON to name one) and uses uv if there is one. Does nothing where it already did all.
+# VENV names another folder than .venv. What was installed into it before stays and is brought along.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-extra=${1:?usage: bash scripts/setup.sh EXTRA}
-venv=.venv
-stamp="$venv/.installed-$extra"
-wanted="$(cksum pyproject.toml) $PWD"
+asked=${1:?usage: bash scripts/setup.sh EXTRA[,EXTRA…]}
+venv=${VENV:-.venv}
+stamp="$venv/.installed"  # the extras, then for which pyproject.toml and place
+there=$([[ ! -f $stamp ]] || head -n 1 "$stamp")
+extras=$(tr ',' '\n' <<<"$there,$asked" | grep . | sort -u | paste -sd,)
+wanted="$extras
+$(cksum pyproject.toml) $PWD"
 
 fail() {
     echo "setup: $*" >&2
@@ -61,10 +65,10 @@ else
     fi
 fi
 
-echo "setup: installing jaxpipe[$extra] into $venv (once; some minutes on a new machine)"
+echo "setup: installing jaxpipe[$extras] into $venv (once; some minutes on a new machine)"
 if command -v uv >/dev/null; then
-    uv pip install --quiet --python "$venv/bin/python" --editable ".[$extra]"
+    uv pip install --quiet --python "$venv/bin/python" --editable ".[$extras]"
 else
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[$extra]"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[$extras]"
 fi
 echo "$wanted" >"$stamp"

@@ -9,7 +9,8 @@ import hashlib
 from pathlib import Path
 
 import jax
-from jax._src import compiler
+
+from jaxpipe import jax_internals
 
 MAPPINGS = 30_000
 """Pieces of memory from which on programs are forgotten. Linux gives a process 65,530, and XLA dies without more."""
@@ -27,6 +28,7 @@ def forget() -> None:
 
 def compile_once() -> None:
     """Makes JAX look for an equal program before it compiles one; it then gives out the very same executable."""
+    compiler = jax_internals.compiler()
     compile_anew = compiler.backend_compile_and_load
 
     def compile_or_find(backend, module, devices, options, host_callbacks):

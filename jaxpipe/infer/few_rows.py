@@ -9,8 +9,9 @@ from math import prod
 from typing import Any
 
 import jax.numpy as jnp
-from flax import nnx
 from jax import lax
+
+from jaxpipe.flax_nnx import nnx
 
 MOST = 32
 """Rows; with more, both ways take as long."""

@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from jaxpipe.errors import ConfigError
+from jaxpipe.flax_nnx import nnx
 from jaxpipe.infer.few_rows import use_kernel_first
 from jaxpipe.models import encdec, gpt
 from jaxpipe.models.encdec_config import EncDecConfig

@@ -24,8 +24,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
+from jaxpipe.flax_nnx import nnx
 from jaxpipe.models.encdec_config import BYTES, PRESETS, T5_TOKENS, EncDecConfig, num_params
 from jaxpipe.models.layers import Rotary, attend, attend_cached, attend_kept, cut, linear, normal, rms_norm
 from jaxpipe.models.relative import RelativeBias

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jaxpipe.errors import ConfigError
-from jaxpipe.models.fields import WideDType, check_above_zero, check_fields
-from jaxpipe.models.layers import wide
+from jaxpipe.models.fields import WideDType, check_above_zero, check_fields, wide
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,11 @@ WideDType = Literal["float32", "bfloat16", "float64"]
 """Those with the range of float32 or more: what weights may rest in, lest an optimizer's small numbers become zero."""
 
 
+def wide(dtype: Any) -> Any:
+    """Float32, or float64 for float64: what norms, softmax, rotation and logits are computed in."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def check_fields(cfg: Any, **least: int) -> None:
     """Checks every field of a config by its annotation, and turns dtypes into their names.
 

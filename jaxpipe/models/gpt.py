@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from jaxpipe.errors import ConfigError
+from jaxpipe.flax_nnx import nnx
 from jaxpipe.models.gpt_config import BYTES, GPT2_TOKENS, PRESETS, GPTConfig, flops_per_token, num_params
 from jaxpipe.models.layers import Rotary, attend, attend_cached, cut, enter, leave, linear, normal, rms_norm
 from jaxpipe.models.moe import MoE

@@ -15,8 +15,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxpipe.flax_nnx import nnx
+from jaxpipe.models.fields import wide
 
 TENSOR = "tensor"
 """The mesh axis in annotations."""
@@ -60,11 +62,6 @@ def _lay(x_BTD, cut: bool):
         return x_BTD
     spec = PartitionSpec(None, TENSOR) if cut else PartitionSpec()
     return jax.lax.with_sharding_constraint(x_BTD, NamedSharding(mesh, spec))
-
-
-def wide(dtype: Any) -> Any:
-    """Float32, or float64 for float64: what norms, softmax, rotation and logits are computed in."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], *, std: float, dtype: Any) -> jax.Array:

@@ -18,8 +18,8 @@ Source: Shazeer et al., 2017, "Outrageously Large Neural Networks"; Lepikhin et 
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
+from jaxpipe.flax_nnx import nnx
 from jaxpipe.models.gpt_config import GPTConfig
 from jaxpipe.models.layers import cut, normal
 

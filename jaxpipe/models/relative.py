@@ -7,9 +7,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from jaxpipe.models.layers import cut, normal, wide
+from jaxpipe.flax_nnx import nnx
+from jaxpipe.models.fields import wide
+from jaxpipe.models.layers import cut, normal
 
 
 class RelativeBias(nnx.Module):

@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from jaxpipe.errors import ConfigError, PartitionError
+from jaxpipe.flax_nnx import nnx
 
 
 def find_blocks(module: nnx.Module, name: str) -> tuple[tuple, list[tuple[Any, nnx.Module]]]:

@@ -5,11 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from flax.core import spmd
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpipe.errors import ConfigError
+from jaxpipe.flax_nnx import nnx
 from jaxpipe.runtime.mesh import TENSOR
 from jaxpipe.runtime.tree import Tree
 

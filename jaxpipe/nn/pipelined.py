@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpipe.errors import ConfigError
+from jaxpipe.flax_nnx import nnx
+from jaxpipe.jax_internals import Tracer
 from jaxpipe.nn.layer import check_inputs, make_sweeps, sort_inputs
 from jaxpipe.nn.nnx_part import Factory, NNXPart
 from jaxpipe.runtime.mesh import PIPE

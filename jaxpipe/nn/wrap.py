@@ -13,15 +13,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax.interpreters import partial_eval
 
 from jaxpipe.errors import ConfigError
+from jaxpipe.flax_nnx import nnx
+from jaxpipe.jax_internals import dce_jaxpr
 from jaxpipe.nn.blocks import check_alike, find_blocks, take_out
 from jaxpipe.nn.nnx_part import BlockCall, NNXPart, block_part, params_of
 from jaxpipe.nn.parts import block_of, embed_of, head_of
 from jaxpipe.runtime.model import Block, Model
-from jaxpipe.runtime.tree import Tree, get_path, set_path, tie, untie
+from jaxpipe.runtime.tree import Tree, get_path, set_path, shapes_of, tie, untie
 
 
 def from_nnx(
@@ -104,7 +104,7 @@ def from_nnx(
     keys = [_slashed((*path, key)) for key, _ in items]
     ties = _shared(*take_out(module, blocks), keys, kinds)
     before, after = (NNXPart("model", lambda rngs: take_out(module, blocks)[0], call) for call in (embed, head))
-    mb = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+    mb = shapes_of(batch)
     carry, used = _reads(before, mb)
     in_embed = {*used, *(home.removeprefix("embed/") for home in ties.values())}
     in_head = _reads(after, carry, mb)[1]
@@ -268,7 +268,7 @@ def _reads(part: NNXPart, *inputs: Tree) -> tuple[Tree, set[str]]:
             return part.apply(_nested(dict(zip(shapes, leaves, strict=True))), key, *inputs)
 
         closed, out = jax.make_jaxpr(run, return_shape=True)(list(shapes.values()), *inputs)
-        used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))[1]
+        used = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))[1]
         read |= {path for path, is_used in zip(shapes, used, strict=False) if is_used}
     return out, read
 

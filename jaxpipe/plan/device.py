@@ -6,6 +6,7 @@ program reaches is `efficiency` (matrix products) and two fractions that hold fo
 """
 
 import difflib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -263,3 +264,8 @@ def find_device(name: str, *, memory_bytes: float | None = None, cores: int | No
             raise ConfigError(f"cores={cores} must be at least 1; try 1")
         spec = replace(spec, cores=cores)
     return spec
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

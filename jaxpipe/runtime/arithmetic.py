@@ -5,9 +5,8 @@ from collections import Counter
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr
-from jax.interpreters import partial_eval
 
+from jaxpipe.jax_internals import ClosedJaxpr, Jaxpr, dce_jaxpr
 from jaxpipe.runtime.carry import join, part
 from jaxpipe.runtime.model import Tree
 
@@ -23,7 +22,7 @@ def dot_flops(function: Any, *args: Any) -> int:
         args: Arrays or shapes.
     """
     jaxpr = jax.make_jaxpr(function)(*args).jaxpr
-    return _flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+    return _flops(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 
 
 def _flops(jaxpr: Jaxpr) -> int:

@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
+from jaxpipe.jax_internals import ClosedJaxpr, Jaxpr, Var
 from jaxpipe.runtime.model import Model
 from jaxpipe.runtime.tree import Tree, get_path, set_path, tie, untie
 

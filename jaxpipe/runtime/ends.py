@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.interpreters import partial_eval
 from jax.sharding import Mesh
 
 from jaxpipe.errors import ConfigError
+from jaxpipe.jax_internals import dce_jaxpr
 from jaxpipe.runtime.collect import gather, reduce
 from jaxpipe.runtime.mesh import BATCH, FSDP, MANUAL, PIPE
 from jaxpipe.runtime.model import Model, Tree, loss_and_metrics
@@ -163,7 +163,7 @@ def check_weight(model: Model, head: Tree, carry: Tree, mb: Tree) -> None:
         return loss_and_metrics(model.head_loss.apply(*known, mb, None))[1]
 
     closed = jax.make_jaxpr(weight)((head, carry), mb)
-    _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True])
+    _, used = dce_jaxpr(closed.jaxpr, [True])
     if any(used[: len(jax.tree.leaves((head, carry)))]):
         raise ConfigError(
             "head_loss.apply returns a weight that depends on parameters or activations, but where blocks return an "

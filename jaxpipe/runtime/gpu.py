@@ -13,6 +13,7 @@ from typing import Literal
 import jax
 
 from jaxpipe.errors import ConfigError
+from jaxpipe.jax_internals import devices_are_in_use
 
 MEMORY = "XLA_CLIENT_MEM_FRACTION"
 OLD_MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION"
@@ -103,7 +104,7 @@ def set_gpu_options(options: GpuOptions, environment: MutableMapping[str, str] =
         if given.get(name, value) != value:
             raise ConfigError(f"XLA_FLAGS has {name}={given[name]}, but [gpu] asks for {value!r}; try one of the two")
     default = GpuOptions()
-    if _has_started():
+    if devices_are_in_use():
         if options.flags or options.memory_fraction != default.memory_fraction:
             raise ConfigError("[gpu] must be set before JAX starts, and it already runs; try a new process")
         return "as JAX was started"
@@ -156,10 +157,3 @@ def _has_gpus() -> bool:
     platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
     wanted = not platforms or not {"gpu", "cuda"}.isdisjoint(platforms.split(","))
     return wanted and any(importlib.util.find_spec(plugin) for plugin in PLUGINS)
-
-
-def _has_started() -> bool:
-    """Whether JAX's devices have been touched, for which it has no public name."""
-    from jax._src import xla_bridge
-
-    return xla_bridge.backends_are_initialized()

@@ -27,11 +27,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import eval_jaxpr
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from jax.sharding import Mesh, NamedSharding
 
 from jaxpipe.errors import ConfigError
+from jaxpipe.jax_internals import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, eval_jaxpr
 from jaxpipe.runtime.model import Tree
 from jaxpipe.runtime.relayout import Layout, Position
 from jaxpipe.runtime.rest import Rest, block_rest, end_rest

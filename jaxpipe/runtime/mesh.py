@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.core import Tracer
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from jaxpipe.errors import ConfigError
+from jaxpipe.jax_internals import Tracer
 from jaxpipe.schedule import Schedule
 
 PIPE = "pipe"

@@ -24,6 +24,7 @@ from jaxpipe.runtime.options import check_offload, check_tensor, stage_counts, s
 from jaxpipe.runtime.relayout import Layout, Shard
 from jaxpipe.runtime.sizes import model_bytes
 from jaxpipe.runtime.stage import Context, Remat
+from jaxpipe.runtime.tree import shapes_of
 from jaxpipe.schedule import Costs, ModelBytes, Schedule, TickTable, lower
 from jaxpipe.schedule.costs import relative_costs
 
@@ -249,7 +250,7 @@ class Pipeline:
                 f"batch size {rows} must be a multiple of microbatches={self.schedule.microbatches} * "
                 f"{batch_text(self.mesh)} = {groups}; try {near}"
             )
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows // groups, *x.shape[1:]), x.dtype), batch)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows // groups, *x.shape[1:]), x.dtype), shapes_of(batch))
 
     def sizes(self, batch: Tree) -> ModelBytes:
         """Bytes of the model's pieces per device, for `TickTable.bytes`.
@@ -273,7 +274,7 @@ class Pipeline:
             metrics: Whether the head's metrics are wanted.
         """
         model, mb = self.model, self._microbatch(batch)
-        params, key = _shapes(params), jax.eval_shape(lambda: jax.random.key(0))
+        params, key = shapes_of(params), jax.eval_shape(lambda: jax.random.key(0))
         check_params(params)
         carry = jax.eval_shape(lambda p, mb: model.embed.apply(p, mb, None), params["embed"], mb)
         context = Context(mb, key if random else None, jax.ShapeDtypeStruct((), jnp.int32))
@@ -299,10 +300,6 @@ class Pipeline:
             second_stream=self.second_stream,
             ends_inside=skip == "branch" and PASSES_IN_PLACE,
         )
-
-
-def _shapes(tree: Tree) -> Tree:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
 def _with_dtypes(shapes: Tree, dtypes: Tree) -> Tree:

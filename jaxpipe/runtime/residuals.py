@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.core import eval_jaxpr
-from jax.extend.core import ClosedJaxpr, Jaxpr, Var
-from jax.extend.core import Literal as Constant
-from jax.interpreters import partial_eval
 
+from jaxpipe.jax_internals import ClosedJaxpr, Jaxpr, Var, dce_jaxpr, eval_jaxpr
+from jaxpipe.jax_internals import Literal as Constant
 from jaxpipe.runtime.model import Tree
 
 Roles = frozenset[str]
@@ -141,4 +139,4 @@ def _is_key(var: Var) -> bool:
 def _only(jaxpr: Jaxpr, outvars: list) -> Jaxpr:
     """The part of a program that makes the given outputs, with the same inputs."""
     wanted = jaxpr.replace(outvars=outvars, debug_info=jaxpr.debug_info.with_unknown_names())
-    return partial_eval.dce_jaxpr(wanted, [True] * len(outvars), instantiate=True)[0]
+    return dce_jaxpr(wanted, [True] * len(outvars), instantiate=True)[0]

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.core import eval_jaxpr
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
-from jax.interpreters import partial_eval
+
+from jaxpipe.jax_internals import ClosedJaxpr, Jaxpr, Literal, Var, dce_jaxpr, eval_jaxpr
 
 PRODUCTS = frozenset(
     {
@@ -123,4 +122,4 @@ def _needed(jaxpr: Jaxpr, outvars: Sequence, stop: set) -> list:
 
 
 def _only(jaxpr: Jaxpr) -> Jaxpr:
-    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0]
+    return dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0]

@@ -13,9 +13,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import eval_jaxpr
-from jax.extend.core import jaxpr_as_fun
 
+from jaxpipe.jax_internals import eval_jaxpr, jaxpr_as_fun
 from jaxpipe.runtime import keys
 from jaxpipe.runtime.carry import join, part
 from jaxpipe.runtime.model import Tree, carry_and_aux

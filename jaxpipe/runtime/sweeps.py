@@ -33,6 +33,7 @@ from jaxpipe.runtime.options import stage_counts, stage_remats
 from jaxpipe.runtime.relayout import Layout
 from jaxpipe.runtime.stage import Remat
 from jaxpipe.runtime.sweep_loops import KIND, BlockCall, Inputs, Loops, make_loops
+from jaxpipe.runtime.tree import shapes_of
 from jaxpipe.schedule import Schedule, TickTable, lower
 from jaxpipe.schedule.lower import lower_sweeps
 
@@ -158,7 +159,7 @@ class Sweeps:
 
     def _swept(self, given: dict, resting: Tree, key) -> Tree:
         """The last block's output, with one sweep for its value and another for the gradient of `given`."""
-        like = _shapes(given)
+        like = shapes_of(given)
 
         @jax.custom_vjp
         def call(floating, others, resting, key):
@@ -182,7 +183,7 @@ class Sweeps:
 
     def _loops(self, table: TickTable, given: dict, resting: Tree, key) -> Loops:
         """The compiled loops over a table for arrays of these shapes, made once."""
-        shapes = _shapes((given, resting))
+        shapes = shapes_of((given, resting))
         leaves, structure = jax.tree.flatten(shapes)
         signature = table is self.table, key is None, structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
         if signature not in self._made:
@@ -194,7 +195,3 @@ class Sweeps:
     @cached_property
     def _made(self) -> dict[Any, Loops]:
         return {}
-
-
-def _shapes(tree: Tree) -> Tree:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)

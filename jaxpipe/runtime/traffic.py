@@ -34,17 +34,20 @@ class Traffic:
         slice_bytes: Slices read at a dynamic index.
         update_bytes: Slices written at a dynamic index, in place.
         turns: How often the loop turns, None where the text does not say.
+        transpose_bytes: Arrays written in another order of their dims and nothing else: operands that a product wants
+            turned. What of this XLA does within an instruction that computes as well differs between its versions.
     """
 
     copy_bytes: int = 0
     slice_bytes: int = 0
     update_bytes: int = 0
     turns: int | None = None
+    transpose_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """All of them."""
-        return self.copy_bytes + self.slice_bytes + self.update_bytes
+        return self.copy_bytes + self.slice_bytes + self.update_bytes + self.transpose_bytes
 
     def plus(self, other: "Traffic", times: int = 1) -> "Traffic":
         """The sum, with the turns of this one."""
@@ -53,6 +56,7 @@ class Traffic:
             self.slice_bytes + times * other.slice_bytes,
             self.update_bytes + times * other.update_bytes,
             self.turns,
+            self.transpose_bytes + times * other.transpose_bytes,
         )
 
 
@@ -197,8 +201,10 @@ def _fused(lines: list[_Instruction], at_least: int) -> Traffic:
             sum_ = sum_.plus(Traffic(update_bytes=_if_large(by_name[line.operands[1]].bytes, at_least)))
         elif line.opcode == "dynamic-update-slice" and line.bytes <= largest:
             sum_ = sum_.plus(Traffic(copy_bytes=_if_large(line.bytes, at_least)))
-    if {line.opcode for line in lines} <= {"parameter", "tuple", *_PASSES_ON}:
-        sum_ = sum_.plus(Traffic(copy_bytes=_if_large(root.bytes, at_least)))
+    opcodes = {line.opcode for line in lines}
+    if opcodes <= {"parameter", "tuple", *_PASSES_ON}:
+        size = _if_large(root.bytes, at_least)
+        sum_ = sum_.plus(Traffic(transpose_bytes=size) if "transpose" in opcodes else Traffic(copy_bytes=size))
     return sum_
 
 

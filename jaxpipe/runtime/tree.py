@@ -1,12 +1,27 @@
-"""Paths in nested dicts, and ties between them: a leaf of the head that lives in the embedding."""
+"""Trees of arrays: their shapes, paths in nested dicts, and ties: a leaf of the head that lives in the embedding."""
 
 from collections.abc import Mapping
 from typing import Any
+
+import jax
 
 from jaxpipe.errors import PartitionError
 
 Tree = Any
 """A pytree of arrays."""
+
+
+def shapes_of(tree: Tree) -> Tree:
+    """Shapes and dtypes as a traced function gets them: without 64 bits, NumPy's int64 is JAX's int32.
+
+    Args:
+        tree: Arrays, NumPy's too, or shapes.
+    """
+
+    def shape(x):
+        return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True))
+
+    return jax.tree.map(shape, tree)
 
 
 def get_path(tree: Tree, path: str):

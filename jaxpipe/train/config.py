@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxpipe.errors import ConfigError
-from jaxpipe.models.gpt import BYTES, PRESETS, GPTConfig
+from jaxpipe.models.gpt_config import BYTES, PRESETS, GPTConfig
 from jaxpipe.runtime.gpu import GpuOptions
 from jaxpipe.train import toml
 from jaxpipe.train.sections import (

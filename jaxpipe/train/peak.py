@@ -9,6 +9,7 @@ from jaxpipe.plan import find_device
 from jaxpipe.runtime.arithmetic import dot_flops
 from jaxpipe.runtime.mesh import batch_shards
 from jaxpipe.runtime.sequential import sequential
+from jaxpipe.runtime.tree import shapes_of
 
 
 def peak_flops(kind: str, dtype: str) -> float | None:
@@ -45,6 +46,6 @@ def peak_steps_per_s(pipe: Any, batch: Any, dtype: str) -> float | None:
         return None
     groups = pipe.schedule.microbatches * batch_shards(pipe.mesh)
     model, key = sequential(pipe.model, groups), jax.eval_shape(lambda: jax.random.key(0))
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+    shapes = shapes_of(batch)
     canonical = jax.eval_shape(model.init, key, shapes)
     return peak * pipe.mesh.size / (3 * dot_flops(model.loss, canonical, shapes))

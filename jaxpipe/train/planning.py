@@ -24,10 +24,10 @@ from jaxpipe.plan import (
     find_device,
     search,
 )
+from jaxpipe.plan.device import num_cores
 from jaxpipe.plan.price import SPLIT
 from jaxpipe.plan.problem import SCHEDULES
 from jaxpipe.schedule.stages import parse_stages
-from jaxpipe.train.bench.measure import num_cores
 from jaxpipe.train.config import Config
 from jaxpipe.train.sections import MeshConfig
 

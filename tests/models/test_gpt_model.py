@@ -121,7 +121,7 @@ def consumers_of(apply, params) -> dict[str, list]:
     jaxpr = jax.make_jaxpr(apply)(params).jaxpr
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     return {
-        name: [(eqn.primitive.name, eqn.outvars[0].aval.dtype) for eqn in jaxpr.eqns if var in eqn.invars]
+        name: [(eqn.primitive.name, eqn.outvars[0].aval.dtype) for eqn in jaxpr.eqns if var in eqn.invars]  # pyright: ignore
         for name, var in zip(names, jaxpr.invars, strict=True)
     }
 

@@ -15,7 +15,7 @@ from jaxpipe.runtime.gpu import FORBIDDEN, GpuOptions, set_gpu_options
 def fresh(monkeypatch):
     """As if there were GPUs, and JAX's devices had not been touched."""
     monkeypatch.setattr(gpu, "_has_gpus", lambda: True)
-    monkeypatch.setattr(gpu, "_has_started", lambda: False)
+    monkeypatch.setattr(gpu, "devices_are_in_use", lambda: False)
 
 
 def test_nothing_is_set_on_cpus():

@@ -3,8 +3,8 @@
 from typing import Any
 
 import jax
-from flax import nnx
 
+from jaxpipe.flax_nnx import nnx
 from jaxpipe.models import encdec, gpt
 from jaxpipe.models.gpt_config import GPTConfig
 from jaxpipe.models.hf.family import ModelConfig

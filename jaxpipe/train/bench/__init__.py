@@ -16,8 +16,9 @@ Reading order: `case` (what is measured), `lanes` (T_dev as a program), `one_cor
 lanes of one step really ran), `report`.
 """
 
+from jaxpipe.plan.device import num_cores
 from jaxpipe.train.bench.case import Case, Workload, make_cases, workload_of
-from jaxpipe.train.bench.measure import Row, measure, num_cores
+from jaxpipe.train.bench.measure import Row, measure
 from jaxpipe.train.bench.one_core import OneCore, accumulation_step, in_groups, timed_step
 
 __all__ = [

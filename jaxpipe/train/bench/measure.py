@@ -1,6 +1,5 @@
 """The measurement of one case, and the line of numbers that comes of it."""
 
-import os
 import statistics
 import time
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from typing import Any
 
 import jax
 
+from jaxpipe.plan.device import num_cores
 from jaxpipe.runtime.arithmetic import arithmetic_ratio
 from jaxpipe.runtime.sizes import memory_of
 from jaxpipe.runtime.traffic import traffic
@@ -144,11 +144,6 @@ def _moved_bytes(compiled: Any) -> int:
     """Of the loop that turns most often: the steady phase, or where there is none the longest."""
     loops = traffic(compiled.as_text())
     return max(loops, key=lambda loop: loop.turns or 0).total_bytes if loops else 0
-
-
-def num_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _time(compiled: Any, *args: Any) -> tuple[float, float]:

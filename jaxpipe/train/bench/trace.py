@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxpipe.plan.device import num_cores
 from jaxpipe.runtime.clock import Clock, Note
 from jaxpipe.runtime.mesh import MANUAL
 from jaxpipe.schedule import Action, Costs, Interval, Schedule, TickTable, Timing
@@ -17,7 +18,6 @@ from jaxpipe.schedule.pack import Packed
 from jaxpipe.schedule.show import Timeline, timed
 from jaxpipe.schedule.timing import timing_of
 from jaxpipe.train.bench.case import Case
-from jaxpipe.train.bench.measure import num_cores
 
 MS = 1e-6
 """Milliseconds per nanosecond."""

@@ -1,7 +1,4 @@
-"""Which process of how many this is, and where process 0 is: from options, or as JAX reads it off a cluster.
-
-JAX's cluster detection has no public name; it is called here and nowhere else.
-"""
+"""Which process of how many this is, and where process 0 is: from options, or as JAX reads it off a cluster."""
 
 import os
 import re
@@ -104,11 +101,11 @@ def _device_ids(environment: Mapping[str, str]) -> tuple[int, ...] | None:
 
 
 def _detect(timeout_s: float, environment: Mapping[str, str]) -> Place:
-    from jax._src.clusters import ClusterEnv
+    from jaxpipe.jax_internals import cluster_place
 
     try:
-        address, count, number, devices = ClusterEnv.auto_detect_unset_distributed_params(
-            environment.get("JAX_COORDINATOR_ADDRESS"), None, None, _device_ids(environment), None, int(timeout_s)
+        address, count, number, devices = cluster_place(
+            environment.get("JAX_COORDINATOR_ADDRESS"), _device_ids(environment), timeout_s
         )
     except Exception as error:  # of the cluster's client, which may be any
         text = " ".join(str(error).split())
