@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxpipe.errors import PartitionError
+from jaxpipe.models.products import vocab_logits
 from jaxpipe.runtime.tree import Tree, drop_path, get_path
 
 Specs = Mapping[str, Any]
@@ -131,12 +132,6 @@ class VocabHead:
 def look_up(table, ids):
     """Rows of a table, NaN where an id is out of range."""
     return jnp.take(table, jnp.where(ids < 0, len(table), ids), axis=0, mode="fill")
-
-
-def vocab_logits(kernel, features):
-    """``[..., D] x [V, D] -> [..., V]``, float32 or wider."""
-    wide = jnp.promote_types(features.dtype, jnp.float32)
-    return jnp.einsum("...d,vd->...v", features, kernel.astype(features.dtype), preferred_element_type=wide)
 
 
 def cross_entropy(logits, ids, weights) -> tuple:

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxpipe.models.products import vocab_logits
 from jaxpipe.runtime.mesh import PIPE
-from jaxpipe.runtime.model import Tree, vocab_logits
+from jaxpipe.runtime.model import Tree
 
 
 def rows_per_device(size: int, devices: int) -> int:
