@@ -1,6 +1,7 @@
 """A vocabulary cut over the pipe gives the same numbers as one stage that computes the head alone."""
 
 import re
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -12,8 +13,10 @@ from hlo import hlo_text, loop_bodies
 
 import jaxpipe as jp
 from jaxpipe.errors import ConfigError
+from jaxpipe.models.gpt import GPTConfig
 from jaxpipe.runtime.sizes import memory_of
 from jaxpipe.schedule import build
+from jaxpipe.train.model import gpt_model
 
 
 def vocab_model(
@@ -140,6 +143,23 @@ def test_a_head_in_chunks_of_tokens_equals_the_oracle_of_whole_logits(case):
         sequential = jp.sequential(vocab_model(devices * repeats, size, tied, dtype, chunk=chunk), row_groups=4)
         again = jax.jit(sequential.value_and_grad, compiler_options=QUICK)(canonical, batch, jax.random.key(1))
         tree_allclose(again[1], grads)
+
+
+def test_chunks_leave_a_kernel_cut_over_tensor_where_it_is():
+    """No device gathers words, for any chunk; and the numbers stay the same."""
+    cfg = GPTConfig(vocab_size=16, max_seq_len=LENGTH, num_layers=2, num_heads=2, d_model=8, tied=False)
+    model = gpt_model(cfg)
+    model = replace(model, head_loss=replace(model.head_loss, chunk=2))
+    schedule, batch = build("1f1b", devices=2, microbatches=4), toy_batch(ROWS * 4)
+    pipe = jp.Pipeline(model, schedule=schedule, mesh=jp.make_mesh(2, tensor=2))
+    params = pipe.init(jax.random.key(0), batch)
+    step = jax.jit(pipe.value_and_grad).lower(params, batch).compile(QUICK)
+    expected = jp.sequential(gpt_model(cfg), row_groups=4).value_and_grad(pipe.to_canonical(params), batch)
+    loss, grads = step(params, batch)
+    tree_allclose((loss, pipe.to_canonical(grads)), expected)
+    heads = [line for body in loop_bodies(hlo_text(step), inner=True) for line in body if "/head/" in line]
+    assert any(" all-reduce" in line for line in heads)
+    assert not any(" all-gather" in line or " all-to-all" in line for line in heads)
 
 
 def compiled(head: str, size: int = 4096, width: int = 32):
