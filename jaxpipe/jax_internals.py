@@ -32,8 +32,16 @@ __all__ = [
     "dce_jaxpr",
     "devices_are_in_use",
     "eval_jaxpr",
+    "jaxlib_version",
     "jaxpr_as_fun",
 ]
+
+
+def jaxlib_version() -> tuple[int, ...]:
+    """The version of XLA that JAX brings."""
+    from jaxlib.version import __version_info__
+
+    return __version_info__
 
 
 def devices_are_in_use() -> bool:

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "flax_nnx": {"errors"},
     "schedule": {"errors"},
     "plan": {"errors", "schedule"},
-    "runtime": {"errors", "jax_internals", "schedule"},
+    "runtime": {"errors", "jax_internals", "schedule", "models"},
     "models": {"errors", "jax_internals", "flax_nnx"},
     "nn": {"errors", "jax_internals", "flax_nnx", "schedule", "plan", "runtime"},
     "train": {"errors", "jax_internals", "flax_nnx", "schedule", "plan", "runtime", "models", "nn"},

@@ -36,7 +36,7 @@ from jaxpipe.runtime.collect import gather, reduce
 from jaxpipe.runtime.device import Device
 from jaxpipe.runtime.ends import Ends, batch_weight
 from jaxpipe.runtime.lane import Skip
-from jaxpipe.runtime.mesh import BATCH, FSDP, MANUAL, PIPE, batch_shards
+from jaxpipe.runtime.mesh import BATCH, FSDP, MANUAL, PIPE, batch_shards, on_cpu
 from jaxpipe.runtime.model import Model, Tree
 from jaxpipe.runtime.relayout import Layout
 from jaxpipe.runtime.rest import Rest
@@ -215,6 +215,7 @@ class Program:
             parts=self.ends,
             skip=self.skip,
             hops_block=self.hops_block,
+            simulated=on_cpu(self.mesh),
             metrics=self.metrics,
             offload=self.offload,
             second_stream=self.second_stream,

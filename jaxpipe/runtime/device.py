@@ -53,6 +53,7 @@ class Device:
         hops_block: Whether a hop ends before anything else starts, see `jaxpipe.runtime.tick`.
         seeds: Gradients of the head's loss and of the blocks' `aux`, scalars.
         metrics: Shapes of the head's metrics of one row group if they are wanted, else an empty dict.
+        simulated: Whether it is one of several devices that share a CPU.
         offload: Whether the stash (activations, residuals, weight-residuals) rests in the host's memory.
         second_stream: Whether the second of a lane's two hops has a stream of its own, see `Pipeline`.
         clock: What notes when lanes run, if anything does.
@@ -76,6 +77,7 @@ class Device:
     seeds: tuple[Any, Any]
     metrics: Tree
     hops_block: bool = False
+    simulated: bool = False
     offload: bool = False
     second_stream: bool = False
     clock: Clock | None = None
@@ -154,23 +156,32 @@ class Device:
         state, carry = self.clock.stop(where, lane, state, index, carry, commit)
         return state, carry, commit
 
+    def commits(self, rare: bool = False) -> bool:
+        """Whether each branch of a lane commits what it makes; else all hand the same form to one commit for all.
+
+        Args:
+            rare: Of the lane.
+        """
+        return self.skip in ("branch", "loop") or (rare and self.skip == "deferred")
+
     @property
     def branches_commit(self) -> bool:
-        """Whether each branch commits what it makes; else all hand the same form to one commit for all."""
-        return self.skip in ("branch", "loop")
+        """Whether each branch of the stages' lanes commits what it makes."""
+        return self.commits()
 
     def wide(self, backward: Callable, params: Tree, *args: Any) -> tuple[Tree, Any]:
-        """What a backward returns, its weight gradients as wide as their sums where conditionals commit them.
+        """What a backward returns, its weight gradients as wide as their sums where each branch commits its own.
 
-        Where one commit follows for all, what is handed to it is better narrow. And simulated devices were seen to wait
-        forever for a hop beside a half-precision product with a wide result (jaxlib 0.10.2).
+        Where one commit follows for all, what is handed to it is better narrow.
 
         Args:
             backward: ``(params, *args) -> (gradients of params, others)``.
             params: Parameters.
             args: The rest.
         """
-        return wide_gradients(backward, params, *args) if self.skip == "branch" else backward(params, *args)
+        if not self.branches_commit:
+            return backward(params, *args)
+        return wide_gradients(backward, params, *args, convert=self.simulated)
 
     def gradients(self, branch: Branch, dw: Tree) -> "Gradients":
         """What a branch's backward leaves for `add`."""

@@ -12,6 +12,7 @@ from jaxpipe.runtime import keys, slots
 from jaxpipe.runtime.carry import join, part
 from jaxpipe.runtime.device import Device
 from jaxpipe.runtime.ends import accumulate
+from jaxpipe.runtime.heads import head_gradients, head_sums
 from jaxpipe.runtime.lane import Commit, Lane
 from jaxpipe.runtime.model import Tree, loss_and_metrics
 from jaxpipe.runtime.stage import Context
@@ -31,7 +32,7 @@ def embed_lane(device: Device, arrived: Tree, context: Context, row: dict) -> Tr
     return lax.cond(first, lambda: embed(device, device.ends["embed"], context), lambda: arrived)
 
 
-def head(device: Device, dtype: Any, like: Tree, given: tuple) -> tuple[list, tuple]:
+def head(device: Device, dtype: Any, like: Tree, given: tuple, entries: dict | None) -> tuple[list, tuple]:
     """Loss of the microbatch that leaves the last stage and, when training, its gradient.
 
     Args:
@@ -40,31 +41,23 @@ def head(device: Device, dtype: Any, like: Tree, given: tuple) -> tuple[list, tu
         like: A carry, for its structure.
         given: The head's parameters, the floating-point leaves of what leaves the last stage, its other leaves, the
             context of the microbatch, and the gradient of the loss.
+        entries: The state's entries, whose sums the gradient is added to; None: to nothing.
 
     Returns:
         The gradient of the floating-point leaves, or they themselves when not training, and what `commit_head` takes.
     """
     params, floating, others, context, seed = given
-    floating = device.whole(floating)
-
-    def loss(params, floating):
-        key = keys.head_key(context.group, len(device.model.blocks))
-        carry = join(like, floating, others)
-        total, weight, metrics = loss_and_metrics(device.model.head_loss.apply(params, carry, context.mb, key))
-        metrics = metrics if device.metrics else {}
-        return total.astype(dtype), (lax.stop_gradient(weight).astype(dtype), lax.stop_gradient(metrics))
-
+    floating, head_loss = device.whole(floating), device.model.head_loss
+    key = keys.head_key(context.group, len(device.model.blocks))
+    carry = partial(join, like, others=others)
     if not device.trains:
-        total, (weight, metrics) = loss(params, floating)
-        return floating, (total, weight, metrics, None)
-
-    def train(params, floating, seed):
-        total, vjp, (weight, metrics) = jax.vjp(loss, params, floating, has_aux=True)
-        dparams, dy = vjp(seed.astype(dtype))
-        return dparams, (dy, total, weight, metrics)
-
-    dparams, (dy, *sums) = device.wide(train, params, floating, seed)
-    return device.whole(dy), (*sums, dparams)
+        total, weight, metrics = loss_and_metrics(head_loss.apply(params, carry(floating), context.mb, key))
+        return floating, (total.astype(dtype), weight.astype(dtype), metrics if device.metrics else {}, None)
+    sums = None if entries is None else device.parts.head(entries["ends"])
+    seed = seed.astype(dtype)
+    made = head_gradients(head_loss, params, floating, carry, context.mb, key, seed, sums, device.wide)
+    metrics = made.metrics if device.metrics else {}
+    return device.whole(made.carry), (made.loss.astype(dtype), made.weight.astype(dtype), metrics, made.sums)
 
 
 def head_lane(device: Device, state: dict, row: dict, y: Tree) -> tuple[dict, list, Commit]:
@@ -75,7 +68,14 @@ def head_lane(device: Device, state: dict, row: dict, y: Tree) -> tuple[dict, li
 
 
 def run_head(
-    device: Device, state: dict, row: dict, index: Any, branch: Callable, given: tuple, **lane: Any
+    device: Device,
+    state: dict,
+    row: dict,
+    index: Any,
+    branch: Callable,
+    given: tuple,
+    label: tuple[str, dict] | None = None,
+    rare: bool = False,
 ) -> tuple[dict, list, Commit]:
     """Runs a head where `index` is not -1 and keeps what it makes.
 
@@ -84,13 +84,16 @@ def run_head(
         state: The loop's state.
         row: The row of the table.
         index: 0 or -1.
-        branch: ``given -> (gradient of the features, (loss, weight, metrics, gradient of the head or None))``.
+        branch: ``(given, entries) -> (gradient of the features, (loss, weight, metrics, sums))``; the sums are those of
+            the head in `entries` with its gradient added, its gradient alone if `entries` is None, or None.
         given: What it reads; its second entry is passed on if it does not run.
-        lane: More fields of the `Lane`.
+        label: As in `Lane`.
+        rare: As in `Lane`.
     """
     scalar = jax.ShapeDtypeStruct((), state["loss"].dtype)
-    shapes = scalar, scalar, device.metrics, device.parts.head(device.ends) if device.trains else None
-    made = Lane("head", [branch], partial(commit_head, device, row), shapes, head_updates(device), **lane)
+    shapes = scalar, scalar, device.metrics, head_sums(device.parts.head(device.ends)) if device.trains else None
+    commit = partial(commit_head, device, row, rare)
+    made = Lane("head", [branch], commit, shapes, head_updates(device), label, rare, adds=True)
     state, dy, commit_now = device.run(made, state, index, given[1], given)
     if "gradient" in state:
         state = state | {"gradient": slots.put(state["gradient"], row["h_gradient"], dy)}
@@ -102,13 +105,14 @@ def head_updates(device: Device) -> list[str]:
     return ["loss", "weight", *(["metrics"] if device.metrics else []), *(["ends"] if device.trains else [])]
 
 
-def commit_head(device: Device, row: dict, state: dict, made: tuple) -> dict:
-    """The entries of the state with what a head made: loss, weight, metrics and gradient (None when not training)."""
-    total, weight, metrics, gradient = made
+def commit_head(device: Device, row: dict, rare: bool, state: dict, made: tuple) -> dict:
+    """The entries of the state with what a head made: loss, weight, metrics, and sums (None when not training)."""
+    total, weight, metrics, sums = made
+    put = device.parts.put_head if device.commits(rare) else device.parts.add_head
     out = {"loss": state["loss"] + total, "weight": state["weight"] + weight}
     if device.metrics:
         out["metrics"] = _keep_metrics(state["metrics"], row, metrics)
-    return out | ({"ends": device.parts.add_head(state["ends"], gradient)} if device.trains else {})
+    return out | ({"ends": put(state["ends"], sums)} if device.trains else {})
 
 
 def embed_gradient(device: Device, params: Tree, context: Context, dx: list) -> Tree:

@@ -28,15 +28,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
-from jaxlib.version import __version_info__ as version_info
 
+from jaxpipe.jax_internals import jaxlib_version
 from jaxpipe.runtime.mesh import on_cpu
 from jaxpipe.runtime.model import Tree
 from jaxpipe.runtime.stages import Stages
 
 Skip = Literal["branch", "deferred", "loop", "mask"]
 
-PASSES_IN_PLACE = version_info >= (0, 11, 1)
+PASSES_IN_PLACE = jaxlib_version() >= (0, 11, 1)
 """Whether XLA passes buffers through every branch of a conditional in place [1]."""
 
 
@@ -60,15 +60,19 @@ class Lane:
         updates: Names of these entries.
         label: For a `jaxpipe.runtime.clock.Clock`: the lane's letter and the row of the table.
         rare: One device in P runs it and what it commits is large.
+        adds: Its branches are ``(given, entries) -> (carry, kept)``: where each commits what it makes, they have the
+            entries of the state that the lane updates and may commit their new values; elsewhere they have None and
+            commit what is to be added.
     """
 
     name: str
-    branches: list[Callable[[Any], tuple[Tree, Any]]]
+    branches: list[Callable[..., tuple[Tree, Any]]]
     commit: Callable[[dict, Any], dict]
     kept: Any
     updates: list[str]
     label: tuple[str, dict] | None = None
     rare: bool = False
+    adds: bool = False
 
 
 @jax.tree_util.register_pytree_node_class
@@ -118,7 +122,8 @@ def run_lane(
         working = [partial(_committed, lane, branch) for branch in lane.branches]
         part, carry = lax.switch(index + 1, [lambda part, carry, given: (part, carry), *working], part, carry, given)
         return state | part, carry, Commit(None, None)
-    branches = [lambda branch=branch: branch(given) for branch in lane.branches]
+    given = (given, None) if lane.adds else (given,)
+    branches = [lambda branch=branch: branch(*given) for branch in lane.branches]
     if skip == "deferred":
         carry, kept = lax.switch(index + 1, [lambda: (carry, zeros(lane.kept)), *branches])
         return state, carry, Commit(lane.commit, kept)
@@ -128,7 +133,7 @@ def run_lane(
 
 
 def _committed(lane: Lane, branch: Callable, state: dict, carry: Tree, given: Any) -> tuple[dict, Tree]:
-    carry, kept = branch(given)
+    carry, kept = branch(given, state) if lane.adds else branch(given)
     return state | lane.commit(state, kept), carry
 
 
@@ -138,7 +143,7 @@ def _run_loops(lane: Lane, state: dict, index: Any, carry: Tree, given: Any) -> 
         # Nothing but this barrier tells XLA that the turn depends on being in the loop: without it, it computes the
         # turn in advance, whether or not there will be one.
         at, given = lax.optimization_barrier((at, given))
-        carry, kept = branch(given)
+        carry, kept = branch(given, state) if lane.adds else branch(given)
         return at + 1, state | lane.commit(state, kept), carry, given
 
     for number, branch in enumerate(lane.branches):

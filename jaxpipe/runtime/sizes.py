@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxpipe.runtime.carry import join, part
 from jaxpipe.runtime.compile import Program
 from jaxpipe.runtime.ends import accumulator_dtype
+from jaxpipe.runtime.heads import head_gradients, head_sums
 from jaxpipe.runtime.mesh import FSDP
 from jaxpipe.runtime.model import Tree
 from jaxpipe.schedule import ModelBytes
@@ -35,15 +36,12 @@ def memory_of(compiled: Any) -> Any:
     return analysis
 
 
-def _head(program: Program, head: Tree, carry: Tree) -> Any:
-    """Loss of one microbatch and its gradients."""
+def _head(program: Program, sums: Tree, head: Tree, carry: Tree) -> Any:
+    """Loss of one microbatch and its gradients, the parameters' added to their sums."""
     mb = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), program.stages.stage.context.mb)
     floating, others = part(carry)
-
-    def loss(head, floating):
-        return program.model.head_loss.apply(head, join(carry, floating, others), mb, None)[0]
-
-    return jax.value_and_grad(loss, (0, 1))(head, floating)
+    joined, seed = partial(join, carry, others=others), jnp.ones((), accumulator_dtype(floating[0].dtype))
+    return head_gradients(program.model.head_loss, head, floating, joined, mb, None, seed, sums)
 
 
 def _copied_weights(program: Program, blocks: Tree) -> int:
@@ -80,12 +78,16 @@ def model_bytes(program: Program, params: Tree) -> ModelBytes:
     if split:
         lanes = [(stage.backward_input, stage.backward_shapes) for stage in made]
         lanes += [(stage.backward_weight, stage.backward_weight_shapes) for stage in made]
-    lanes.append((partial(_head, program), (jax.eval_shape(program.ends.head, ends), stages.stage.carry)))
+    head = jax.eval_shape(program.ends.head, ends)
     working = [memory_of(jax.jit(lane).lower(*given).compile()) for lane, given in lanes]
+    lane = jax.jit(partial(_head, program), donate_argnums=0)
+    working.append(memory_of(lane.lower(head_sums(head), head, stages.stage.carry).compile()))
     return ModelBytes(
         carry=tree_bytes(stages.stage.carry),
         residual=tree_bytes(stages.residuals.shapes),
-        backward=max(lane.temp_size_in_bytes + lane.output_size_in_bytes for lane in working),
+        backward=max(
+            lane.temp_size_in_bytes + lane.output_size_in_bytes - lane.alias_size_in_bytes for lane in working
+        ),
         ends=tree_bytes(program.ends.moved),
         ends_gradient=tree_bytes(ends, accumulator_dtype),
         stage_gradient=sum(a.num_rows * tree_bytes(a.params, accumulator_dtype) for a in stages.accumulators),

@@ -45,7 +45,7 @@ def forward_lane(device: Device, state: dict, row: dict, arrived: Any, head: boo
     if not device.embeds_inside:
         kept = device.keep(kept, jnp.where(repeat >= 0, row["f_activation"], -1), x)
 
-    def run(choice: Choice, given):
+    def run(choice: Choice, given, entries):
         blocks, shared, ends, x, context, seed = given
         made = {}
         if choice.first:
@@ -60,7 +60,7 @@ def forward_lane(device: Device, state: dict, row: dict, arrived: Any, head: boo
         if choice.last:
             floating, others = part(y)
             known = device.parts.head(ends), floating, others, context, seed
-            made["gradient"], made["head"] = end_lanes.head(device, state["loss"].dtype, y, known)
+            made["gradient"], made["head"] = end_lanes.head(device, state["loss"].dtype, y, known, entries)
             y = device.lay(join(y, made["gradient"], others))
         return y, made
 
@@ -70,7 +70,7 @@ def forward_lane(device: Device, state: dict, row: dict, arrived: Any, head: boo
             if name in made:
                 out[name] = device.keep(state[name], row[f"f_{name}"], made[name])
         if "head" in made:
-            out |= end_lanes.commit_head(device, row, state, made["head"])
+            out |= end_lanes.commit_head(device, row, False, state, made["head"])
         if "gradient" in made and "gradient" in state:
             out["gradient"] = slots.put(state["gradient"], row["h_gradient"], made["gradient"])
         return out
@@ -83,7 +83,7 @@ def forward_lane(device: Device, state: dict, row: dict, arrived: Any, head: boo
         updates += [*end_lanes.head_updates(device), *(["gradient"] if "gradient" in state else [])]
     choices = device.choices("f", first=device.embeds_inside, last=head)
     branches: list[Callable] = [partial(run, choice) for choice in choices.each]
-    lane = Lane("forward", branches, commit, shapes, updates, ("f", row))
+    lane = Lane("forward", branches, commit, shapes, updates, ("f", row), adds=True)
     ends = device.ends if device.embeds_inside or head else {}
     given = device.blocks, device.shared, ends, x, context, device.seeds[0]
     return device.run(lane, state | {"activation": kept}, choices.index(repeat, device.place), x, given)

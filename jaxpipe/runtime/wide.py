@@ -28,13 +28,16 @@ SUMS = frozenset({"add", "add_any", "concatenate", "pad", "reduce_sum"})
 CALLS = frozenset({"jit", "pjit", "closed_call", "remat2", "checkpoint"})
 
 
-def wide_gradients(backward: Callable, params: Tree, *args: Any) -> tuple[Tree, Any]:
+def wide_gradients(backward: Callable, params: Tree, *args: Any, convert: bool = False) -> tuple[Tree, Any]:
     """What a backward returns, its weight gradients in the dtype of their sums where they can be.
 
     Args:
         backward: ``(params, *args) -> (gradients of params, others)``.
         params: Arrays.
         args: Arrays.
+        convert: Convert the operands of products too: XLA for CPUs lacks some products of half precision with a wide
+            result (jaxlib 0.10.2: ``Unsupported element type for DotThunk``) and converts the operands of others
+            itself.
 
     Returns:
         The same. A gradient that could not be retyped has the dtype of its parameter.
@@ -42,14 +45,14 @@ def wide_gradients(backward: Callable, params: Tree, *args: Any) -> tuple[Tree, 
     if not any(_is_narrow(leaf.dtype) for leaf in jax.tree.leaves(params)):
         return backward(params, *args)
     closed, shapes = jax.make_jaxpr(backward, return_shape=True)(params, *args)
-    run = jaxpr_as_fun(widened(closed, len(jax.tree.leaves(shapes[0]))))
+    run = jaxpr_as_fun(widened(closed, len(jax.tree.leaves(shapes[0])), convert))
     return jax.tree.unflatten(jax.tree.structure(shapes), run(*jax.tree.leaves((params, *args))))
 
 
-def widened(closed: ClosedJaxpr, num: int) -> ClosedJaxpr:
-    """A program whose first `num` outputs have the dtype of their sums, where they can."""
+def widened(closed: ClosedJaxpr, num: int, convert: bool = False) -> ClosedJaxpr:
+    """A program whose first `num` outputs have the dtype of their sums, where they can; see `wide_gradients`."""
     wanted = [n < num for n in range(len(closed.jaxpr.outvars))]
-    return ClosedJaxpr(_Retyping(closed.jaxpr).outputs(wanted), closed.consts)
+    return ClosedJaxpr(_Retyping(closed.jaxpr, convert).outputs(wanted), closed.consts)
 
 
 def wide_dtype(dtype: Any) -> Any:
@@ -60,8 +63,8 @@ def wide_dtype(dtype: Any) -> Any:
 class _Retyping:
     """A program under change. An equation is replaced where its result is used once, by what is retyped too."""
 
-    def __init__(self, jaxpr: Jaxpr):
-        self.jaxpr, self.eqns = jaxpr, list(jaxpr.eqns)
+    def __init__(self, jaxpr: Jaxpr, convert: bool):
+        self.jaxpr, self.eqns, self.convert = jaxpr, list(jaxpr.eqns), convert
         self.before: dict[int, list[JaxprEqn]] = {}
         self.made_by = {var: n for n, eqn in enumerate(self.eqns) for var in eqn.outvars}
         operands = (v for eqn in self.eqns for v in eqn.invars)
@@ -89,7 +92,8 @@ class _Retyping:
                 return source
             return None
         if name in PRODUCTS:
-            return self._replace(number, var, eqn.invars, eqn.params | {"preferred_element_type": jnp.dtype(dtype)})
+            invars = [self._converted(number, v, dtype) for v in eqn.invars] if self.convert else eqn.invars
+            return self._replace(number, var, invars, eqn.params | {"preferred_element_type": jnp.dtype(dtype)})
         if name in FORMS:
             source = self.wide(eqn.invars[0])
             return source and self._replace(number, var, [source], eqn.params)
@@ -106,7 +110,7 @@ class _Retyping:
         inner = eqn.params["jaxpr"]
         body = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
         at = eqn.outvars.index(var)
-        body = _Retyping(body).outputs([n == at for n in range(len(eqn.outvars))])
+        body = _Retyping(body, self.convert).outputs([n == at for n in range(len(eqn.outvars))])
         if body.outvars[at].aval.dtype == var.aval.dtype:
             return None
         inner = ClosedJaxpr(body, inner.consts) if isinstance(inner, ClosedJaxpr) else body
@@ -120,7 +124,9 @@ class _Retyping:
         return wide
 
     def _converted(self, number: int, var: Any, dtype: Any) -> Any:
-        """A narrow operand of an equation, converted before it."""
+        """An operand of an equation, converted before it if it is narrow."""
+        if not _is_narrow(var.aval.dtype):
+            return var
         if isinstance(var, Literal):
             return Literal(jnp.asarray(var.val, dtype), var.aval.update(dtype=jnp.dtype(dtype)))
         convert = jax.make_jaxpr(lambda x: x.astype(dtype))(jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype))

@@ -6,18 +6,23 @@ speed, or the bytes at its memory's if that is longer.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from jaxpipe.plan import BlockCost, DeviceSpec, LaneTimes, ModelCosts
 from jaxpipe.plan.cost import Remat
 from jaxpipe.runtime.carry import join, part
-from jaxpipe.runtime.model import loss_and_metrics
+from jaxpipe.runtime.ends import accumulator_dtype
+from jaxpipe.runtime.heads import HeadGradients, head_gradients
+from jaxpipe.runtime.model import VocabHead
 from jaxpipe.runtime.sizes import memory_of, tree_bytes
 from jaxpipe.runtime.stage import Stage
+from jaxpipe.runtime.tree import get_path
 from jaxpipe.train.config import Config
 from jaxpipe.train.parts import Parts, parts_of
 
@@ -48,7 +53,7 @@ def compiled_costs(
         for kind in parts.kinds
         for remat in remats
     }
-    forward, backward, head = (seconds(*lane) for lane in end_lanes(parts).values())
+    forward, backward, head = (seconds(*lane) for lane in end_lanes(_whole_logits(parts)).values())
     return assemble_costs(
         config, parts, remats, times, (forward, backward, head), source="compiled", device=device, place=place
     )
@@ -62,6 +67,22 @@ def lanes(stage: Stage) -> dict[str, tuple[Callable, tuple]]:
         "weight": (stage.backward_weight, stage.backward_weight_shapes),
         "backward": (stage.backward, stage.backward_shapes),
     }
+
+
+def _head_chunks(parts: Parts) -> int:
+    head = parts.model.head_loss
+    if not isinstance(head, VocabHead):
+        return 1
+    return head.chunks(jax.eval_shape(head.targets, parts.mb)[0].size, get_path(parts.head, head.kernel).shape[0])
+
+
+def _whole_logits(parts: Parts) -> Parts:
+    """The same with a head that has no loop over chunks of tokens, of which XLA would count one."""
+    head = parts.model.head_loss
+    if not isinstance(head, VocabHead):
+        return parts
+    tokens = jax.eval_shape(head.targets, parts.mb)[0].size
+    return replace(parts, model=replace(parts.model, head_loss=replace(head, chunk=tokens)))
 
 
 def end_lanes(parts: Parts) -> dict[str, tuple[Callable, tuple]]:
@@ -80,14 +101,12 @@ def embed_gradient(parts: Parts, params: Any, mb: Any, dx: Any) -> Any:
     return vjp(dx)[0]
 
 
-def head(parts: Parts, params: Any, carry: Any, mb: Any) -> Any:
-    """The loss of a microbatch and the gradients of the head's parameters and input."""
+def head(parts: Parts, params: Any, carry: Any, mb: Any, sums: Any = None) -> HeadGradients:
+    """The loss of a microbatch and the gradients of the head's parameters, added to `sums`, and input."""
     floating, others = part(carry)
-
-    def loss(params, floating):
-        return loss_and_metrics(parts.model.head_loss.apply(params, join(carry, floating, others), mb, None))[0]
-
-    return jax.value_and_grad(loss, (0, 1))(params, floating)
+    joined = partial(join, carry, others=others)
+    seed = jnp.ones((), accumulator_dtype(floating[0].dtype))
+    return head_gradients(parts.model.head_loss, params, floating, joined, mb, None, seed, sums)
 
 
 def assemble_costs(
@@ -151,6 +170,7 @@ def assemble_costs(
         carry_bytes=parts.carry_bytes,
         ends_params=ends_params,
         head_working_bytes=_temporaries(lane, shapes, place),
+        head_chunks=_head_chunks(parts),
         stage_working_bytes=base,
         dtype_bytes=leaves[0].dtype.itemsize,
         param_bytes=jax.dtypes.canonicalize_dtype(config.model.param_dtype).itemsize,

@@ -1,4 +1,4 @@
-"""The loop as GPUs run it, lanes in conditionals and hops in flight, on simulated devices: its numbers are the oracle's.
+"""The loop as GPUs run it, lanes in conditionals and hops in flight, on simulated devices: the numbers are right.
 
 What it becomes on a GPU is read off compiled programs (test_gpu_schedule.py); that it computes the right thing is seen
 here.
@@ -84,7 +84,9 @@ def test_stages_that_differ_equal_what_loops_give(form, model):
     batch = toy_batch(8)
     params = pipe.init(jax.random.key(0), batch)
     wanted = outcome(pipe, {}, params, batch, metrics=True)
-    tree_allclose(outcome(pipe, FORMS[form], params, batch, metrics=True), wanted)
+    got = outcome(pipe, FORMS[form], params, batch, metrics=True)
+    for own, right in zip(got, wanted, strict=True):
+        tree_allclose(own, right)
     forward = {"table": pipe._forward_table, "metrics": True}
     evaluated = outcome(pipe, FORMS[form], params, batch, **forward)
     assert evaluated.gradient is None
@@ -94,7 +96,7 @@ def test_stages_that_differ_equal_what_loops_give(form, model):
 
 def bfloat16_error(microbatches: int, form: dict) -> float:
     """How far the weights' gradients in bfloat16 are from those in float32, over all matrices; on one device."""
-    sizes = {"vocab_size": 24, "max_seq_len": 6, "num_layers": 2, "num_heads": 2, "d_model": 16, "init_std": 0.2}
+    sizes = {"vocab_size": 24, "max_seq_len": 6, "num_layers": 2, "num_heads": 2, "d_model": 16}
     schedule = build("interleaved_1f1b", devices=1, microbatches=microbatches, repeats=2)
     tokens, targets = np.random.default_rng(0).integers(0, 24, (2, 2 * microbatches, 6), dtype=np.int32)
     batch = {"tokens": tokens, "targets": targets}
@@ -110,4 +112,7 @@ def bfloat16_error(microbatches: int, form: dict) -> float:
 
 
 def test_sums_of_bfloat16_products_are_not_rounded_in_between():
-    assert bfloat16_error(64, FORMS["inside"]) < bfloat16_error(64, {})
+    """Where one commit follows for all branches they are: the weights' gradients leave the conditional narrow."""
+    error, rounded = bfloat16_error(64, FORMS["inside"]), bfloat16_error(64, FORMS["deferred"])
+    print(f"relative error of the weights' gradients, M=64: {error:.2e}, rounded in between {rounded:.2e}")
+    assert error < rounded

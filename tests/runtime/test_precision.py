@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jaxpipe as jp
 from jaxpipe.models.gpt import GPTConfig
@@ -27,10 +28,11 @@ def batch(weight: float = 1.0) -> dict[str, np.ndarray]:
     return {"tokens": tokens, "targets": targets, "mask": np.full(tokens.shape, weight, np.float32)}
 
 
-def pipeline(cfg: GPTConfig) -> jp.Pipeline:
-    """A GPT on two devices."""
-    schedule = build("1f1b", devices=2, microbatches=MICROBATCHES)
-    return jp.Pipeline(gpt_model(cfg), schedule=schedule, mesh=jp.make_mesh(2), remat="none")
+def pipeline(cfg: GPTConfig, head: Any = "last", chunk: int | None = None) -> jp.Pipeline:
+    """A GPT on two devices, its logits computed for so many tokens at once."""
+    schedule, model = build("1f1b", devices=2, microbatches=MICROBATCHES), gpt_model(cfg)
+    model = replace(model, head_loss=replace(model.head_loss, chunk=chunk))
+    return jp.Pipeline(model, schedule=schedule, mesh=jp.make_mesh(2), remat="none", head=head)
 
 
 @cache
@@ -90,6 +92,30 @@ def test_gradients_add_up_in_float32():
         assert {dtype for shape, dtype in carried if shape == leaf.shape} == {jnp.dtype(jnp.float32)}
 
 
+def products(jaxpr: Any) -> list[tuple[set, set]]:
+    """The operands' dtypes, and the dims of operands and result, of all products of a program."""
+    found = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            avals = [v.aval for v in (*eqn.invars, *eqn.outvars)]
+            found.append(({a.dtype for a in avals[:2]}, {size for a in avals for size in a.shape}))
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                if hasattr(inner := getattr(inner, "jaxpr", inner), "eqns"):
+                    found += products(inner)
+    return found
+
+
+def test_the_head_multiplies_in_bfloat16():
+    """Logits and both of their gradients, in the pipeline and in the oracle."""
+    pipe, params, _, _ = bfloat16_step()
+    model = jp.sequential(gpt_model(BFLOAT16), row_groups=MICROBATCHES)
+    for step, given in ((pipe.value_and_grad, params), (model.value_and_grad, oracle("bfloat16")[0])):
+        found = products(jax.make_jaxpr(step)(given, batch()).jaxpr)
+        heads = [dtypes for dtypes, dims in found if VOCAB in dims]
+        assert len(heads) >= 3 and heads == [{jnp.dtype(jnp.bfloat16)}] * len(heads)
+
+
 def test_loss_and_gradients_are_float32_and_close_to_the_oracle():
     pipe, params, _, compiled = bfloat16_step()
     _, loss, grads = oracle("bfloat16")
@@ -99,6 +125,15 @@ def test_loss_and_gradients_are_float32_and_close_to_the_oracle():
     got_grads = pipe.to_canonical(got_grads)
     assert {leaf.dtype for leaf in jax.tree.leaves(got_grads)} == {jnp.dtype(jnp.float32)}
     assert max(relative_errors(got_grads, grads)) <= 2e-2
+
+
+@pytest.mark.parametrize(("head", "chunk"), [("last", 5), ("vocab_parallel", None), ("vocab_parallel", 4)])
+def test_other_heads_are_as_close_to_the_oracle(head, chunk):
+    canonical, loss, grads = oracle("bfloat16")
+    pipe = pipeline(BFLOAT16, head, chunk)
+    got, got_grads = jax.jit(pipe.value_and_grad, compiler_options=QUICK)(pipe.from_canonical(canonical), batch())
+    np.testing.assert_allclose(got, loss, rtol=1e-3)
+    assert max(relative_errors(pipe.to_canonical(got_grads), grads)) <= 2e-2
 
 
 def test_float16_needs_the_loss_scale_and_then_equals_float32():
