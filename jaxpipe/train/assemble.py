@@ -6,6 +6,7 @@ What is cheap to get wrong is looked at first; nothing is compiled and no weight
 from dataclasses import dataclass
 
 import jax
+from jax.sharding import Mesh
 
 from jaxpipe.errors import ScheduleError
 from jaxpipe.plan import Plan
@@ -108,7 +109,7 @@ def assemble(config: Config, model: Model | None = None) -> Assembly:
     """
     if model is not None:
         refuse_open(config)
-    schedule = _schedule(config)
+    schedule = schedule_of(config)
     if schedule.phases <= {"F"}:
         raise ScheduleError(
             f"schedule.name={config.schedule.name!r} must have a backward to train with; try 'interleaved_1f1b'"
@@ -116,25 +117,12 @@ def assemble(config: Config, model: Model | None = None) -> Assembly:
     if config.mesh.simulate and not jax.distributed.is_initialized():
         simulate_devices(config.mesh.simulate)
     found = resolved(config) if model is None else Resolved(config, None)
-    config, schedule = found.config, schedule if found.config is config else _schedule(found.config)
+    config, schedule = found.config, schedule if found.config is config else schedule_of(found.config)
     sizes = config.mesh
     mesh = make_mesh(pipe=sizes.pipe, data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor)
     check_mesh(mesh)
     model = gpt_model(config.model) if model is None else model
-    pipe = Pipeline(
-        model,
-        schedule=schedule,
-        mesh=mesh,
-        stages=config.schedule.stages or None,
-        remat=config.schedule.remat,
-        scan_blocks=config.schedule.scan_blocks,
-        head=config.schedule.head,
-        idle=config.schedule.idle,
-        packing=config.schedule.packing,
-        memory=config.schedule.memory,
-        second_stream=config.gpu.second_stream,
-        shard=sizes.shard,
-    )
+    pipe = pipeline(config, model, schedule, mesh)
     vocab_size = config.model.vocab_size
     corpus = open_corpus(config.data, vocab_size=vocab_size)
     shape = {"batch_size": config.train.batch_size, "seq_len": config.train.seq_len, "vocab_size": vocab_size}
@@ -147,7 +135,32 @@ def assemble(config: Config, model: Model | None = None) -> Assembly:
     )
 
 
-def _schedule(config: Config) -> Schedule:
+def pipeline(config: Config, model: Model, schedule: Schedule, mesh: Mesh) -> Pipeline:
+    """The pipeline of a config in which nothing is open.
+
+    Args:
+        config: The run.
+        model: Its model.
+        schedule: Its schedule.
+        mesh: Devices in its sizes, present or not.
+    """
+    return Pipeline(
+        model,
+        schedule=schedule,
+        mesh=mesh,
+        stages=config.schedule.stages or None,
+        remat=config.schedule.remat,
+        scan_blocks=config.schedule.scan_blocks,
+        head=config.schedule.head,
+        idle=config.schedule.idle,
+        packing=config.schedule.packing,
+        memory=config.schedule.memory,
+        second_stream=config.gpu.second_stream,
+        shard=config.mesh.shard,
+    )
+
+
+def schedule_of(config: Config) -> Schedule:
     """The schedule of a config; before the planner has chosen one, any of its size."""
     return build(
         config.schedule.name,
