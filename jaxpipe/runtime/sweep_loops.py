@@ -20,7 +20,7 @@ from jaxpipe.runtime.carry import join, part
 from jaxpipe.runtime.compile import Program
 from jaxpipe.runtime.device import Device
 from jaxpipe.runtime.ends import Ends, accumulator_dtype
-from jaxpipe.runtime.mesh import BATCH, MANUAL, PIPE, batch_shards, on_cpu
+from jaxpipe.runtime.mesh import BATCH, MANUAL, PIPE, batch_shards, manual_axes, on_cpu
 from jaxpipe.runtime.model import Block, Embed, HeadLoss, Model, Tree
 from jaxpipe.runtime.relayout import Layout
 from jaxpipe.runtime.stage import Context, Remat
@@ -293,7 +293,7 @@ class Loops:
             mesh=mesh,
             in_specs=(PartitionSpec(PIPE), rows, *specs),
             out_specs=out_specs,
-            axis_names=set(MANUAL),
+            axis_names=manual_axes(mesh),
             check_vma=False,
         )
         return mapped(*places, *values)
