@@ -1,17 +1,28 @@
-"""What a model's pieces weigh in the compiled loop: the numbers that `TickTable.bytes` multiplies."""
+"""What a model's pieces weigh in the compiled loop: the numbers that `TickTable.bytes` multiplies.
+
+Pieces are compiled one by one for the devices of the pipeline's mesh, which need not be there: what a lane needs on a
+GPU says nothing about a CPU, nor the other way round.
+"""
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxpipe.runtime.carry import join, part
 from jaxpipe.runtime.compile import Program
-from jaxpipe.runtime.ends import accumulator_dtype
-from jaxpipe.runtime.mesh import FSDP
+from jaxpipe.runtime.ends import accumulator_dtype, shared_leaves
+from jaxpipe.runtime.mesh import AXES, FSDP, TENSOR, manual_axes
 from jaxpipe.runtime.model import Tree
+from jaxpipe.runtime.pool import Pool, key_of
+from jaxpipe.runtime.rest import Rest
+from jaxpipe.runtime.stage import Stage
 from jaxpipe.schedule import ModelBytes
 
 
@@ -35,6 +46,71 @@ def memory_of(compiled: Any) -> Any:
     return analysis
 
 
+def placed(shapes: Tree, place: Sharding | None) -> Tree:
+    """Shapes that lie somewhere: what is lowered from them is compiled for the devices there."""
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
+
+
+@dataclass(frozen=True)
+class Share:
+    """The devices that share one stage: one, or those of the axis `tensor`. Lanes are compiled for them alone.
+
+    Attributes:
+        mesh: The same axes as the pipeline's, one place on each but `tensor`.
+    """
+
+    mesh: Mesh
+
+    @classmethod
+    def of(cls, mesh: Mesh) -> "Share":
+        """Some place of a pipeline's mesh, of this process if it has any."""
+        grid = np.moveaxis(mesh.devices, mesh.axis_names.index(TENSOR), -1) if TENSOR in mesh.shape else mesh.devices
+        rows = grid.reshape(-1, mesh.shape.get(TENSOR, 1))
+        own = [row for row in rows if row[0].process_index == jax.process_index()]
+        return cls(Mesh((own or list(rows))[0].reshape(1, 1, 1, -1), AXES, axis_types=(AxisType.Auto,) * len(AXES)))
+
+    @property
+    def size(self) -> int:
+        """How many devices share."""
+        return self.mesh.shape[TENSOR]
+
+    def body(self, lane: Callable) -> Callable:
+        """A lane that finds around it what it finds in the compiled loop."""
+        axes: Any = manual_axes(self.mesh)
+        whole = PartitionSpec()
+        return jax.shard_map(lane, mesh=self.mesh, in_specs=whole, out_specs=whole, axis_names=axes, check_vma=False)
+
+    def compiled(self, lane: Callable, shapes: Sequence[Tree], rests: Tree) -> Any:
+        """A lane by itself.
+
+        Args:
+            lane: The function.
+            shapes: Of its arguments, the parameters first.
+            rests: How these lie over `tensor`. What becomes of everything else is left to the compiler.
+        """
+
+        def cut(s, rest):
+            return placed(s, NamedSharding(self.mesh, rest.spec((TENSOR,))))
+
+        weights = jax.tree.map(cut, shapes[0], rests)
+        others = placed(tuple(shapes[1:]), NamedSharding(self.mesh, PartitionSpec()))
+        return jax.jit(self.body(lane)).lower(weights, *others).compile()
+
+    def bytes(self, shapes: Tree, rests: Tree, dtype=None) -> int:
+        """Bytes of parameters, or of what is shaped like them, on one device."""
+        pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(rests), strict=True)
+        return sum(tree_bytes(s, dtype) // (1 if rest.tensor is None else self.size) for s, rest in pairs)
+
+    def carry_bytes(self, carry: Tree, spec: PartitionSpec) -> int:
+        """Bytes of a carry, or its gradient, on one device, see `Device.lay`."""
+
+        def fits(s) -> bool:
+            return len(s.shape) >= len(spec) and not any(s.shape[n] % self.size for n, axis in enumerate(spec) if axis)
+
+        cut = any(spec)
+        return sum(tree_bytes(s) // (self.size if cut and fits(s) else 1) for s in jax.tree.leaves(carry))
+
+
 def _head(program: Program, head: Tree, carry: Tree) -> Any:
     """Loss of one microbatch and its gradients."""
     mb = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), program.stages.stage.context.mb)
@@ -46,14 +122,46 @@ def _head(program: Program, head: Tree, carry: Tree) -> Any:
     return jax.value_and_grad(loss, (0, 1))(head, floating)
 
 
-def _copied_weights(program: Program, blocks: Tree) -> int:
+def _of_blocks(rests: Sequence[Tree]) -> list[Tree]:
+    """How the leaves of blocks lie over `tensor`, without the dim of the devices before theirs."""
+    return jax.tree.map(lambda rest: Rest(tensor=None if rest.tensor is None else rest.tensor - 1), list(rests))
+
+
+def _traced(stages: Sequence[Stage], split: bool) -> None:
+    """Traces what stages keep; they remember it."""
+    for stage in stages:
+        _ = stage.residuals, stage.weight_residuals if split else None
+
+
+def _shares(shapes: Sequence[Any], shardings: Sequence[Sharding]) -> dict:
+    """Bytes on one device of values, by what they look like."""
+    parts = (h.shard_shape(tuple(s.shape)) for s, h in zip(shapes, shardings, strict=True))
+    return {key_of(s): math.prod(part) * s.dtype.itemsize for s, part in zip(shapes, parts, strict=True)}
+
+
+def _slot_bytes(pool: Pool, known: dict) -> int:
+    """Bytes of a slot on one device; what is not known lies there whole."""
+    return sum(known.get(key_of(s), tree_bytes(s)) for s in pool.shapes)
+
+
+def _sums_bytes(program: Program, share: Share) -> int:
+    """Bytes of the gradient sums of the blocks."""
+    places = program.stages.places
+    rests = {places[c][p]: rest for c, row in enumerate(program.rests) for p, rest in enumerate(row)}
+    accumulators = enumerate(program.stages.accumulators)
+    return sum(a.num_rows * share.bytes(a.params, rests[n], accumulator_dtype) for n, a in accumulators)
+
+
+def _copied_weights(program: Program, blocks: Tree, share: Share) -> int:
     """The most weights that are there beside those at rest, in another dtype or gathered over `fsdp`."""
     fsdp = program.layout.shard == "params" and program.mesh.shape[FSDP] > 1
 
     def copied(weights: Tree, own: Tree, rests: Tree) -> int:
         leaves = zip(*(jax.tree.leaves(tree) for tree in (weights, own, rests)), strict=True)
-        return tree_bytes(
-            [cast for cast, kept, rest in leaves if cast.dtype != kept.dtype or (fsdp and rest.fsdp is not None)]
+        return sum(
+            share.bytes(cast, rest)
+            for cast, kept, rest in leaves
+            if cast.dtype != kept.dtype or (fsdp and rest.fsdp is not None)
         )
 
     each = [copied(*of) for of in zip(program.stages.weights, blocks, program.rests, strict=True)]
@@ -67,29 +175,43 @@ def model_bytes(program: Program, params: Tree) -> ModelBytes:
     """Bytes per device of the pieces of a program.
 
     Working memory is what the compiler reports for the largest of one stage's backward and the head, each compiled
-    alone for one device.
+    alone for a device of the mesh (or for those of its axis `tensor`), which need not be there.
 
     Args:
         program: The program.
         params: Shapes of the pipeline parameters.
     """
-    stages, ends = program.stages, program.ends.local
+    stages, ends, share = program.stages, program.ends, Share.of(program.mesh)
     split = "I" in program.table.schedule.phases
-    made = {id(branch.stage): branch.stage for branch in stages.branches}.values()
-    lanes: list[tuple] = [(stage.backward, stage.backward_shapes) for stage in made]
-    if split:
-        lanes = [(stage.backward_input, stage.backward_shapes) for stage in made]
-        lanes += [(stage.backward_weight, stage.backward_weight_shapes) for stage in made]
-    lanes.append((partial(_head, program), (jax.eval_shape(program.ends.head, ends), stages.stage.carry)))
-    working = [memory_of(jax.jit(lane).lower(*given).compile()) for lane, given in lanes]
+    made = list({id(branch.stage): branch for branch in stages.branches}.values())
+    jax.eval_shape(share.body(lambda: _traced([branch.stage for branch in made], split)))
+    working, held = [], {}
+    for branch in made:
+        stage, own = branch.stage, program.rests[branch.repeat]
+        rests = {
+            "blocks": _of_blocks([own[p] for p in branch.positions]),
+            "shared": shared_leaves(program.model, ends.rests["embed"]),
+        }
+        if not split:
+            working.append(share.compiled(stage.backward, stage.backward_shapes, rests))
+        else:
+            inputs = share.compiled(stage.backward_input, stage.backward_shapes, rests)
+            working += [inputs, share.compiled(stage.backward_weight, stage.backward_weight_shapes, rests)]
+            held |= _shares(stage.weight_residuals, inputs.output_shardings[1])
+        if stage.residuals and share.size > 1:
+            forward = share.compiled(stage.forward, (stage.params, stage.carry, stage.context), rests)
+            held |= _shares(stage.residuals, forward.output_shardings[2])
+    head = jax.eval_shape(ends.head, ends.local), stages.stage.carry
+    working.append(share.compiled(partial(_head, program), head, ends.head(ends.rests)))
+    allotted = map(memory_of, working)
     return ModelBytes(
-        carry=tree_bytes(stages.stage.carry),
-        residual=tree_bytes(stages.residuals.shapes),
-        backward=max(lane.temp_size_in_bytes + lane.output_size_in_bytes for lane in working),
-        ends=tree_bytes(program.ends.moved),
-        ends_gradient=tree_bytes(ends, accumulator_dtype),
-        stage_gradient=sum(a.num_rows * tree_bytes(a.params, accumulator_dtype) for a in stages.accumulators),
-        casts=_copied_weights(program, params["blocks"]),
-        weight_residual=tree_bytes(stages.weight_residuals.shapes) if split else 0,
-        gradient=tree_bytes(stages.stage.gradient),
+        carry=share.carry_bytes(stages.stage.carry, program.model.carry_spec),
+        residual=_slot_bytes(stages.residuals, held),
+        backward=max(lane.temp_size_in_bytes + lane.output_size_in_bytes for lane in allotted),
+        ends=sum(share.bytes(*pair) for pair in ends.moved),
+        ends_gradient=share.bytes(ends.local, ends.rests, accumulator_dtype),
+        stage_gradient=_sums_bytes(program, share),
+        casts=_copied_weights(program, params["blocks"], share),
+        weight_residual=_slot_bytes(stages.weight_residuals, held) if split else 0,
+        gradient=share.carry_bytes(stages.stage.gradient, program.model.carry_spec),
     )
