@@ -53,9 +53,11 @@ class BlockCost:
     Attributes:
         times: By remat.
         residual_bytes: What a forward keeps for its backward, by remat; the block's input included where it is kept.
-        weight_residual_bytes: What I leaves for W beside that, by remat.
-        working_bytes: Temporaries that one more block adds to a stage's backward, by remat.
-        split_working_bytes: The same where the backward is split.
+        weight_residual_bytes: What I leaves for W beside that, by remat; the gradient that arrives at a stage, which it
+            leaves too, not included.
+        working_bytes: Temporaries that one more block adds to a stage's backward, by remat, beside its weight gradients.
+        split_working_bytes: The same where the backward is split: beside the larger of weight gradients and what I
+            leaves, for I is done when W begins.
         params: Parameters on this device.
     """
 
@@ -81,6 +83,8 @@ class ModelCosts:
         head_s: Logits, loss and both gradients of one microbatch; they run behind the last stage's forward.
         carry_bytes: What hops.
         ends_params: Parameters of embedding and head together, on this device once gathered.
+        embed_params: Those of the embedding, which are gathered in the dtype they have at rest: gradients of repeated
+            tokens add up in it.
         head_working_bytes: Temporaries of the head.
         stage_working_bytes: Temporaries of a stage's backward, beside those of its blocks.
         dtype_bytes: Of the computation.
@@ -108,6 +112,7 @@ class ModelCosts:
     hop_s: float | None = None
     alone: float = 1.0
     conditional: bool = field(default=True)
+    embed_params: float = 0.0
 
 
 def analytic(shape: ModelShape, device: DeviceSpec, *, rows: int, tensor: int = 1) -> ModelCosts:
@@ -147,6 +152,7 @@ def analytic(shape: ModelShape, device: DeviceSpec, *, rows: int, tensor: int = 
         dtype_bytes=size,
         param_bytes=shape.param_bytes,
         conditional=device.cores is None,
+        embed_params=shape.embed_params / tensor,
     )
 
 
@@ -172,16 +178,24 @@ def _block(block: BlockShape, shape: ModelShape, device: DeviceSpec, rows: int, 
     }
     keeps = rows * _kept_bytes(block, size, wide, tensor)
     everything = rows * _all_bytes(block, size, wide, tensor)
-    gradients = rows * _crossing_bytes(block, size, tensor)
+    gradients = rows * _crossing_bytes(block, size, wide, tensor)
     inputs_again = rows * _crossing_again_bytes(block, size, tensor)
+    crossing: dict[Remat, float] = {"full": gradients + inputs_again, "none": gradients, "all": gradients}
     unit, scores = rows * block.tokens * block.width * size, rows * _scores(block) * wide / tensor
+    # [3] What XLA allots for blocks of several shapes, rounded.
+    whole: dict[Remat, float] = {"full": 18 * unit + 2 * scores, "none": 13 * unit + 2 * scores, "all": 10 * unit + scores}
+    split: dict[Remat, float] = {"full": 10 * unit + 2 * scores, "none": 6 * unit + 2 * scores, "all": 6 * unit + scores}
+    if device.cores is None:
+        # [4] What a conditional gives back has memory of its own from its start, in which XLA puts temporaries before.
+        made = params * min(size, shape.param_bytes)
+        whole = {r: max(0.0, each - made) for r, each in whole.items()}
+        split = {r: max(0.0, each - max(made, crossing[r])) for r, each in split.items()}
     return BlockCost(
         times=times,
         residual_bytes={"full": 0.0, "none": keeps, "all": everything},
-        weight_residual_bytes={"full": gradients + inputs_again, "none": gradients, "all": gradients},
-        # [3] What XLA allots on CPUs for blocks of several shapes, rounded; not compared with GPUs yet.
-        working_bytes={"full": 18 * unit + 2 * scores, "none": 13 * unit + 2 * scores, "all": 10 * unit + scores},
-        split_working_bytes={"full": 10 * unit + 2 * scores, "none": 6 * unit + 2 * scores, "all": 6 * unit + scores},
+        weight_residual_bytes=crossing,
+        working_bytes=whole,
+        split_working_bytes=split,
         params=params,
     )
 
@@ -230,11 +244,16 @@ def _all_bytes(block: BlockShape, size: int, wide: int, tensor: int) -> float:
     return norms + attention + hidden + 2 * wide * _scores(block) / tensor + _kept_bytes(block, size, wide, tensor) / 2
 
 
-def _crossing_bytes(block: BlockShape, size: int, tensor: int) -> float:
-    """Gradients of the results of all products with weights, and of what the norms pass on: what I leaves for W."""
-    attention = sum(a.projected / tensor + a.queries * block.width for a in block.attentions)
-    mlp = block.mlp_tokens * block.mlp.hidden * (block.mlp.matrices - 1) / tensor
-    return size * (attention + mlp + 2 * block.tokens * block.width)
+def _crossing_bytes(block: BlockShape, size: int, wide: int, tensor: int) -> float:
+    """What I leaves for W: gradients that the backward's products and kernels made, per row.
+
+    Those of queries, keys and values; of the MLP's hidden numbers, from which elementwise work goes on to the matrices
+    before; and of what each of the first matrices behind a norm is given.
+    """
+    attention = sum(a.projected / tensor * size + a.queries * block.width * size for a in block.attentions)
+    attention += sum(a.rotatable / tensor * (wide - size) for a in block.attentions if not a.fused)
+    given = block.mlp_tokens * block.width * (block.mlp.matrices - 1)
+    return attention + size * (block.mlp_tokens * block.mlp.hidden / tensor + given)
 
 
 def _crossing_again_bytes(block: BlockShape, size: int, tensor: int) -> float:

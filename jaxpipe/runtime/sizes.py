@@ -46,11 +46,6 @@ def memory_of(compiled: Any) -> Any:
     return analysis
 
 
-def placed(shapes: Tree, place: Sharding | None) -> Tree:
-    """Shapes that lie somewhere: what is lowered from them is compiled for the devices there."""
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
-
-
 @dataclass(frozen=True)
 class Share:
     """The devices that share one stage: one, or those of the axis `tensor`. Lanes are compiled for them alone.
@@ -80,21 +75,30 @@ class Share:
         whole = PartitionSpec()
         return jax.shard_map(lane, mesh=self.mesh, in_specs=whole, out_specs=whole, axis_names=axes, check_vma=False)
 
-    def compiled(self, lane: Callable, shapes: Sequence[Tree], rests: Tree) -> Any:
+    def compiled(self, lane: Callable, shapes: Sequence[Tree], rests: Tree = None) -> Any:
         """A lane by itself.
 
         Args:
             lane: The function.
             shapes: Of its arguments, the parameters first.
-            rests: How these lie over `tensor`. What becomes of everything else is left to the compiler.
+            rests: How these lie over `tensor`; None: whole. What becomes of everything else is left to the compiler.
         """
 
-        def cut(s, rest):
-            return placed(s, NamedSharding(self.mesh, rest.spec((TENSOR,))))
+        def put(s, rest=Rest()):
+            sharding = NamedSharding(self.mesh, rest.spec((TENSOR,)))
+            return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
 
-        weights = jax.tree.map(cut, shapes[0], rests)
-        others = placed(tuple(shapes[1:]), NamedSharding(self.mesh, PartitionSpec()))
-        return jax.jit(self.body(lane)).lower(weights, *others).compile()
+        weights = jax.tree.map(put, shapes[0], *(() if rests is None else (rests,)))
+        return jax.jit(self.body(lane)).lower(weights, *jax.tree.map(put, tuple(shapes[1:]))).compile()
+
+    def trace(self, stages: Sequence[Stage], split: bool = True) -> None:
+        """Traces what stages keep as they are traced in the loop: they remember it, and it may depend on the devices."""
+
+        def kept():
+            for stage in stages:
+                _ = stage.residuals, stage.weight_residuals if split else None
+
+        jax.eval_shape(self.body(kept))
 
     def bytes(self, shapes: Tree, rests: Tree, dtype=None) -> int:
         """Bytes of parameters, or of what is shaped like them, on one device."""
@@ -125,12 +129,6 @@ def _head(program: Program, head: Tree, carry: Tree) -> Any:
 def _of_blocks(rests: Sequence[Tree]) -> list[Tree]:
     """How the leaves of blocks lie over `tensor`, without the dim of the devices before theirs."""
     return jax.tree.map(lambda rest: Rest(tensor=None if rest.tensor is None else rest.tensor - 1), list(rests))
-
-
-def _traced(stages: Sequence[Stage], split: bool) -> None:
-    """Traces what stages keep; they remember it."""
-    for stage in stages:
-        _ = stage.residuals, stage.weight_residuals if split else None
 
 
 def _shares(shapes: Sequence[Any], shardings: Sequence[Sharding]) -> dict:
@@ -184,7 +182,7 @@ def model_bytes(program: Program, params: Tree) -> ModelBytes:
     stages, ends, share = program.stages, program.ends, Share.of(program.mesh)
     split = "I" in program.table.schedule.phases
     made = list({id(branch.stage): branch for branch in stages.branches}.values())
-    jax.eval_shape(share.body(lambda: _traced([branch.stage for branch in made], split)))
+    share.trace([branch.stage for branch in made], split)
     working, held = [], {}
     for branch in made:
         stage, own = branch.stage, program.rests[branch.repeat]

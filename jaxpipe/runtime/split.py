@@ -27,6 +27,8 @@ PRODUCTS = frozenset(
         "ffi_call",
         "dot_product_attention_fwd",
         "dot_product_attention_fwd_wrapper",
+        "dot_product_attention_bwd",
+        "dot_product_attention_bwd_wrapper",
     }
 )
 """Primitives whose outputs ``remat="none"`` keeps: matrix products and opaque kernels that may hold them."""

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh
 
 from jaxpipe.errors import ConfigError
 from jaxpipe.plan import DeviceSpec
+from jaxpipe.runtime.mesh import make_mesh
 
 H100 = """
 gpu_device_info {
@@ -51,11 +52,11 @@ def h100_devices(count: int) -> list[Any]:
     ).devices
 
 
-def place_of(device: DeviceSpec) -> SingleDeviceSharding | None:
-    """Where a program for a device is compiled: an H100 if that is meant and can be, else the present device (None)."""
+def mesh_of(device: DeviceSpec) -> Mesh | None:
+    """One device to compile for: an H100 if that is meant and can be, else the present device (None)."""
     if device.name != "h100" or not can_compile_for_h100():
         return None
-    return SingleDeviceSharding(h100_devices(1)[0])
+    return make_mesh(pipe=1, devices=h100_devices(1))
 
 
 @contextmanager

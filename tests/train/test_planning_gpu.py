@@ -9,7 +9,7 @@ from jaxpipe.plan import Space, find_device, search
 from jaxpipe.train.compiled import compiled_costs
 from jaxpipe.train.config import from_tables
 from jaxpipe.train.planning import ask
-from jaxpipe.train.targets import place_of
+from jaxpipe.train.targets import mesh_of
 
 pytestmark = h100.MARKS
 
@@ -29,7 +29,7 @@ def test_temporaries_are_within_15_percent_of_what_xla_allots(name, repeats, rem
         }
     )
     device = find_device("h100")
-    costs = compiled_costs(config, device, rows, (remat,), place_of(device))
+    costs = compiled_costs(config, device, rows, (remat,), mesh_of(device))
     space = Space((name,), (h100.DEVICES,), (repeats,), (1,), (1,), (1,), (rows,), None, (remat,))
     space = replace(space, split="equal", packing="auto", order="ideal")
     asked = ask(config, device, h100.DEVICES, space=space, costs=lambda rows, tensor: costs)
