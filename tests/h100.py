@@ -15,14 +15,14 @@ from jaxpipe.models.encdec_config import EncDecConfig
 from jaxpipe.models.gpt import GPTConfig
 from jaxpipe.runtime.compile import Program
 from jaxpipe.runtime.mesh import AXES, batch_shards
-from jaxpipe.runtime.sizes import memory_of
+from jaxpipe.runtime.sizes import Share, memory_of
 from jaxpipe.schedule import build
 from jaxpipe.train.assemble import pipeline, schedule_of
 from jaxpipe.train.config import Config
 from jaxpipe.train.model import encdec_model, gpt_model
 from jaxpipe.train.optim import adamw, learning_rate
 from jaxpipe.train.step import TrainState, lower_train_step
-from jaxpipe.train.targets import can_compile_for_h100, cudnn_of_h100, h100_devices
+from jaxpipe.train.targets import can_compile_for_h100, h100_devices
 
 MARKS = [
     pytest.mark.gpu_aot,
@@ -145,10 +145,9 @@ def train_step(config: Config, tokens: Any = jnp.int32) -> TrainStep:
     moments = placed(jax.eval_shape(tx.init, params), init.compile(COMPILER).output_shardings)
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(grid, PartitionSpec()))
     rate = learning_rate(config.optim, steps=train.steps)
-    with cudnn_of_h100():
-        lowered = lower_train_step(pipe, tx, TrainState(count, params, moments), batch, rate, None)
-        program = pipe.program(params, batch)
-    compiled = lowered.compile(COMPILER)
+    compiled = lower_train_step(pipe, tx, TrainState(count, params, moments), batch, rate, None).compile(COMPILER)
+    program = pipe.program(params, batch)
+    Share.of(grid).trace([branch.stage for branch in program.stages.branches], "I" in pipe.schedule.phases)
     text = hlo_text(compiled)
     return TrainStep(config, pipe, program, text, computations(text), memory_of(compiled))
 

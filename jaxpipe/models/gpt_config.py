@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jaxpipe.errors import ConfigError
+from jaxpipe.models.attention_choice import Requested, check_attention
 from jaxpipe.models.fields import DType, WideDType, check_above_zero, check_fields
 from jaxpipe.models.layers import wide
 
@@ -38,7 +39,9 @@ class GPTConfig:
         qkv_bias: Whether the map to queries, keys and values has one, as in Qwen2. None: as `bias` says.
         tied: Whether the head uses the embedding's table.
         dropout: Probability that an element is dropped after the embedding, attention and MLP.
-        attention: ``xla``, or ``cudnn`` for the fused kernel of NVIDIA GPUs (``dtype="bfloat16"`` only).
+        attention: ``cudnn`` for the fused kernel of NVIDIA GPUs (16-bit `dtype` only), ``xla`` for scores as a whole,
+            ``blockwise`` for plain JAX whose memory is linear in the sequence. ``auto``: the first where it can be,
+            else the second for short sequences and the third for long ones.
         num_experts: E, MLPs of a mixture-of-experts block (see `jaxpipe.models.moe`). 0: every block is dense.
         experts_per_token: K, how many of them a token goes to.
         moe_every: Every n-th block is a mixture: blocks n-1, 2n-1, … counted from 0.
@@ -78,7 +81,7 @@ class GPTConfig:
     qkv_bias: bool | None = None
     tied: bool = True
     dropout: float = 0.0
-    attention: Literal["xla", "cudnn"] = "xla"
+    attention: Requested = "auto"
     num_experts: int = 0
     experts_per_token: int = 1
     moe_every: int = 2
@@ -103,8 +106,7 @@ class GPTConfig:
                 f"rotary_high_freq_factor={self.rotary_high_freq_factor} must exceed rotary_low_freq_factor="
                 f"{self.rotary_low_freq_factor}; try {4 * self.rotary_low_freq_factor}"
             )
-        if self.attention == "cudnn" and self.dtype != "bfloat16":
-            raise ConfigError(f"dtype={self.dtype!r} must be 'bfloat16' for attention='cudnn'; try attention='xla'")
+        check_attention(self.attention, self.dtype)
         for name in ("aux_loss_weight", "router_z_weight"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 0; try 0.0")

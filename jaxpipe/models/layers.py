@@ -11,7 +11,7 @@ while decoding R rows, C new tokens of each.
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -105,62 +105,6 @@ def linear(
 def rms_norm(dims: int, *, eps: float, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> nnx.RMSNorm:
     """A norm with a scale and no bias that computes, and answers, in float32 or wider."""
     return nnx.RMSNorm(dims, epsilon=eps, dtype=wide(dtype), param_dtype=jnp.dtype(param_dtype), rngs=rngs)
-
-
-def attend(
-    q_BTHd,
-    k_BSKd,
-    v_BSKd,
-    *,
-    causal: bool,
-    bias_BHTS=None,
-    mask_BHTS=None,
-    scale: float | None = None,
-    window: int | None = None,
-    implementation: Literal["xla", "cudnn"] = "xla",
-):
-    """Attention, its softmax in float32 or wider.
-
-    Args:
-        q_BTHd: Queries, any float dtype.
-        k_BSKd: Keys; each of the K heads serves H/K consecutive heads of queries.
-        v_BSKd: Values.
-        causal: Whether query t sees keys up to t only (T = S then).
-        bias_BHTS: Added to the scaled scores; dims may be 1.
-        mask_BHTS: Bools, False for a key that a query must not see; dims may be 1. A query that may see nothing gets
-            some finite value.
-        scale: Multiplies the scores. None: 1/sqrt(d).
-        window: With `causal`, query t sees keys t-window+1 to t only.
-        implementation: ``cudnn`` for the fused kernel of NVIDIA GPUs.
-
-    Returns:
-        [B, T, H, d].
-    """
-    if q_BTHd.dtype in (jnp.float32, jnp.bfloat16):
-        return jax.nn.dot_product_attention(
-            q_BTHd,
-            k_BSKd,
-            v_BSKd,
-            bias_BHTS,
-            mask_BHTS,
-            scale=scale,
-            is_causal=causal,
-            local_window_size=None if window is None else (window - 1, 0),
-            implementation=implementation,
-        )
-    # jax.nn rounds the softmax to float32 even for float64, and asks for products in float16 that CPUs do not have.
-    dtype = wide(q_BTHd.dtype)
-    k_BSHd, v_BSHd = (jnp.repeat(x, q_BTHd.shape[2] // x.shape[2], axis=2) for x in (k_BSKd, v_BSKd))
-    scores_BHTS = jnp.einsum("bthd,bshd->bhts", q_BTHd, k_BSHd, preferred_element_type=dtype)
-    scores_BHTS *= 1 / math.sqrt(q_BTHd.shape[-1]) if scale is None else scale
-    if bias_BHTS is not None:
-        scores_BHTS += bias_BHTS
-    seen_BHTS = jnp.ones((1, 1, *scores_BHTS.shape[2:]), bool)
-    seen_BHTS = jnp.tril(seen_BHTS) if causal else seen_BHTS
-    seen_BHTS = seen_BHTS & ~jnp.tril(seen_BHTS, -window) if window is not None else seen_BHTS
-    seen_BHTS = seen_BHTS if mask_BHTS is None else seen_BHTS & mask_BHTS
-    probs_BHTS = jax.nn.softmax(jnp.where(seen_BHTS, scores_BHTS, jnp.finfo(dtype).min), axis=-1)
-    return jnp.einsum("bhts,bshd->bthd", probs_BHTS.astype(v_BSHd.dtype), v_BSHd)
 
 
 def attend_cached(

@@ -1,8 +1,6 @@
 """Devices that are not there: XLA compiles for them, and says what a program needs, without running it."""
 
 import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from jax.sharding import Mesh
@@ -57,27 +55,3 @@ def mesh_of(device: DeviceSpec) -> Mesh | None:
     if device.name != "h100" or not can_compile_for_h100():
         return None
     return make_mesh(pipe=1, devices=h100_devices(1))
-
-
-@contextmanager
-def cudnn_of_h100() -> Iterator[None]:
-    """While it lasts, JAX traces and lowers attention by cuDNN for an H100, whatever this machine has.
-
-    JAX asks the present devices, and for programs of other devices has no other way to know, which cuDNN there is and
-    what they can do. Answered is what `H100` says.
-    """
-    from jax._src.cudnn import fused_attention_stablehlo as asked
-
-    answers = {
-        "check_cudnn_version": lambda: 91000,
-        "check_compute_capability": lambda least: (9, 0) >= tuple(map(int, least.split("."))),
-        "is_cuda_compute_capability_equal": lambda wanted: wanted == "9.0",
-    }
-    own = {name: getattr(asked, name) for name in answers}
-    try:
-        for name, answer in answers.items():
-            setattr(asked, name, answer)
-        yield
-    finally:
-        for name, answer in own.items():
-            setattr(asked, name, answer)
