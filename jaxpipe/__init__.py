@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from jaxpipe import nn as nn
+    from jaxpipe.models.losses import linear_cross_entropy
     from jaxpipe.runtime.gpu import GpuOptions, set_gpu_options
     from jaxpipe.runtime.mesh import describe, make_mesh, simulate_devices
     from jaxpipe.runtime.model import Block, Embed, HeadLoss, Model, VocabEmbed, VocabHead
@@ -29,6 +30,7 @@ _LAZY = {
     "VocabEmbed": "jaxpipe.runtime.model",
     "VocabHead": "jaxpipe.runtime.model",
     "Pipeline": "jaxpipe.runtime.pipeline",
+    "linear_cross_entropy": "jaxpipe.models.losses",
     "sequential": "jaxpipe.runtime.sequential",
 }
 """Names that need jax, imported at first use: `import jaxpipe.schedule` must not load jax."""
@@ -44,6 +46,7 @@ __all__ = [
     "VocabHead",
     "describe",
     "errors",
+    "linear_cross_entropy",
     "make_mesh",
     "nn",
     "schedule",

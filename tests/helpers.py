@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 import jaxpipe as jp
-from jaxpipe.runtime.model import cross_entropy
+from jaxpipe.models.losses import cross_entropy
 from jaxpipe.schedule import build
 from jaxpipe.train.model import targets
 

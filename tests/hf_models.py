@@ -11,7 +11,8 @@ from helpers import QUICK
 
 from jaxpipe.models.gpt_config import GPTConfig
 from jaxpipe.models.hf import config_json, family_for, leaf_shapes, write_shards
-from jaxpipe.runtime.model import Model, carry_and_aux, vocab_logits
+from jaxpipe.models.products import vocab_logits
+from jaxpipe.runtime.model import Model, carry_and_aux
 from jaxpipe.runtime.tree import get_path, tie
 from jaxpipe.train.model import encdec_model, gpt_model
 from jaxpipe.train.weights import HFWeights

@@ -6,7 +6,16 @@ from typing import Any
 
 from jaxpipe.runtime.traffic import branches_of, computations
 
-__all__ = ["branches_of", "computations", "copies", "hlo_text", "holds_product", "hops", "loop_bodies"]
+__all__ = [
+    "branches_of",
+    "computations",
+    "copies",
+    "hlo_text",
+    "holds_product",
+    "hops",
+    "loop_bodies",
+    "product_dtypes",
+]
 
 _CALLED = re.compile(r"(?:body|condition|to_apply|calls)=%?([\w.\-]+)")
 WORK = ("fusion", "custom-call", "conditional", "while", "call", "dot", "convolution")
@@ -81,6 +90,22 @@ def hops(lines: list[str]) -> list[Hop]:
             first = started[done.group(1)]
             behind = tuple(other for other in lines[first + 1 : at] if re.search(rf" ({'|'.join(WORK)})\(", other))
             found.append(Hop('"is_sync":true' not in lines[first], behind))
+    return found
+
+
+def product_dtypes(text: str) -> list[list[str]]:
+    """The operands' dtypes of all matrix products of a program.
+
+    Args:
+        text: HLO text.
+    """
+    found = []
+    product = re.compile(r' dot\(%?([\w.\-]+), %?([\w.\-]+)\)| custom-call\(%?([\w.\-]+), %?([\w.\-]+).*"__cublas')
+    for lines in computations(text).values():
+        results = (re.match(r"(?:ROOT )?%?([\w.\-]+) = (\w+)\[", line) for line in lines)
+        dtypes = {m.group(1): m.group(2) for m in results if m}
+        products = (product.search(line) for line in lines)
+        found += [[dtypes[name] for name in m.groups() if name] for m in products if m]
     return found
 
 

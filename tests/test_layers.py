@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "errors": set(),
     "schedule": {"errors"},
     "plan": {"errors", "schedule"},
-    "runtime": {"errors", "schedule"},
+    "runtime": {"errors", "schedule", "models"},
     "models": {"errors"},
     "nn": {"errors", "schedule", "plan", "runtime"},
     "train": {"errors", "schedule", "plan", "runtime", "models", "nn"},

@@ -29,6 +29,7 @@ from flax import nnx
 from jaxpipe.models.attention import attend
 from jaxpipe.models.encdec_config import BYTES, PRESETS, T5_TOKENS, EncDecConfig, num_params
 from jaxpipe.models.layers import Rotary, attend_cached, attend_kept, cut, linear, normal, rms_norm
+from jaxpipe.models.products import dot_general
 from jaxpipe.models.relative import RelativeBias
 
 __all__ = [
@@ -239,7 +240,7 @@ class Head(nnx.Module):
     """The decoder's last norm and the logits. `kernel` is [V, D], tied or not, so that a tie is the same array."""
 
     def __init__(self, cfg: EncDecConfig, *, rngs: nnx.Rngs):
-        self.dtype, self.wide_dtype, self.dot_general = cfg.dtype, cfg.wide_dtype, jax.lax.dot_general
+        self.dtype, self.wide_dtype, self.dot_general = cfg.dtype, cfg.wide_dtype, dot_general
         self.scale = cfg.d_model**-0.5 if cfg.tied else 1.0
         self.norm = _norm(cfg, rngs=rngs)
         std = 1.0 if cfg.tied else cfg.d_model**-0.5

@@ -26,6 +26,7 @@ from jaxpipe.models.attention import attend
 from jaxpipe.models.gpt_config import BYTES, GPT2_TOKENS, PRESETS, GPTConfig, flops_per_token, num_params
 from jaxpipe.models.layers import Rotary, attend_cached, cut, enter, leave, linear, normal, rms_norm
 from jaxpipe.models.moe import MoE
+from jaxpipe.models.products import dot_general
 
 __all__ = [
     "BLOCKS",
@@ -214,7 +215,7 @@ class Head(nnx.Module):
     """The last norm and the logits. `kernel` is [V, D], tied or not, so that a tie is the same array."""
 
     def __init__(self, cfg: GPTConfig, *, rngs: nnx.Rngs):
-        self.dtype, self.wide_dtype, self.dot_general = cfg.dtype, cfg.wide_dtype, jax.lax.dot_general
+        self.dtype, self.wide_dtype, self.dot_general = cfg.dtype, cfg.wide_dtype, dot_general
         self.norm = _norm(cfg, rngs=rngs)
         self.kernel = cut(normal(rngs, (cfg.vocab_size, cfg.d_model), std=cfg.init_std, dtype=cfg.param_dtype), dim=0)
 

@@ -129,6 +129,7 @@ def vocab_head(
     kernel: str,
     targets: Callable[[Tree], tuple[Any, Any]],
     features: Callable[[Any, Tree, Tree], Any] = lambda module, carry, mb: module(carry),
+    chunk: int | None = None,
 ) -> VocabHead:
     """A head with cross entropy whose kernel can stay cut by vocabulary, see `VocabHead`.
 
@@ -138,6 +139,7 @@ def vocab_head(
         targets: ``mb -> (ids, weights)``.
         features: How the rest of the module is called: ``(module, carry, mb) -> [rows, ..., D]``. It must not use the
             kernel.
+        chunk: Tokens whose logits are computed at once, see `VocabHead`.
     """
     part = NNXPart("head", factory, features)
     return VocabHead(
@@ -146,4 +148,5 @@ def vocab_head(
         features=lambda params, carry, mb, key: part.apply(params, key, carry, mb),
         targets=targets,
         specs=part.specs,
+        chunk=chunk,
     )

@@ -2,13 +2,16 @@
 
 import math
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.interpreters import partial_eval
 
 from jaxpipe.runtime.carry import join, part
+from jaxpipe.runtime.heads import head_gradients
 from jaxpipe.runtime.model import Tree
 
 
@@ -75,7 +78,11 @@ def arithmetic_ratio(pipe: Any, params: Tree, batch: Tree) -> float:
         carried = join(carry, floating, part(carry)[1])
         return model.head_loss.apply(head, carried, context.mb, context.group)[0]
 
-    executed = heads * dot_flops(jax.value_and_grad(loss, (0, 1)), head, part(carry)[0], context)
+    def gradients(head, floating, context):
+        joined = partial(join, carry, others=part(carry)[1])
+        return head_gradients(model.head_loss, head, floating, joined, context.mb, context.group, jnp.ones(()), None)
+
+    executed = heads * dot_flops(gradients, head, part(carry)[0], context)
     forward = heads * dot_flops(loss, head, part(carry)[0], context)
     for number in range(schedule.stages):
         at = stages.number[schedule.repeat_of(number)][schedule.device_of(number)]

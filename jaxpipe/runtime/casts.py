@@ -58,7 +58,8 @@ def _only_cast(jaxpr: Jaxpr, var: Var) -> Any:
             if eqn.primitive.name == "convert_element_type":
                 found.add(jnp.dtype(eqn.params["new_dtype"]))
             elif (
-                eqn.primitive.name in ("pjit", "jit", "remat2", "checkpoint", "closed_call", "custom_jvp_call")
+                eqn.primitive.name
+                in ("pjit", "jit", "remat2", "checkpoint", "closed_call", "custom_jvp_call", "custom_vjp_call")
                 and inner
             ):
                 body = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner

@@ -124,7 +124,7 @@ class Device:
             return self._run(lane, state, index, carry, given)
 
     def _run(self, lane: Lane, state: dict, index, carry: Tree, given: Tree) -> tuple[dict, Tree, Commit]:
-        skip: Skip = "loop" if lane.rare and self.skip == "branch" else self.skip
+        skip: Skip = "loop" if self.in_loop(lane.rare) else self.skip
         if self.clock is None or lane.label is None:
             return run_lane(skip, lane, state, index, carry, given, self.zeros)
         where = self.place, self.shard
@@ -134,6 +134,10 @@ class Device:
         state, carry, commit = run_lane(skip, lane, state, index, carry, given, self.zeros)
         state, carry = self.clock.stop(where, lane, state, index, carry, commit)
         return state, carry, commit
+
+    def in_loop(self, rare: bool) -> bool:
+        """Whether a lane, rare or not, is a loop."""
+        return self.skip == "loop" or (rare and self.skip == "branch")
 
     @property
     def branches_commit(self) -> bool:

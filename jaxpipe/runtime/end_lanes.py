@@ -1,6 +1,7 @@
 """The lanes of the two ends: embedding, head with loss, and the embedding's gradient."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jaxpipe.runtime import keys, slots
 from jaxpipe.runtime.carry import join, part
 from jaxpipe.runtime.device import Device
 from jaxpipe.runtime.ends import accumulate
+from jaxpipe.runtime.heads import head_gradients, head_sums
 from jaxpipe.runtime.lane import Commit, Lane
 from jaxpipe.runtime.model import Tree, loss_and_metrics
 from jaxpipe.runtime.stage import Context
@@ -32,34 +34,37 @@ def head_lane(device: Device, state: dict, row: dict, y: Tree) -> tuple[dict, li
     head, dtype = device.parts.head(device.ends), state["loss"].dtype
     floating, others = part(y)
 
-    def loss(head, floating, others, context):
-        key = keys.head_key(context.group, len(device.model.blocks))
-        carry = join(y, floating, others)
-        total, weight, metrics = loss_and_metrics(device.model.head_loss.apply(head, carry, context.mb, key))
-        metrics = metrics if device.metrics else {}
-        return total.astype(dtype), (lax.stop_gradient(weight).astype(dtype), lax.stop_gradient(metrics))
-
-    def evaluate(given):
+    def evaluate(given, _):
         head, floating, others, context, _ = given
         floating = device.whole(floating)
-        total, (weight, metrics) = loss(head, floating, others, context)
-        return floating, (total, weight, metrics, None)
+        key = keys.head_key(context.group, len(device.model.blocks))
+        made = device.model.head_loss.apply(head, join(y, floating, others), context.mb, key)
+        total, weight, metrics = loss_and_metrics(made)
+        return floating, (total.astype(dtype), weight.astype(dtype), metrics if device.metrics else {}, None)
 
-    def train(given):
+    def train(given, entries):
         head, floating, others, context, seed = given
         floating = device.whole(floating)
-        total, vjp, (weight, metrics) = jax.vjp(
-            lambda head, floating: loss(head, floating, others, context), head, floating, has_aux=True
-        )
-        dhead, dy = vjp(seed.astype(dtype))
-        return device.whole(dy), (total, weight, metrics, dhead)
+        key = keys.head_key(context.group, len(device.model.blocks))
+        carry = partial(join, y, others=others)
+        sums = None if entries is None else device.parts.head(entries["ends"])
+        made = head_gradients(device.model.head_loss, head, floating, carry, context.mb, key, seed.astype(dtype), sums)
+        metrics = made.metrics if device.metrics else {}
+        return device.whole(made.carry), (made.loss.astype(dtype), made.weight.astype(dtype), metrics, made.sums)
 
     branch, given = train if device.trains else evaluate, (head, floating, others, context, device.seeds[0])
     return run_head(device, state, row, jnp.minimum(row["h_gradient"], 0), branch, given, label=("h", row), rare=True)
 
 
 def run_head(
-    device: Device, state: dict, row: dict, index: Any, branch: Callable, given: tuple, **lane: Any
+    device: Device,
+    state: dict,
+    row: dict,
+    index: Any,
+    branch: Callable,
+    given: tuple,
+    label: tuple[str, dict] | None = None,
+    rare: bool = False,
 ) -> tuple[dict, list, Commit]:
     """Runs a head where `index` is not -1 and keeps what it makes.
 
@@ -68,22 +73,25 @@ def run_head(
         state: The loop's state.
         row: The row of the table.
         index: 0 or -1.
-        branch: ``given -> (gradient of the features, (loss, weight, metrics, gradient of the head or None))``.
+        branch: ``(given, entries) -> (gradient of the features, (loss, weight, metrics, sums))``; the sums are those of
+            the head in `entries` with its gradient added, its gradient alone if `entries` is None, or None.
         given: What it reads; its second entry is passed on if it does not run.
-        lane: More fields of the `Lane`.
+        label: As in `Lane`.
+        rare: As in `Lane`.
     """
     scalar = jax.ShapeDtypeStruct((), state["loss"].dtype)
-    shapes = scalar, scalar, device.metrics, device.parts.head(device.ends) if device.trains else None
+    shapes = scalar, scalar, device.metrics, head_sums(device.parts.head(device.ends)) if device.trains else None
+    put = device.parts.put_head if device.in_loop(rare) else device.parts.add_head
     updates = ["loss", "weight", *(["metrics"] if device.metrics else []), *(["ends"] if device.trains else [])]
 
     def commit(state, kept):
-        total, weight, metrics, dhead = kept
+        total, weight, metrics, sums = kept
         out = {"loss": state["loss"] + total, "weight": state["weight"] + weight}
         if device.metrics:
             out["metrics"] = _keep_metrics(state["metrics"], row, metrics)
-        return out | ({"ends": device.parts.add_head(state["ends"], dhead)} if device.trains else {})
+        return out | ({"ends": put(state["ends"], sums)} if device.trains else {})
 
-    made = Lane("head", [branch], commit, shapes, updates, **lane)
+    made = Lane("head", [branch], commit, shapes, updates, label, rare, adds=True)
     state, dy, commit_now = device.run(made, state, index, given[1], given)
     if "gradient" in state:
         state = state | {"gradient": slots.put(state["gradient"], row["h_gradient"], dy)}

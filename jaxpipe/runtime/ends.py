@@ -115,6 +115,13 @@ class Ends:
         """Adds the gradient of the leaves that blocks use to the accumulators of embedding and head."""
         return accumulators | {"embed": add_below(accumulators["embed"], gradient)}
 
+    def put_head(self, accumulators: Tree, sums: Tree) -> Tree:
+        """The accumulators of embedding and head with other sums for those that `head` takes out of them."""
+        embed = accumulators["embed"]
+        for to, source in self.model.head_tie.items():
+            embed = set_path(embed, source, get_path(sums, to))
+        return {"embed": embed, "head": untie(sums, self.model.head_tie)}
+
     def add_head(self, accumulators: Tree, gradient: Tree) -> Tree:
         """Adds the gradient of `head` to the accumulators of embedding and head."""
         embed = accumulators["embed"]

@@ -43,15 +43,18 @@ class Lane:
         updates: Names of these entries.
         label: For a `jaxpipe.runtime.clock.Clock`: the lane's letter and the row of the table.
         rare: One device in P runs it and what it commits is large.
+        adds: Its branches are ``(given, entries) -> (carry, kept)``: in loops they have the entries of the state that
+            the lane updates and may commit their new values; elsewhere they have None and commit what is to be added.
     """
 
     name: str
-    branches: list[Callable[[Any], tuple[Tree, Any]]]
+    branches: list[Callable[..., tuple[Tree, Any]]]
     commit: Callable[[dict, Any], dict]
     kept: Any
     updates: list[str]
     label: tuple[str, dict] | None = None
     rare: bool = False
+    adds: bool = False
 
 
 @jax.tree_util.register_pytree_node_class
@@ -96,7 +99,8 @@ def run_lane(
         part = {name: state[name] for name in lane.updates}
         part, carry = _run_loops(lane, part, index, carry, given)
         return state | part, carry, Commit(None, None)
-    branches = [lambda branch=branch: branch(given) for branch in lane.branches]
+    given = (given, None) if lane.adds else (given,)
+    branches = [lambda branch=branch: branch(*given) for branch in lane.branches]
     if skip == "branch":
         carry, kept = lax.switch(index + 1, [lambda: (carry, zeros(lane.kept)), *branches])
         return state, carry, Commit(lane.commit, kept)
@@ -111,7 +115,7 @@ def _run_loops(lane: Lane, state: dict, index: Any, carry: Tree, given: Any) -> 
         # Nothing but this barrier tells XLA that the turn depends on being in the loop: without it, it computes the
         # turn in advance, whether or not there will be one.
         at, given = lax.optimization_barrier((at, given))
-        carry, kept = branch(given)
+        carry, kept = branch(given, state) if lane.adds else branch(given)
         return at + 1, state | lane.commit(state, kept), carry, given
 
     for number, branch in enumerate(lane.branches):

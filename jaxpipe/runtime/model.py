@@ -16,6 +16,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxpipe.errors import PartitionError
+from jaxpipe.models.losses import linear_cross_entropy, num_chunks, tokens_at_once
+from jaxpipe.runtime.mesh import TENSOR
+from jaxpipe.runtime.rest import tensor_dims
 from jaxpipe.runtime.tree import Tree, drop_path, get_path
 
 Specs = Mapping[str, Any]
@@ -104,8 +107,9 @@ class VocabEmbed:
 class VocabHead:
     """A way out that ends in a matrix over the vocabulary and a cross entropy, which can be cut by vocabulary.
 
-    The loss of a token is its weight times the cross entropy of its target, in nats. Logits are float32 or wider.
-    Metrics are ``{"loss": [rows, ...]}``, the cross entropies.
+    The loss of a token is its weight times the cross entropy of its target, in nats. Logits are float32 or wider; those
+    of many tokens are computed in chunks, see `jaxpipe.models.losses`. Metrics are ``{"loss": [rows, ...]}``, the cross
+    entropies.
 
     Attributes:
         init: ``(key, carry, mb) -> params``.
@@ -114,6 +118,8 @@ class VocabHead:
         targets: ``mb -> (ids, weights)``: integers ``[rows, ...]`` in [0, V), and a float each. Where the weight is 0
             the target may be anything; elsewhere one out of range gives NaN.
         specs: Which dims lie cut over the mesh axis `tensor`: partition specs by path, see `Model`.
+        chunk: Tokens of a microbatch whose logits are computed at once. None: by the size of the vocabulary, see
+            `jaxpipe.models.losses.LOGITS_AT_ONCE`.
     """
 
     init: Callable[[Any, Tree, Tree], Tree]
@@ -121,45 +127,34 @@ class VocabHead:
     features: Callable[[Tree, Tree, Tree, Any], Any]
     targets: Callable[[Tree], tuple[Any, Any]]
     specs: Specs = field(default_factory=dict, hash=False)
+    chunk: int | None = None
 
     def apply(self, params: Tree, carry: Tree, mb: Tree, key: Any) -> tuple:
         """``(loss_sum, weight, metrics)`` with the whole matrix."""
+        kernel = get_path(params, self.kernel)
         features = self.features(drop_path(params, self.kernel), carry, mb, key)
-        return cross_entropy(vocab_logits(get_path(params, self.kernel), features), *self.targets(mb))
+        return linear_cross_entropy(kernel, features, *self.targets(mb), chunk=self.at_once(len(kernel)))
+
+    def at_once(self, vocab_size: int) -> int:
+        """How many tokens' logits are computed at once; more where devices on the axis `tensor` share those of each.
+
+        Args:
+            vocab_size: Rows of the kernel on this device of `pipe`.
+        """
+        if self.chunk is not None:
+            return self.chunk
+        devices = jax.sharding.get_abstract_mesh().shape.get(TENSOR, 1)
+        shared = tensor_dims(self.specs).get(self.kernel) == 0 and vocab_size % devices == 0
+        return tokens_at_once(vocab_size, devices if shared else 1)
+
+    def chunks(self, tokens: int, vocab_size: int) -> int:
+        """In how many chunks the logits of so many tokens are computed."""
+        return num_chunks(tokens, self.at_once(vocab_size))
 
 
 def look_up(table, ids):
     """Rows of a table, NaN where an id is out of range."""
     return jnp.take(table, jnp.where(ids < 0, len(table), ids), axis=0, mode="fill")
-
-
-def vocab_logits(kernel, features):
-    """``[..., D] x [V, D] -> [..., V]``, float32 or wider."""
-    wide = jnp.promote_types(features.dtype, jnp.float32)
-    return jnp.einsum("...d,vd->...v", features, kernel.astype(features.dtype), preferred_element_type=wide)
-
-
-def cross_entropy(logits, ids, weights) -> tuple:
-    """``(loss_sum, weight, metrics)`` of tokens with whole logits, see `VocabHead`.
-
-    Args:
-        logits: ``[..., V]``, any float dtype; computed with in float32 or wider.
-        ids: Targets ``[...]``.
-        weights: ``[...]``.
-    """
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    # A comparison instead of a gather: its gradient is elementwise, not a scatter.
-    is_target = jnp.expand_dims(ids, -1) == jnp.arange(logits.shape[-1]).reshape(*[1] * ids.ndim, -1)
-    loss = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(logits, axis=-1, where=is_target)
-    return weighted_loss(loss, ids, weights, logits.shape[-1])
-
-
-def weighted_loss(loss, ids, weights, vocab_size: int) -> tuple:
-    """``(loss_sum, weight, metrics)`` from the cross entropy of every token."""
-    weights = weights.astype(loss.dtype)
-    loss = jnp.where((ids >= 0) & (ids < vocab_size), loss, jnp.nan)
-    counted = jnp.sum(weights * jnp.where(weights != 0, loss, 0.0))
-    return counted, weights.sum(), {"loss": jnp.where(weights != 0, loss, 0.0)}
 
 
 @dataclass(frozen=True)

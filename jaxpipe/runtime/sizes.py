@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxpipe.runtime.carry import join, part
 from jaxpipe.runtime.compile import Program
 from jaxpipe.runtime.ends import accumulator_dtype, shared_leaves
+from jaxpipe.runtime.heads import head_gradients, head_sums
 from jaxpipe.runtime.mesh import AXES, FSDP, TENSOR, manual_axes
 from jaxpipe.runtime.model import Tree
 from jaxpipe.runtime.pool import Pool, key_of
@@ -75,21 +76,23 @@ class Share:
         whole = PartitionSpec()
         return jax.shard_map(lane, mesh=self.mesh, in_specs=whole, out_specs=whole, axis_names=axes, check_vma=False)
 
-    def compiled(self, lane: Callable, shapes: Sequence[Tree], rests: Tree = None) -> Any:
+    def compiled(self, lane: Callable, shapes: Sequence[Tree], rests: Sequence[Tree] = (), adds: bool = False) -> Any:
         """A lane by itself.
 
         Args:
             lane: The function.
-            shapes: Of its arguments, the parameters first.
-            rests: How these lie over `tensor`; None: whole. What becomes of everything else is left to the compiler.
+            shapes: Of its arguments.
+            rests: How the first of them lie over `tensor`. What becomes of the others is left to the compiler.
+            adds: Whether it changes its first argument in place.
         """
 
         def put(s, rest=Rest()):
             sharding = NamedSharding(self.mesh, rest.spec((TENSOR,)))
             return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
 
-        weights = jax.tree.map(put, shapes[0], *(() if rests is None else (rests,)))
-        return jax.jit(self.body(lane)).lower(weights, *jax.tree.map(put, tuple(shapes[1:]))).compile()
+        cut = [jax.tree.map(put, tree, rest) for tree, rest in zip(shapes, rests, strict=False)]
+        whole = jax.tree.map(put, tuple(shapes[len(cut) :]))
+        return jax.jit(self.body(lane), donate_argnums=0 if adds else ()).lower(*cut, *whole).compile()
 
     def trace(self, stages: Sequence[Stage], split: bool = True) -> None:
         """Traces what stages keep as they are traced in the loop: they remember it, and it may depend on the devices."""
@@ -115,15 +118,12 @@ class Share:
         return sum(tree_bytes(s) // (self.size if cut and fits(s) else 1) for s in jax.tree.leaves(carry))
 
 
-def _head(program: Program, head: Tree, carry: Tree) -> Any:
-    """Loss of one microbatch and its gradients."""
+def _head(program: Program, sums: Tree, head: Tree, carry: Tree) -> Any:
+    """Loss of one microbatch and its gradients, the parameters' added to their sums."""
     mb = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), program.stages.stage.context.mb)
     floating, others = part(carry)
-
-    def loss(head, floating):
-        return program.model.head_loss.apply(head, join(carry, floating, others), mb, None)[0]
-
-    return jax.value_and_grad(loss, (0, 1))(head, floating)
+    joined, seed = partial(join, carry, others=others), jnp.ones((), accumulator_dtype(floating[0].dtype))
+    return head_gradients(program.model.head_loss, head, floating, joined, mb, None, seed, sums)
 
 
 def _of_blocks(rests: Sequence[Tree]) -> list[Tree]:
@@ -191,21 +191,24 @@ def model_bytes(program: Program, params: Tree) -> ModelBytes:
             "shared": shared_leaves(program.model, ends.rests["embed"]),
         }
         if not split:
-            working.append(share.compiled(stage.backward, stage.backward_shapes, rests))
+            working.append(share.compiled(stage.backward, stage.backward_shapes, [rests]))
         else:
-            inputs = share.compiled(stage.backward_input, stage.backward_shapes, rests)
-            working += [inputs, share.compiled(stage.backward_weight, stage.backward_weight_shapes, rests)]
+            inputs = share.compiled(stage.backward_input, stage.backward_shapes, [rests])
+            working += [inputs, share.compiled(stage.backward_weight, stage.backward_weight_shapes, [rests])]
             held |= _shares(stage.weight_residuals, inputs.output_shardings[1])
         if stage.residuals and share.size > 1:
-            forward = share.compiled(stage.forward, (stage.params, stage.carry, stage.context), rests)
+            forward = share.compiled(stage.forward, (stage.params, stage.carry, stage.context), [rests])
             held |= _shares(stage.residuals, forward.output_shardings[2])
-    head = jax.eval_shape(ends.head, ends.local), stages.stage.carry
-    working.append(share.compiled(partial(_head, program), head, ends.head(ends.rests)))
+    head, rests = jax.eval_shape(ends.head, ends.local), ends.head(ends.rests)
+    given = head_sums(head), head, stages.stage.carry
+    working.append(share.compiled(partial(_head, program), given, [rests, rests], adds=True))
     allotted = map(memory_of, working)
     return ModelBytes(
         carry=share.carry_bytes(stages.stage.carry, program.model.carry_spec),
         residual=_slot_bytes(stages.residuals, held),
-        backward=max(lane.temp_size_in_bytes + lane.output_size_in_bytes for lane in allotted),
+        backward=max(
+            lane.temp_size_in_bytes + lane.output_size_in_bytes - lane.alias_size_in_bytes for lane in allotted
+        ),
         ends=sum(share.bytes(*pair) for pair in ends.moved),
         ends_gradient=share.bytes(ends.local, ends.rests, accumulator_dtype),
         stage_gradient=_sums_bytes(program, share),

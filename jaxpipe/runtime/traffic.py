@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
@@ -19,6 +20,7 @@ _ARRAY = re.compile(r"([a-z]+\d*)\w*\[([\d,]*)\]")
 _LANE = re.compile(r'op_name="([^"]*/)branch_\d+/while"')
 """A loop of a lane's branch: what comes before the branch is the lane's, see `jaxpipe.runtime.lane`."""
 _MOVES_NOTHING = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier"}
+_SLICES = {"dynamic-slice", "dynamic-update-slice"}
 _PASSES_ON = {"bitcast", "convert", "copy", "transpose", "reshape"}
 """What may stand between an update in place and the result of its fusion."""
 
@@ -217,8 +219,26 @@ def _accessed(parts: dict, name: str) -> int:
             sum_ += 2 * line.bytes
         elif line.opcode == "dynamic-update-slice":
             sum_ += 2 * sizes[line.operands[1]]
+        elif line.opcode == "fusion":
+            sum_ += _of_fusion(parts[line.calls("calls")])
         elif line.opcode not in _MOVES_NOTHING and not line.opcode.endswith("-done"):
             sum_ += line.bytes + sum(sizes.get(operand, 0) for operand in line.operands)
+    return sum_
+
+
+def _of_fusion(lines: list[_Instruction]) -> int:
+    """What a fusion reads and writes: of an array that it only slices, or updates in place, no more than that."""
+    by_name = {line.name: line for line in lines}
+    (root,) = (line for line in lines if line.root)
+    results = [by_name[name] for name in (root.operands if root.opcode == "tuple" else [root.name])]
+    sum_ = 0
+    for result in map(partial(_behind, by_name), results):
+        sum_ += by_name[result.operands[1]].bytes if result.opcode == "dynamic-update-slice" else result.bytes
+    for line in lines:
+        if line.opcode == "parameter":
+            users = [user for user in lines if line.name in user.operands]
+            cut = all(user.opcode in _SLICES and user.operands[0] == line.name for user in users)
+            sum_ += sum(user.bytes for user in users if user.opcode == "dynamic-slice") if cut else line.bytes
     return sum_
 
 

@@ -4,12 +4,11 @@ Device d of P holds rows ``d * n .. (d + 1) * n - 1`` of ``n * P`` with ``n = ce
 count for nothing. Where P divides V, leaves rest like this and nothing moves.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxpipe.models.losses import Entropy
 from jaxpipe.runtime.mesh import PIPE
-from jaxpipe.runtime.model import Tree, vocab_logits
 
 
 def rows_per_device(size: int, devices: int) -> int:
@@ -76,33 +75,28 @@ def add_rows(rows, ids, first, gradient):
     return rows.at[at].add(gradient.reshape(-1, gradient.shape[-1]).astype(rows.dtype), mode="drop")
 
 
-def cross_entropy(kernel, features, ids, first, size: int) -> tuple:
-    """Cross entropies of all tokens, and the function that makes gradients from theirs.
-
-    Logits of one device's rows at a time; maximum, sum and target logit are joined over the pipe.
+def sliced_entropy(rows: int, first, size: int) -> Entropy:
+    """Cross entropies from this device's slice of the logits; maximum, sum and target logit are joined over the pipe.
 
     Args:
-        kernel: This device's rows.
-        features: ``[..., D]``, the same on all devices.
-        ids: Targets, ``[...]``.
-        first: The id of this device's first row.
+        rows: Words of this device's slice.
+        first: The number of the first.
         size: V.
-
-    Returns:
-        The losses ``[...]``, and ``dloss -> (gradient of kernel, this device's part of the gradient of features)``.
     """
-    logits, vjp = jax.vjp(vocab_logits, kernel, features)
-    numbers = (first + jnp.arange(len(kernel))).reshape(*[1] * ids.ndim, -1)
-    logits = jnp.where(numbers < size, logits, -jnp.inf)
-    # Without this a device that holds no row at all would have no maximum.
-    largest = lax.pmax(jnp.maximum(logits.max(-1), jnp.finfo(logits.dtype).min), PIPE)
-    weights = jnp.exp(logits - largest[..., None])
-    total = lax.psum(weights.sum(-1), PIPE)
-    is_target = jnp.expand_dims(ids, -1) == numbers
-    target = lax.psum(jnp.sum(logits, axis=-1, where=is_target), PIPE)
 
-    def gradients(dloss) -> tuple[Tree, Tree]:
-        dlogits = (weights / total[..., None] - is_target) * dloss[..., None]
-        return vjp(dlogits.astype(logits.dtype))
+    def entropy(logits, ids):
+        numbers = (first + jnp.arange(rows)).reshape(*[1] * ids.ndim, -1)
+        logits = jnp.where(numbers < size, logits, -jnp.inf)
+        # Without this a device that holds no row at all would have no maximum.
+        largest = lax.pmax(jnp.maximum(logits.max(-1), jnp.finfo(logits.dtype).min), PIPE)
+        weights = jnp.exp(logits - largest[..., None])
+        total = lax.psum(weights.sum(-1), PIPE)
+        is_target = jnp.expand_dims(ids, -1) == numbers
+        target = lax.psum(jnp.sum(logits, axis=-1, where=is_target), PIPE)
 
-    return jnp.log(total) + largest - target, gradients
+        def back(dlosses):
+            return (weights / total[..., None] - is_target) * dlosses[..., None]
+
+        return jnp.log(total) + largest - target, back
+
+    return entropy

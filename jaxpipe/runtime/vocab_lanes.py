@@ -12,16 +12,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxpipe.models.losses import losses_and_gradients, losses_only, weighted_loss
 from jaxpipe.runtime import keys
 from jaxpipe.runtime.carry import join, part
 from jaxpipe.runtime.device import Device
 from jaxpipe.runtime.end_lanes import run_head
-from jaxpipe.runtime.ends import add_below
+from jaxpipe.runtime.ends import accumulator_dtype, add_below
+from jaxpipe.runtime.heads import add, loss_gradients
 from jaxpipe.runtime.lane import Commit, Lane
 from jaxpipe.runtime.mesh import PIPE
-from jaxpipe.runtime.model import Tree, weighted_loss
+from jaxpipe.runtime.model import Tree
 from jaxpipe.runtime.tree import drop_path, get_path, set_path
-from jaxpipe.runtime.vocab import add_rows, cross_entropy, look_up_rows
+from jaxpipe.runtime.vocab import add_rows, look_up_rows, sliced_entropy
 
 
 def embed_lane(device: Device, arrived: Tree, row: dict) -> Tree:
@@ -55,7 +57,7 @@ def head_lane(device: Device, state: dict, row: dict, y: Tree) -> tuple[dict, li
     size = device.parts.vocab_size
     last = row["h_gradient"] >= 0
 
-    def run(given):
+    def run(given, entries):
         (rest, kernel), floating, others, context, seed = given
         floating = device.whole(floating)
 
@@ -67,21 +69,29 @@ def head_lane(device: Device, state: dict, row: dict, y: Tree) -> tuple[dict, li
         zeros = jnp.zeros(shape.shape, shape.dtype)
         seen = lax.psum(lax.cond(last, lambda: features(rest, floating), lambda: zeros), PIPE)
         ids, weights = head.targets(context.mb)
-        losses, gradients = cross_entropy(kernel, seen, ids, device.place * len(kernel), size)
+        entropy = sliced_entropy(len(kernel), device.place * len(kernel), size)
+        chunks = head.chunks(ids.size, len(kernel))
+        sums = None if entries is None or not device.trains else device.parts.head(entries["ends"])
+        if device.trains:
+            dlosses = loss_gradients(seen, ids, weights, size, seed)
+            own = None if sums is None else get_path(sums, head.kernel)
+            losses, dseen, own = losses_and_gradients(kernel, seen, ids, dlosses, own, chunks, entropy)
+        else:
+            losses = losses_only(kernel, seen, ids, chunks, entropy)
         total, weight, metrics = weighted_loss(losses, ids, weights, size)
         counts = last.astype(dtype)
         metrics = jax.tree.map(lambda m: m * counts.astype(m.dtype), metrics) if device.metrics else {}
-        sums = total.astype(dtype) * counts, weight.astype(dtype) * counts, metrics
+        made = total.astype(dtype) * counts, weight.astype(dtype) * counts, metrics
         if not device.trains:
-            return floating, (*sums, None)
-        dkernel, dseen = gradients(weights.astype(losses.dtype) * seed.astype(losses.dtype))
+            return floating, (*made, None)
         dseen = lax.psum(dseen, PIPE)
 
         def back():
             return jax.vjp(features, rest, floating)[1](dseen)
 
         drest, dy = lax.cond(last, back, lambda: jax.tree.map(jnp.zeros_like, (rest, floating)))
-        return dy, (*sums, set_path(drest, head.kernel, dkernel))
+        rest_sums = add(None if sums is None else drop_path(sums, head.kernel), drest)
+        return dy, (*made, set_path(rest_sums, head.kernel, own.astype(accumulator_dtype(kernel.dtype))))
 
     given = (rest, kernel), floating, others, context, device.seeds[0]
     return run_head(device, state, row, jnp.minimum(row["h_microbatch"], 0), run, given)

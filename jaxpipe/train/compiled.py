@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxpipe.errors import ConfigError
@@ -18,8 +19,9 @@ from jaxpipe.plan import BlockCost, DeviceSpec, LaneTimes, ModelCosts
 from jaxpipe.plan.cost import Remat
 from jaxpipe.runtime.arithmetic import dot_flops
 from jaxpipe.runtime.carry import join, part
+from jaxpipe.runtime.ends import accumulator_dtype
+from jaxpipe.runtime.heads import HeadGradients, head_gradients, head_sums
 from jaxpipe.runtime.mesh import make_mesh, on_cpu
-from jaxpipe.runtime.model import loss_and_metrics
 from jaxpipe.runtime.sizes import Share, memory_of, tree_bytes
 from jaxpipe.runtime.stage import Stage
 from jaxpipe.runtime.traffic import accessed_bytes
@@ -50,9 +52,9 @@ def compiled_costs(
         )
     parts = parts_of(config, rows, remats, mesh=mesh)
 
-    def seconds(lane: Callable, shapes: tuple) -> float:
+    def seconds(lane: Callable, shapes: tuple, adds: bool = False) -> float:
         operations = dot_flops(parts.share.body(lane), *shapes)
-        moved = accessed_bytes(parts.share.compiled(lane, shapes).as_text())
+        moved = accessed_bytes(parts.share.compiled(lane, shapes, adds=adds).as_text())
         return max(operations / device.flops_per_s(config.model.dtype), moved / device.traffic_bytes_per_s)
 
     times: dict[tuple[str, Remat], LaneTimes] = {
@@ -60,7 +62,7 @@ def compiled_costs(
         for kind in parts.kinds
         for remat in remats
     }
-    forward, backward, head = (seconds(*lane) for lane in end_lanes(parts).values())
+    forward, backward, head = (seconds(*lane, adds=name == "head") for name, lane in end_lanes(parts).items())
     return assemble_costs(config, parts, remats, times, (forward, backward, head), source="compiled", device=device)
 
 
@@ -75,12 +77,15 @@ def lanes(stage: Stage) -> dict[str, tuple[Callable, tuple]]:
 
 
 def end_lanes(parts: Parts) -> dict[str, tuple[Callable, tuple]]:
-    """Embedding, its gradient, and the head with both of its, with the shapes of their arguments."""
+    """Embedding, its gradient, and the head with both of its, with the shapes of their arguments.
+
+    The head's first argument is the sum that the gradient of its parameters is added to.
+    """
     gradient = part(parts.carry)[0]
     return {
         "embed": (lambda p, mb: parts.model.embed.apply(p, mb, None), (parts.embed, parts.mb)),
         "embed gradient": (partial(embed_gradient, parts), (parts.embed, parts.mb, gradient)),
-        "head": (partial(head, parts), (parts.head, parts.carry, parts.mb)),
+        "head": (partial(_head_added, parts), (head_sums(parts.head), parts.head, parts.carry, parts.mb)),
     }
 
 
@@ -90,14 +95,16 @@ def embed_gradient(parts: Parts, params: Any, mb: Any, dx: Any) -> Any:
     return vjp(dx)[0]
 
 
-def head(parts: Parts, params: Any, carry: Any, mb: Any) -> Any:
-    """The loss of a microbatch and the gradients of the head's parameters and input."""
+def head(parts: Parts, params: Any, carry: Any, mb: Any, sums: Any = None) -> HeadGradients:
+    """The loss of a microbatch and the gradients of the head's parameters, added to `sums`, and input."""
     floating, others = part(carry)
+    joined = partial(join, carry, others=others)
+    seed = jnp.ones((), accumulator_dtype(floating[0].dtype))
+    return head_gradients(parts.model.head_loss, params, floating, joined, mb, None, seed, sums)
 
-    def loss(params, floating):
-        return loss_and_metrics(parts.model.head_loss.apply(params, join(carry, floating, others), mb, None))[0]
 
-    return jax.value_and_grad(loss, (0, 1))(params, floating)
+def _head_added(parts: Parts, sums: Any, params: Any, carry: Any, mb: Any) -> HeadGradients:
+    return head(parts, params, carry, mb, sums)
 
 
 def assemble_costs(
@@ -146,7 +153,8 @@ def assemble_costs(
             params=parts.params[kind],
         )
     (lane, shapes) = end_lanes(parts)["head"]
-    allotted = memory_of(parts.share.compiled(lane, shapes))
+    allotted = memory_of(parts.share.compiled(lane, shapes, adds=True))
+    head_bytes = allotted.temp_size_in_bytes + allotted.output_size_in_bytes - allotted.alias_size_in_bytes
     embed_params = sum(leaf.size for leaf in jax.tree.leaves(parts.embed))
     ends_params = embed_params + sum(leaf.size for leaf in jax.tree.leaves(parts.head))
     if config.model.tied:
@@ -162,7 +170,7 @@ def assemble_costs(
         head_s=ends[2],
         carry_bytes=parts.carry_bytes,
         ends_params=ends_params,
-        head_working_bytes=allotted.temp_size_in_bytes + allotted.output_size_in_bytes,
+        head_working_bytes=head_bytes,
         stage_working_bytes=base,
         dtype_bytes=leaves[0].dtype.itemsize,
         param_bytes=jax.dtypes.canonicalize_dtype(config.model.param_dtype).itemsize,

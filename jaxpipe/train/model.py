@@ -20,8 +20,9 @@ from jax.sharding import PartitionSpec
 from jaxpipe.models import encdec, gpt
 from jaxpipe.models.encdec_config import EncDecConfig
 from jaxpipe.models.gpt import GPTConfig
+from jaxpipe.models.products import vocab_logits
 from jaxpipe.nn import nnx_model, vocab_embed, vocab_head
-from jaxpipe.runtime.model import Model, carry_and_aux, vocab_logits
+from jaxpipe.runtime.model import Model, carry_and_aux
 from jaxpipe.runtime.tree import Tree, tie
 
 

@@ -207,8 +207,8 @@ def _end_times(parts: Parts, clock: _Clock) -> tuple[float, float, float]:
     def both(place, turns, top, carry, mb):
         def turn(state, at):
             x, sums = state
-            _, (dhead, dx) = head(parts, top, x, jax.tree.map(lambda x: x + at.astype(x.dtype), mb))
-            return (join(carry, dx, part(x)[1]), jax.tree.map(_add, sums, dhead))
+            made = head(parts, top, x, jax.tree.map(lambda x: x + at.astype(x.dtype), mb), sums)
+            return (join(carry, made.carry, part(x)[1]), made.sums)
 
         return _turns(place, turns, turn, (carry, _sums(parts.head)))
 

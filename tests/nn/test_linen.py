@@ -14,8 +14,8 @@ from helpers import LENGTH, QUICK, ROWS, VOCAB, WIDTH, toy_batch, tree_allclose
 
 import jaxpipe as jp
 from jaxpipe.errors import ConfigError, PartitionError
+from jaxpipe.models.losses import cross_entropy
 from jaxpipe.nn import linen_model
-from jaxpipe.runtime.model import cross_entropy
 from jaxpipe.schedule import build
 
 LAYERS, MICROBATCHES = 4, 2

@@ -90,6 +90,30 @@ def test_gradients_add_up_in_float32():
         assert {dtype for shape, dtype in carried if shape == leaf.shape} == {jnp.dtype(jnp.float32)}
 
 
+def products(jaxpr: Any) -> list[tuple[set, set]]:
+    """The operands' dtypes, and the dims of operands and result, of all products of a program."""
+    found = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            avals = [v.aval for v in (*eqn.invars, *eqn.outvars)]
+            found.append(({a.dtype for a in avals[:2]}, {size for a in avals for size in a.shape}))
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                if hasattr(inner := getattr(inner, "jaxpr", inner), "eqns"):
+                    found += products(inner)
+    return found
+
+
+def test_the_head_multiplies_in_bfloat16():
+    """Logits and both of their gradients, in the pipeline and in the oracle."""
+    pipe, params, _, _ = bfloat16_step()
+    model = jp.sequential(gpt_model(BFLOAT16), row_groups=MICROBATCHES)
+    for step, given in ((pipe.value_and_grad, params), (model.value_and_grad, oracle("bfloat16")[0])):
+        found = products(jax.make_jaxpr(step)(given, batch()).jaxpr)
+        heads = [dtypes for dtypes, dims in found if VOCAB in dims]
+        assert len(heads) >= 3 and heads == [{jnp.dtype(jnp.bfloat16)}] * len(heads)
+
+
 def test_loss_and_gradients_are_float32_and_close_to_the_oracle():
     pipe, params, _, compiled = bfloat16_step()
     _, loss, grads = oracle("bfloat16")

@@ -16,7 +16,9 @@ from jaxpipe.runtime.sizes import memory_of
 from jaxpipe.schedule import build
 
 
-def vocab_model(layers: int, size: int, tied: bool, dtype: str = "float32", width: int = WIDTH) -> jp.Model:
+def vocab_model(
+    layers: int, size: int, tied: bool, dtype: str = "float32", width: int = WIDTH, chunk: int | None = None
+) -> jp.Model:
     """The toy blocks between ends that can be cut by vocabulary, dropout in both."""
 
     def normal(key, *shape):
@@ -51,6 +53,7 @@ def vocab_model(layers: int, size: int, tied: bool, dtype: str = "float32", widt
             kernel="out/kernel",
             features=features,
             targets=lambda mb: (mb["targets"] % size, mb["mask"]),
+            chunk=chunk,
         ),
         tie={"head/out/kernel": "embed/table"} if tied else {},
     )
@@ -101,6 +104,42 @@ def test_a_cut_vocabulary_equals_the_oracle(case):
         tree_allclose(got_metrics, metrics)
         tree_allclose(pipe.to_canonical(got_grads), grads)
         assert float(pipe.loss(params, batch, jax.random.key(1))) == pytest.approx(float(loss), rel=1e-5)
+
+
+# Of the 10 tokens of a microbatch: two chunks, four with a short last, and one token at a time.
+CHUNKED = [
+    ("last", "1f1b", 2, 1, 12, True, "float32", 5, "skip"),
+    ("last", "zb_h1", 2, 1, 13, False, "float64", 3, "skip"),
+    ("last", "interleaved_1f1b", 2, 2, 13, True, "float64", 1, "mask"),
+    ("last", "1f1b", 1, 1, 9, False, "float32", 3, "skip"),
+    ("vocab_parallel", "1f1b", 2, 1, 13, False, "float64", 3, "skip"),
+    ("vocab_parallel", "interleaved_1f1b", 2, 2, 12, True, "float32", 5, "mask"),
+    ("vocab_parallel", "zb_v", 2, 2, 3, True, "float64", 1, "skip"),
+]
+
+
+@pytest.mark.parametrize("case", CHUNKED, ids=lambda case: "-".join(map(str, case)))
+def test_a_head_in_chunks_of_tokens_equals_the_oracle_of_whole_logits(case):
+    head, name, devices, repeats, size, tied, dtype, chunk, idle = case
+    with jax.enable_x64(dtype == "float64"):
+        canonical, loss, metrics, grads = oracle(devices * repeats, size, tied, 4, dtype)
+        pipe = jp.Pipeline(
+            vocab_model(devices * repeats, size, tied, dtype, chunk=chunk),
+            schedule=build(name, devices=devices, microbatches=4, repeats=repeats),
+            mesh=jp.make_mesh(devices),
+            head=head,
+            idle=idle,
+        )
+        params, batch = pipe.from_canonical(canonical), toy_batch(ROWS * 4)
+        step = jax.jit(pipe.value_and_grad, static_argnames="has_aux", compiler_options=QUICK)
+        (got, got_metrics), got_grads = step(params, batch, jax.random.key(1), has_aux=True)
+        assert float(got) == pytest.approx(float(loss), rel=1e-6 if dtype == "float32" else 1e-12)
+        tree_allclose(got_metrics, metrics)
+        tree_allclose(pipe.to_canonical(got_grads), grads)
+        assert float(pipe.loss(params, batch, jax.random.key(1))) == pytest.approx(float(loss), rel=1e-6)
+        sequential = jp.sequential(vocab_model(devices * repeats, size, tied, dtype, chunk=chunk), row_groups=4)
+        again = jax.jit(sequential.value_and_grad, compiler_options=QUICK)(canonical, batch, jax.random.key(1))
+        tree_allclose(again[1], grads)
 
 
 def compiled(head: str, size: int = 4096, width: int = 32):
