@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hlo import computations, hlo_text
+from hlo import Hop, computations, copies, hlo_text, hops, loop_bodies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxpipe as jp
@@ -126,17 +126,16 @@ class TrainStep:
         return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
 
 
-def train_step(config: Config, tokens: Any = jnp.int32) -> TrainStep:
+def train_step(config: Config) -> TrainStep:
     """The step that `jaxpipe train` compiles, with optimizer and donated state, from shapes alone.
 
     Args:
         config: The run; its mesh is made of H100s.
-        tokens: Dtype of the batch.
     """
     sizes, train = config.mesh, config.train
     grid = mesh(sizes.pipe, sizes.data, sizes.fsdp, sizes.tensor)
     pipe = pipeline(config, gpt_model(config.model), schedule_of(config), grid)
-    rows = jax.ShapeDtypeStruct((train.batch_size, train.seq_len), tokens, sharding=pipe.batch_sharding)
+    rows = jax.ShapeDtypeStruct((train.batch_size, train.seq_len), jnp.int32, sharding=pipe.batch_sharding)
     batch = {"tokens": rows, "targets": rows}
     tx = pipe.optimizer(adamw(config.optim, steps=train.steps))
     params = jax.eval_shape(pipe.init, jax.random.key(0), batch)
@@ -150,6 +149,36 @@ def train_step(config: Config, tokens: Any = jnp.int32) -> TrainStep:
     Share.of(grid).trace([branch.stage for branch in program.stages.branches], "I" in pipe.schedule.phases)
     text = hlo_text(compiled)
     return TrainStep(config, pipe, program, text, computations(text), memory_of(compiled))
+
+
+def steady_hops(step: Step | TrainStep) -> list[Hop]:
+    """The hops of the one loop that has those of both lanes."""
+    lanes = 4 if step.pipe.schedule.placement == "v" else 2
+    (found,) = (found for body in loop_bodies(step.text) if len(found := hops(body)) == lanes)
+    return found
+
+
+def copied_in_loops(step: Step | TrainStep, *, fresh: bool = True) -> list[tuple[int, ...]]:
+    """The shapes of weights, stashes and gradient sums that a loop, or a lane in one, copies.
+
+    Args:
+        step: Compiled for one device on the axis `tensor`, where shapes are whole.
+        fresh: See `copies`.
+    """
+    stages, slots = step.program.stages, step.pipe.table.slots
+    weights = {leaf.shape for leaf in jax.tree.leaves(stages.weights) if leaf.ndim > 1}
+    ends = {leaf.shape for leaf in jax.tree.leaves(step.program.ends.shapes) if leaf.ndim > 1}
+    accumulators = {(a.num_rows, *leaf.shape) for a in stages.accumulators for leaf in jax.tree.leaves(a.params)}
+    kept = [
+        (slots.activation, jax.tree.leaves(stages.stage.carry)),
+        (slots.residual, stages.residuals.shapes),
+        (slots.gradient, stages.stage.gradient),
+        (slots.weight_residual, stages.weight_residuals.shapes if slots.weight_residual else ()),
+    ]
+    stash = {(count + 1, *leaf.shape) for count, leaves in kept for leaf in leaves}
+    bodies = loop_bodies(step.text, inner=True, hopping=False)
+    copied = [shape for body in bodies for shape in copies(body, fresh=fresh)]
+    return [shape for shape in copied if shape in weights | ends | stash | accumulators]
 
 
 def placed(shapes: Any, shardings: Any) -> Any:

@@ -85,7 +85,7 @@ class ModelCosts:
         ends_params: Parameters of embedding and head together, on this device once gathered.
         embed_params: Those of the embedding, which are gathered in the dtype they have at rest: gradients of repeated
             tokens add up in it.
-        head_working_bytes: Temporaries of the head.
+        head_working_bytes: Temporaries of the head; no less where it is cut by vocabulary.
         stage_working_bytes: Temporaries of a stage's backward, beside those of its blocks.
         dtype_bytes: Of the computation.
         param_bytes: Of a parameter at rest.
@@ -147,7 +147,9 @@ def analytic(shape: ModelShape, device: DeviceSpec, *, rows: int, tensor: int = 
         head_s=head_flops / device.flops_per_s(shape.dtype) + head_traffic / device.traffic_bytes_per_s + reduced,
         carry_bytes=carry,
         ends_params=(shape.embed_params + shape.head_params) / tensor,
-        head_working_bytes=3 * wide * logits,
+        # [2] Logits, and their gradient in the dtype of the computation; the head's features, and their gradient.
+        head_working_bytes=(wide + size) * min(logits, shape.logits_at_once or logits)
+        + 2 * rows * shape.head_tokens * shape.width * size,
         stage_working_bytes=6 * carry,
         dtype_bytes=size,
         param_bytes=shape.param_bytes,
@@ -183,8 +185,16 @@ def _block(block: BlockShape, shape: ModelShape, device: DeviceSpec, rows: int, 
     crossing: dict[Remat, float] = {"full": gradients + inputs_again, "none": gradients, "all": gradients}
     unit, scores = rows * block.tokens * block.width * size, rows * _scores(block) * wide / tensor
     # [3] What XLA allots for blocks of several shapes, rounded.
-    whole: dict[Remat, float] = {"full": 18 * unit + 2 * scores, "none": 13 * unit + 2 * scores, "all": 10 * unit + scores}
-    split: dict[Remat, float] = {"full": 10 * unit + 2 * scores, "none": 6 * unit + 2 * scores, "all": 6 * unit + scores}
+    whole: dict[Remat, float] = {
+        "full": 18 * unit + 2 * scores,
+        "none": 13 * unit + 2 * scores,
+        "all": 10 * unit + scores,
+    }
+    split: dict[Remat, float] = {
+        "full": 10 * unit + 2 * scores,
+        "none": 6 * unit + 2 * scores,
+        "all": 6 * unit + scores,
+    }
     if device.cores is None:
         # [4] What a conditional gives back has memory of its own from its start, in which XLA puts temporaries before.
         made = params * min(size, shape.param_bytes)

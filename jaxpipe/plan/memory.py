@@ -144,11 +144,10 @@ def model_bytes(
     shares = blocks.devices if vocab_parallel else 1
     ends, embed = costs.ends_params / shares, costs.embed_params / shares
     casts = gathers or costs.dtype_bytes < costs.param_bytes
-    head = costs.head_working_bytes / shares
     return ModelBytes(
         carry=round(costs.carry_bytes),
         residual=round(max(0.0, residual)),
-        backward=round(max(working, head)),
+        backward=round(max(working, costs.head_working_bytes)),
         ends=round(ends * low + embed * (costs.param_bytes - low)),
         ends_gradient=round(ends * accumulator_bytes(costs)),
         stage_gradient=round(stored * accumulator_bytes(costs)),

@@ -166,6 +166,7 @@ class ModelShape:
         dtype: Of the computation.
         param_dtype: Of the parameters.
         fields: What a measured profile must agree on, by name: the model's own options.
+        logits_at_once: The most logits that a device holds; None: those of a microbatch.
     """
 
     kinds: tuple[str, ...]
@@ -181,6 +182,7 @@ class ModelShape:
     dtype: str
     param_dtype: str
     fields: Mapping[str, object]
+    logits_at_once: int | None = None
 
     @property
     def dtype_bytes(self) -> int:

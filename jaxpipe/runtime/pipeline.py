@@ -272,8 +272,12 @@ class Pipeline:
             random: Whether there will be a key.
             metrics: Whether the head's metrics are wanted.
         """
-        model, mb = self.model, self._microbatch(batch)
-        params, key = _shapes(params), jax.eval_shape(lambda: jax.random.key(0))
+        # What is traced here may depend on the kind of device, as in the loop: attention does.
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            return self._program(_shapes(params), self._microbatch(batch), table or self.table, random, metrics)
+
+    def _program(self, params: Tree, mb: Tree, table: TickTable, random: bool, metrics: bool) -> Program:
+        model, key = self.model, jax.eval_shape(lambda: jax.random.key(0))
         check_params(params)
         carry = jax.eval_shape(lambda p, mb: model.embed.apply(p, mb, None), params["embed"], mb)
         context = Context(mb, key if random else None, jax.ShapeDtypeStruct((), jnp.int32))
@@ -286,7 +290,7 @@ class Pipeline:
             check_weight(model, head, carry, mb)
         return Program(
             model=model,
-            table=table or self.table,
+            table=table,
             layout=self.layout,
             mesh=self.mesh,
             stages=stages,

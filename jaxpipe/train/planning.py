@@ -9,6 +9,7 @@ from jaxpipe.errors import ConfigError, PartitionError
 from jaxpipe.models.encdec_config import EncDecConfig
 from jaxpipe.models.encdec_config import num_params as encdec_params
 from jaxpipe.models.gpt_config import GPTConfig
+from jaxpipe.models.losses import LOGITS_AT_ONCE
 from jaxpipe.plan import (
     Answer,
     Attention,
@@ -92,6 +93,7 @@ def gpt_shape(cfg: GPTConfig, seq_len: int) -> ModelShape:
         dtype=cfg.dtype,
         param_dtype=cfg.param_dtype,
         fields={"seq_len": seq_len, **dataclasses.asdict(cfg)},
+        logits_at_once=LOGITS_AT_ONCE,
     )
 
 
@@ -137,6 +139,7 @@ def encdec_shape(cfg: EncDecConfig, source_len: int, target_len: int) -> ModelSh
         dtype=cfg.dtype,
         param_dtype=cfg.param_dtype,
         fields={"source_len": source_len, "target_len": target_len, **dataclasses.asdict(cfg)},
+        logits_at_once=LOGITS_AT_ONCE,
     )
 
 
