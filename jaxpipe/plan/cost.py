@@ -55,7 +55,8 @@ class BlockCost:
         residual_bytes: What a forward keeps for its backward, by remat; the block's input included where it is kept.
         weight_residual_bytes: What I leaves for W beside that, by remat; the gradient that arrives at a stage, which it
             leaves too, not included.
-        working_bytes: Temporaries that one more block adds to a stage's backward, by remat, beside its weight gradients.
+        working_bytes: Temporaries that one more block adds to a stage's backward beside its weight gradients, by
+            remat.
         split_working_bytes: The same where the backward is split: beside the larger of weight gradients and what I
             leaves, for I is done when W begins.
         params: Parameters on this device.
@@ -185,16 +186,9 @@ def _block(block: BlockShape, shape: ModelShape, device: DeviceSpec, rows: int, 
     crossing: dict[Remat, float] = {"full": gradients + inputs_again, "none": gradients, "all": gradients}
     unit, scores = rows * block.tokens * block.width * size, rows * _scores(block) * wide / tensor
     # [3] What XLA allots for blocks of several shapes, rounded.
-    whole: dict[Remat, float] = {
-        "full": 18 * unit + 2 * scores,
-        "none": 13 * unit + 2 * scores,
-        "all": 10 * unit + scores,
-    }
-    split: dict[Remat, float] = {
-        "full": 10 * unit + 2 * scores,
-        "none": 6 * unit + 2 * scores,
-        "all": 6 * unit + scores,
-    }
+    kept: dict[Remat, float] = {"full": 2 * scores, "none": 2 * scores, "all": scores}
+    whole: dict[Remat, float] = {r: kept[r] + units * unit for r, units in (("full", 18), ("none", 13), ("all", 10))}
+    split: dict[Remat, float] = {r: kept[r] + units * unit for r, units in (("full", 10), ("none", 6), ("all", 6))}
     if device.cores is None:
         # [4] What a conditional gives back has memory of its own from its start, in which XLA puts temporaries before.
         made = params * min(size, shape.param_bytes)

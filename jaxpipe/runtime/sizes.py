@@ -86,16 +86,18 @@ class Share:
             adds: Whether it changes its first argument in place.
         """
 
-        def put(s, rest=Rest()):
-            sharding = NamedSharding(self.mesh, rest.spec((TENSOR,)))
-            return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
+        def put(s, spec: PartitionSpec):
+            return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(self.mesh, spec))
 
-        cut = [jax.tree.map(put, tree, rest) for tree, rest in zip(shapes, rests, strict=False)]
-        whole = jax.tree.map(put, tuple(shapes[len(cut) :]))
+        cut = [
+            jax.tree.map(lambda s, rest: put(s, rest.spec((TENSOR,))), tree, rest)
+            for tree, rest in zip(shapes, rests, strict=False)
+        ]
+        whole = jax.tree.map(lambda s: put(s, PartitionSpec()), tuple(shapes[len(cut) :]))
         return jax.jit(self.body(lane), donate_argnums=0 if adds else ()).lower(*cut, *whole).compile()
 
     def trace(self, stages: Sequence[Stage], split: bool = True) -> None:
-        """Traces what stages keep as they are traced in the loop: they remember it, and it may depend on the devices."""
+        """Traces what stages keep, which they remember, as in the loop: it may depend on the devices."""
 
         def kept():
             for stage in stages:

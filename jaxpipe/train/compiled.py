@@ -1,8 +1,8 @@
 """Costs as XLA sees them: operations, bytes and temporaries of one block.
 
 Nothing is run. Lanes are traced and compiled for the device that is meant, where XLA can compile for it
-(`jaxpipe.train.targets`), else for the present one. Operations are those of the matrix products in the trace, bytes those
-that the compiled program reads and writes. Times are the operations at the device's speed, or the bytes at its
+(`jaxpipe.train.targets`), else for the present one. Operations are those of the matrix products in the trace, bytes
+what the compiled program reads and writes. Times are the operations at the device's speed, or the bytes at its
 memory's if that is longer.
 """
 
@@ -47,8 +47,8 @@ def compiled_costs(
     mesh = make_mesh(pipe=1) if mesh is None else mesh
     if config.model.attention == "cudnn" and on_cpu(mesh):
         raise ConfigError(
-            f"model.attention='cudnn' cannot be compiled for device={device.name!r} here, only for NVIDIA GPUs that are "
-            "there, or for 'h100' with the extra gpu-aot; try costs by formula (leave --costs out)"
+            f"model.attention='cudnn' cannot be compiled for device={device.name!r} here, only for NVIDIA GPUs "
+            "that are there, or for 'h100' with the extra gpu-aot; try costs by formula (leave --costs out)"
         )
     parts = parts_of(config, rows, remats, mesh=mesh)
 
@@ -140,7 +140,7 @@ def assemble_costs(
         crossing: dict[Remat, float] = {}
         for remat in remats:
             stage = parts.stages[kind, remat, 1]
-            # The gradient that arrives counts once per stage; with "full" the input of each block crosses but the first's.
+            # The gradient that arrives counts once per stage. With "full" inputs of blocks cross too, but the first's.
             crossing[remat] = tree_bytes(stage.weight_residuals) - (parts.carry_bytes if remat != "full" else 0)
             if remat != "full":
                 keeps[remat] = tree_bytes(stage.residuals) + parts.carry_bytes

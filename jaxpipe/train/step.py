@@ -76,7 +76,8 @@ def lower_train_step(
         skip_nonfinite: Where loss or gradient are not finite, keep parameters and optimizer as they are.
 
     Returns:
-        The step, yet to be compiled. Its metrics are scalars on the device: ``loss``, ``grad_norm`` before clipping, and ``lr``.
+        The step, yet to be compiled. Its metrics are scalars on the device: ``loss``, ``grad_norm`` before clipping,
+        and ``lr``.
     """
 
     def train_step(state: TrainState, batch):

@@ -1,7 +1,7 @@
 """Training steps of real size compiled for H100s, from shapes alone (extra `gpu-aot`); nothing runs.
 
-The runs are those of configs/, with fewer microbatches: the program does not grow with them. Each is compiled once, with
-optimizer and donated state as `jaxpipe train` compiles it, and all claims are read off it.
+The runs are those of configs/, with fewer microbatches: the program does not grow with them. Each is compiled once,
+with optimizer and donated state as `jaxpipe train` compiles it, and all claims are read off it.
 """
 
 import re
