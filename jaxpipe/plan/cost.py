@@ -186,9 +186,9 @@ def _block(block: BlockShape, shape: ModelShape, device: DeviceSpec, rows: int, 
     crossing: dict[Remat, float] = {"full": gradients + inputs_again, "none": gradients, "all": gradients}
     unit, scores = rows * block.tokens * block.width * size, rows * _scores(block) * wide / tensor
     # [3] What XLA allots for blocks of several shapes, rounded.
-    kept: dict[Remat, float] = {"full": 2 * scores, "none": 2 * scores, "all": scores}
-    whole: dict[Remat, float] = {r: kept[r] + units * unit for r, units in (("full", 18), ("none", 13), ("all", 10))}
-    split: dict[Remat, float] = {r: kept[r] + units * unit for r, units in (("full", 10), ("none", 6), ("all", 6))}
+    temporaries: dict[Remat, tuple[int, int, int]] = {"full": (18, 10, 2), "none": (13, 6, 2), "all": (10, 6, 1)}
+    whole = {r: units * unit + times * scores for r, (units, _, times) in temporaries.items()}
+    split = {r: units * unit + times * scores for r, (_, units, times) in temporaries.items()}
     if device.cores is None:
         # [4] What a conditional gives back has memory of its own from its start, in which XLA puts temporaries before.
         made = params * min(size, shape.param_bytes)

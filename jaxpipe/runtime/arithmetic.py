@@ -15,8 +15,8 @@ from jaxpipe.runtime.heads import head_gradients
 from jaxpipe.runtime.model import Tree
 
 KERNELS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
-"""Products of the fused attention kernels, which take queries [B, T, H, d] and keys [B, S, K, d], each as large as that of
-the scores; the backward makes those again. Causal ones count whole, as elsewhere."""
+"""Products of the fused attention kernels, which take queries [B, T, H, d] and keys [B, S, K, d], each as large as that
+of the scores; the backward makes those again. Causal ones count whole, as elsewhere."""
 
 
 def dot_flops(function: Any, *args: Any) -> int:
