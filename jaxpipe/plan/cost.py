@@ -187,13 +187,14 @@ def _block(block: BlockShape, shape: ModelShape, device: DeviceSpec, rows: int, 
     unit, scores = rows * block.tokens * block.width * size, rows * _scores(block) * wide / tensor
     # [3] What XLA allots for blocks of several shapes, rounded.
     temporaries: dict[Remat, tuple[int, int, int]] = {"full": (18, 10, 2), "none": (13, 6, 2), "all": (10, 6, 1)}
-    whole = {r: units * unit + times * scores for r, (units, _, times) in temporaries.items()}
-    split = {r: units * unit + times * scores for r, (_, units, times) in temporaries.items()}
+    whole: dict[Remat, float] = {r: n * unit + times * scores for r, (n, _, times) in temporaries.items()}
+    split: dict[Remat, float] = {r: n * unit + times * scores for r, (_, n, times) in temporaries.items()}
     if device.cores is None:
         # [4] What a conditional gives back has memory of its own from its start, in which XLA puts temporaries before.
         made = params * min(size, shape.param_bytes)
-        whole = {r: max(0.0, each - made) for r, each in whole.items()}
-        split = {r: max(0.0, each - max(made, crossing[r])) for r, each in split.items()}
+        for remat in crossing:
+            whole[remat] = max(0.0, whole[remat] - made)
+            split[remat] = max(0.0, split[remat] - max(made, crossing[remat]))
     return BlockCost(
         times=times,
         residual_bytes={"full": 0.0, "none": keeps, "all": everything},

@@ -37,6 +37,7 @@ marks with `jax.ad_checkpoint.checkpoint_name`."""
 
 INLINED = ("pjit", "jit", "closed_call", "remat2", "checkpoint", "custom_jvp_call")
 OPAQUE = PRODUCTS | {"scan", "while", "cond", "shard_map"}
+OPAQUE |= {"dot_product_attention_bwd", "dot_product_attention_bwd_wrapper"}
 """What is never run twice: its outputs cross from I to W."""
 
 

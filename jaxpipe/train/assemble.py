@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxpipe.errors import ScheduleError
+from jaxpipe.models.attention_choice import capability_of
 from jaxpipe.plan import Plan
 from jaxpipe.runtime.mesh import make_mesh, on_cpu, simulate_devices
 from jaxpipe.runtime.model import Model
@@ -19,7 +20,7 @@ from jaxpipe.train.config import Config
 from jaxpipe.train.corpus import open_corpus
 from jaxpipe.train.data import Batches
 from jaxpipe.train.model import gpt_model
-from jaxpipe.train.planning import Resolved
+from jaxpipe.train.planning import Resolved, choice_of
 from jaxpipe.train.predict import refuse_open, resolved
 from jaxpipe.train.processes.share import check_mesh, put_rows
 
@@ -34,6 +35,7 @@ class Assembly:
         train: Training batches by index.
         val: Validation batches by index.
         plan: What a step is predicted to take; None where nothing can be predicted.
+        attention: Which attention the config's GPT takes and why; empty for another model.
     """
 
     config: Config
@@ -41,6 +43,7 @@ class Assembly:
     train: Batches
     val: Batches
     plan: Plan | None = None
+    attention: str = ""
 
     @property
     def on_cpu(self) -> bool:
@@ -77,6 +80,7 @@ class Assembly:
             f"schedule   {config.schedule.name}, repeats={config.schedule.repeats}, "
             f"microbatches={config.schedule.microbatches}{layout}, {pipe.table.packing} packing, "
             f"{pipe.table.ticks} ticks",
+            *([f"attention  {self.attention}"] if self.attention else []),
             f"data       {tokens[0]:,} {config.data.unit}s to train on, {tokens[1]:,} to validate on",
         ]
         return "\n".join(lines + [f"warning    {warning}" for warning in _warnings(config)])
@@ -121,7 +125,11 @@ def assemble(config: Config, model: Model | None = None) -> Assembly:
     sizes = config.mesh
     mesh = make_mesh(pipe=sizes.pipe, data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor)
     check_mesh(mesh)
-    model = gpt_model(config.model) if model is None else model
+    attention = ""
+    if model is None:
+        capability = capability_of(mesh.devices.flat[0])
+        attention = str(choice_of(config.model, config.train.seq_len, capability))
+        model = gpt_model(config.model)
     pipe = pipeline(config, model, schedule, mesh)
     vocab_size = config.model.vocab_size
     corpus = open_corpus(config.data, vocab_size=vocab_size)
@@ -132,6 +140,7 @@ def assemble(config: Config, model: Model | None = None) -> Assembly:
         train=Batches(corpus.train, seed=config.train.seed, **shape),
         val=Batches(corpus.val, seed=0, **shape),
         plan=found.plan,
+        attention=attention,
     )
 
 

@@ -141,7 +141,7 @@ def test_attend_hands_all_of_it_to_each_implementation(kind, implementation):
     with jax.enable_x64(True):
         expected = plain(three, floats, others, causal, window)
     found = attend(*three, causal=causal, window=window, scale=0.3, implementation=implementation, **floats, **others)
-    sees = np.abs(expected).max((-1, -2)) > 0  # what a query that sees nothing gets is nobody's affair
+    sees = np.abs(expected).max(-1) > 0  # what a query that sees nothing gets is nobody's affair
     np.testing.assert_allclose(found[sees], expected[sees], rtol=0, atol=1e-5)
 
 
