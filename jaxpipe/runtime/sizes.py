@@ -81,8 +81,8 @@ class Share:
 
         Args:
             lane: The function.
-            shapes: Of its arguments.
-            rests: How the first of them lie over `tensor`. What becomes of the others is left to the compiler.
+            shapes: Of its arguments; where they have a sharding, it is theirs.
+            rests: How the first of them lie over `tensor`; the others lie whole.
             adds: Whether it changes its first argument in place.
         """
 
@@ -93,7 +93,8 @@ class Share:
             jax.tree.map(lambda s, rest: put(s, rest.spec((TENSOR,))), tree, rest)
             for tree, rest in zip(shapes, rests, strict=False)
         ]
-        whole = jax.tree.map(lambda s: put(s, PartitionSpec()), tuple(shapes[len(cut) :]))
+        others = tuple(shapes[len(cut) :])
+        whole = jax.tree.map(lambda s: put(s, PartitionSpec()) if s.sharding is None else s, others)
         return jax.jit(self.body(lane), donate_argnums=0 if adds else ()).lower(*cut, *whole).compile()
 
     def trace(self, stages: Sequence[Stage], split: bool = True) -> None:
@@ -133,10 +134,15 @@ def _of_blocks(rests: Sequence[Tree]) -> list[Tree]:
     return jax.tree.map(lambda rest: Rest(tensor=None if rest.tensor is None else rest.tensor - 1), list(rests))
 
 
-def _shares(shapes: Sequence[Any], shardings: Sequence[Sharding]) -> dict:
+def _laid(shapes: Sequence[Any], shardings: Sequence[Sharding]) -> list[jax.ShapeDtypeStruct]:
+    """Values as a compiled lane gives them."""
+    pairs = zip(shapes, shardings, strict=True)
+    return [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h) for s, h in pairs]
+
+
+def _shares(laid: Sequence[Any]) -> dict:
     """Bytes on one device of values, by what they look like."""
-    parts = (h.shard_shape(tuple(s.shape)) for s, h in zip(shapes, shardings, strict=True))
-    return {key_of(s): math.prod(part) * s.dtype.itemsize for s, part in zip(shapes, parts, strict=True)}
+    return {key_of(s): math.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize for s in laid}
 
 
 def _slot_bytes(pool: Pool, known: dict) -> int:
@@ -192,15 +198,20 @@ def model_bytes(program: Program, params: Tree) -> ModelBytes:
             "blocks": _of_blocks([own[p] for p in branch.positions]),
             "shared": shared_leaves(program.model, ends.rests["embed"]),
         }
-        if not split:
-            working.append(share.compiled(stage.backward, stage.backward_shapes, [rests]))
-        else:
-            inputs = share.compiled(stage.backward_input, stage.backward_shapes, [rests])
-            working += [inputs, share.compiled(stage.backward_weight, stage.backward_weight_shapes, [rests])]
-            held |= _shares(stage.weight_residuals, inputs.output_shardings[1])
-        if stage.residuals and share.size > 1:
+        kept: list = stage.residuals
+        if kept and share.size > 1:
             forward = share.compiled(stage.forward, (stage.params, stage.carry, stage.context), [rests])
-            held |= _shares(stage.residuals, forward.output_shardings[2])
+            kept = _laid(kept, forward.output_shardings[2])
+            held |= _shares(kept)
+        given = stage.params, stage.carry, kept, stage.context
+        arriving = stage.gradient, list(stage.aux)
+        if split:
+            working.append(share.compiled(stage.backward_input, (*given, *arriving), [rests]))
+            crossing = _laid(stage.weight_residuals, working[-1].output_shardings[1])
+            held |= _shares(crossing)
+            working.append(share.compiled(stage.backward_weight, (*given, crossing), [rests]))
+        else:
+            working.append(share.compiled(stage.backward, (*given, *arriving), [rests]))
     head, rests = jax.eval_shape(ends.head, ends.local), ends.head(ends.rests)
     given = head_sums(head), head, stages.stage.carry
     working.append(share.compiled(partial(_head, program), given, [rests, rests], adds=True))

@@ -18,7 +18,7 @@ from jaxpipe.runtime.sizes import tree_bytes
 from jaxpipe.train.config import load
 from jaxpipe.train.planning import resolve
 
-pytestmark = [*h100.MARKS, pytest.mark.timeout(600)]
+pytestmark = h100.MARKS
 
 CONFIG = Path(__file__).parents[2] / "configs" / "llama-7b-8gpu.toml"
 SMALLER = ("model.num_layers=24", "model.num_heads=16", "model.d_model=2048", "model.d_ff=5504", "mesh.pipe=4")
