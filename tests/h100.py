@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hlo import Hop, computations, copies, hlo_text, hops, loop_bodies
+from hlo import Hop, computations, hlo_text, hops, loop_bodies, typed_copies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxpipe as jp
 from jaxpipe.models.encdec_config import EncDecConfig
 from jaxpipe.models.gpt import GPTConfig
 from jaxpipe.runtime.compile import Program
+from jaxpipe.runtime.ends import accumulator_dtype
 from jaxpipe.runtime.mesh import AXES, batch_shards
 from jaxpipe.runtime.sizes import Share, memory_of
 from jaxpipe.schedule import build
@@ -158,27 +159,31 @@ def steady_hops(step: Step | TrainStep) -> list[Hop]:
     return found
 
 
-def copied_in_loops(step: Step | TrainStep, *, fresh: bool = True) -> list[tuple[int, ...]]:
-    """The shapes of weights, stashes and gradient sums that a loop, or a lane in one, copies.
+def copied_in_loops(step: Step | TrainStep, *, fresh: bool = True) -> list[tuple[str, tuple[int, ...]]]:
+    """The dtypes and shapes of weights, stashes and gradient sums that a loop, or a lane in one, copies.
 
     Args:
         step: Compiled for one device on the axis `tensor`, where shapes are whole.
-        fresh: See `copies`.
+        fresh: See `typed_copies`.
     """
     stages, slots = step.program.stages, step.pipe.table.slots
-    weights = {leaf.shape for leaf in jax.tree.leaves(stages.weights) if leaf.ndim > 1}
-    ends = {leaf.shape for leaf in jax.tree.leaves(step.program.ends.shapes) if leaf.ndim > 1}
-    accumulators = {(a.num_rows, *leaf.shape) for a in stages.accumulators for leaf in jax.tree.leaves(a.params)}
+    large = [leaf for leaf in jax.tree.leaves((stages.weights, step.program.ends.shapes)) if leaf.ndim > 1]
+    known = [(leaf.dtype, leaf.shape) for leaf in large]
+    for a in stages.accumulators:
+        known += [(accumulator_dtype(leaf.dtype), (a.num_rows, *leaf.shape)) for leaf in jax.tree.leaves(a.params)]
+        known += [(accumulator_dtype(leaf.dtype), leaf.shape) for leaf in jax.tree.leaves(a.params) if leaf.ndim > 1]
     kept = [
         (slots.activation, jax.tree.leaves(stages.stage.carry)),
         (slots.residual, stages.residuals.shapes),
         (slots.gradient, stages.stage.gradient),
         (slots.weight_residual, stages.weight_residuals.shapes if slots.weight_residual else ()),
     ]
-    stash = {(count + 1, *leaf.shape) for count, leaves in kept for leaf in leaves}
+    known += [(leaf.dtype, (count + 1, *leaf.shape)) for count, leaves in kept for leaf in leaves]
+    names = {"bfloat16": "bf16", "float32": "f32", "int32": "s32"}
+    looked_for = {(names[jnp.dtype(dtype).name], tuple(shape)) for dtype, shape in known}
     bodies = loop_bodies(step.text, inner=True, hopping=False)
-    copied = [shape for body in bodies for shape in copies(body, fresh=fresh)]
-    return [shape for shape in copied if shape in weights | ends | stash | accumulators]
+    copied = [of for body in bodies for of in typed_copies(body, fresh=fresh)]
+    return [of for of in copied if of in looked_for]
 
 
 def placed(shapes: Any, shardings: Any) -> Any:

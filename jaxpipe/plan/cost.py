@@ -185,7 +185,9 @@ def _block(block: BlockShape, shape: ModelShape, device: DeviceSpec, rows: int, 
     inputs_again = rows * _crossing_again_bytes(block, size, tensor)
     crossing: dict[Remat, float] = {"full": gradients + inputs_again, "none": gradients, "all": gradients}
     unit, scores = rows * block.tokens * block.width * size, rows * _scores(block) * wide / tensor
-    # [3] What XLA allots for blocks of several shapes, rounded.
+    # [3] What XLA allots for blocks of several shapes, rounded. Of 17 such units that a backward needs, tensor
+    # parallelism leaves 5 whole (Korthikanti et al., 2022, equation 2, without the scores).
+    unit *= (5 + 12 / tensor) / 17
     temporaries: dict[Remat, tuple[int, int, int]] = {"full": (18, 10, 2), "none": (13, 6, 2), "all": (10, 6, 1)}
     whole: dict[Remat, float] = {r: n * unit + times * scores for r, (n, _, times) in temporaries.items()}
     split: dict[Remat, float] = {r: n * unit + times * scores for r, (_, n, times) in temporaries.items()}

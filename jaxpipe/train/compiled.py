@@ -47,8 +47,8 @@ def compiled_costs(
     mesh = make_mesh(pipe=1) if mesh is None else mesh
     if config.model.attention == "cudnn" and on_cpu(mesh):
         raise ConfigError(
-            f"model.attention='cudnn' cannot be compiled for device={device.name!r} here, only for NVIDIA GPUs "
-            "that are there, or for 'h100' with the extra gpu-aot; try costs by formula (leave --costs out)"
+            f"model.attention='cudnn' cannot be compiled for device={device.name!r}, only for NVIDIA GPUs; try "
+            "model.attention='auto'"
         )
     parts = parts_of(config, rows, remats, mesh=mesh)
 
