@@ -21,11 +21,11 @@ pytestmark = h100.MARKS
 COLLECTIVES = r" (all-gather|reduce-scatter|all-to-all|collective-broadcast)(-start)?\("
 CASES: Any = {
     "1f1b": ("1f1b", 1, {"remat": "none", "blocks": 1}),
-    "zb_h1, tensor": ("zb_h1", 1, {"remat": "none", "blocks": 1, "axes": {"pipe": 2, "tensor": 2}}),
+    "zb_h1, tensor": ("zb_h1", 1, {"remat": "none", "blocks": 1, "axes": {"tensor": 2}}),
     "interleaved, all axes": (
         "interleaved_1f1b",
         2,
-        {"remat": "full", "blocks": 1, "axes": {"pipe": 2, "data": 2, "fsdp": 2, "tensor": 2}},
+        {"remat": "full", "blocks": 1, "axes": {"data": 2, "fsdp": 2, "tensor": 2}},
     ),
 }
 
@@ -34,7 +34,7 @@ CASES: Any = {
 def step(request) -> h100.Step:
     """By default the kernel is taken."""
     name, repeats, options = CASES[request.param]
-    return h100.step(name, repeats, second_stream=True, **options)
+    return h100.step(name, repeats, second_stream="axes" in options, **options)
 
 
 def kernels(lines: list[str]) -> tuple[int, int]:
