@@ -39,7 +39,8 @@ def step(request) -> h100.Step:
 
 def kernels(lines: list[str]) -> tuple[int, int]:
     """How many fused kernels stand in some lines, forwards and backwards."""
-    return tuple(sum(f'"__cudnn$fmhaSoftmax{way}"' in line for line in lines) for way in ("", "Backward"))
+    forwards, backwards = (sum(f'"__cudnn$fmhaSoftmax{way}"' in line for line in lines) for way in ("", "Backward"))
+    return forwards, backwards
 
 
 def steady(step: h100.Step) -> list[tuple[list[str], list[str]]]:
