@@ -115,7 +115,7 @@ def on_all_axes(run: Callable, q_BTHd, k_BSKd, v_BSKd, given: dict):
         return PartitionSpec(*[None] * HEADS[name], TENSOR) if cut else PartitionSpec()
 
     heads = PartitionSpec(None, None, TENSOR) if by_heads else PartitionSpec()
-    if by_heads:
+    if by_heads and kv_heads % size:
         k_BSKd, v_BSKd = (jnp.repeat(x, math.lcm(kv_heads, size) // kv_heads, axis=2) for x in (k_BSKd, v_BSKd))
     return jax.shard_map(
         run,
@@ -127,8 +127,17 @@ def on_all_axes(run: Callable, q_BTHd, k_BSKd, v_BSKd, given: dict):
 
 
 def _by_blocks(q_BTHd, k_BSKd, v_BSKd, given: dict, how: dict):
-    names = {"bias": "bias_BHTS", "distances": "distances_LH", "mask": "mask_BHTS", "seen": "seen_BS"}
-    return blockwise(q_BTHd, k_BSKd, v_BSKd, **how, **{names.get(name, name): x for name, x in given.items()})
+    return blockwise(
+        q_BTHd,
+        k_BSKd,
+        v_BSKd,
+        bias_BHTS=given.get("bias"),
+        distances_LH=given.get("distances"),
+        mask_BHTS=given.get("mask"),
+        seen_BS=given.get("seen"),
+        segments=given.get("segments"),
+        **how,
+    )
 
 
 def _fused(q_BTHd, k_BSKd, v_BSKd, given: dict, how: dict):

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxpipe.models.attention import attend
+from jaxpipe.models.attention_choice import Requested
 from jaxpipe.models.encdec_config import BYTES, PRESETS, T5_TOKENS, EncDecConfig, num_params
 from jaxpipe.models.layers import Rotary, attend_cached, attend_kept, cut, linear, normal, rms_norm
 from jaxpipe.models.products import dot_general
@@ -104,7 +105,7 @@ class Attention(nnx.Module):
     def __init__(self, cfg: EncDecConfig, *, causal: bool, rotates: bool, rngs: nnx.Rngs):
         D, inner = cfg.d_model, cfg.num_heads * cfg.head_dim
         self.num_heads, self.head_dim, self.causal = cfg.num_heads, cfg.head_dim, causal
-        self.implementation = cfg.attention
+        self.implementation: Requested = cfg.attention
         self.rotary = Rotary(cfg.rotary_base) if rotates else None
         self.scale = 1.0 if cfg.positions == "relative" else cfg.head_dim**-0.5
         query_std = (D * cfg.head_dim) ** -0.5 if cfg.positions == "relative" else D**-0.5

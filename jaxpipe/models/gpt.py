@@ -23,6 +23,7 @@ from flax import nnx
 
 from jaxpipe.errors import ConfigError
 from jaxpipe.models.attention import attend
+from jaxpipe.models.attention_choice import Requested
 from jaxpipe.models.gpt_config import BYTES, GPT2_TOKENS, PRESETS, GPTConfig, flops_per_token, num_params
 from jaxpipe.models.layers import Rotary, attend_cached, cut, enter, leave, linear, normal, rms_norm
 from jaxpipe.models.moe import MoE
@@ -101,7 +102,7 @@ class Attention(nnx.Module):
     def __init__(self, cfg: GPTConfig, *, rngs: nnx.Rngs):
         self.num_heads, self.kv_heads, self.head_dim = cfg.num_heads, cfg.kv_heads, cfg.head_dim
         self.rotary, self.window = rotary(cfg), cfg.sliding_window
-        self.implementation = cfg.attention
+        self.implementation: Requested = cfg.attention
         columns, inner = (cfg.num_heads + 2 * cfg.kv_heads) * cfg.head_dim, cfg.num_heads * cfg.head_dim
         self.qkv = _linear(cfg, cfg.d_model, columns, bias=cfg.has_qkv_bias, rngs=rngs)
         self.proj = _linear(cfg, inner, cfg.d_model, residual=True, rngs=rngs)

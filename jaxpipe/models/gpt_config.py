@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jaxpipe.errors import ConfigError
-from jaxpipe.models.attention_choice import Requested, check_attention
+from jaxpipe.models.attention_choice import Choice, Requested, check_attention, choose
 from jaxpipe.models.fields import DType, WideDType, check_above_zero, check_fields
 from jaxpipe.models.layers import wide
 
@@ -196,6 +196,20 @@ class GPTConfig:
         if not self.num_experts:
             return ("block",) * self.num_layers
         return tuple("dense" if (i + 1) % self.moe_every else "moe" for i in range(self.num_layers))
+
+    def attention_for(self, seq_len: int, capability: float | None) -> Choice:
+        """Which attention is taken, and why.
+
+        Args:
+            seq_len: T.
+            capability: Of the devices, see `jaxpipe.models.attention_choice.choose`.
+
+        Example:
+            >>> print(PRESETS["tiny"].attention_for(128, None))
+            xla: 128 x 128 scores are few, and no NVIDIA GPU computes them
+        """
+        shape = {"dtype": self.dtype, "head_dim": self.head_dim, "queries": seq_len, "keys": seq_len}
+        return choose(self.attention, capability=capability, **shape)
 
     def expert_capacity(self, seq_len: int) -> int:
         """C, how many tokens of one sequence an expert takes at most: ``capacity_factor*K*T/E``, rounded up, at most T.

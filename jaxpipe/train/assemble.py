@@ -20,7 +20,7 @@ from jaxpipe.train.config import Config
 from jaxpipe.train.corpus import open_corpus
 from jaxpipe.train.data import Batches
 from jaxpipe.train.model import gpt_model
-from jaxpipe.train.planning import Resolved, choice_of
+from jaxpipe.train.planning import Resolved
 from jaxpipe.train.predict import refuse_open, resolved
 from jaxpipe.train.processes.share import check_mesh, put_rows
 
@@ -128,7 +128,7 @@ def assemble(config: Config, model: Model | None = None) -> Assembly:
     attention = ""
     if model is None:
         capability = capability_of(mesh.devices.flat[0])
-        attention = str(choice_of(config.model, config.train.seq_len, capability))
+        attention = str(config.model.attention_for(config.train.seq_len, capability))
         model = gpt_model(config.model)
     pipe = pipeline(config, model, schedule, mesh)
     vocab_size = config.model.vocab_size

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxpipe.errors import ConfigError, PartitionError
-from jaxpipe.models.attention_choice import Choice, choose
+from jaxpipe.models.attention_choice import choose
 from jaxpipe.models.encdec_config import EncDecConfig
 from jaxpipe.models.encdec_config import num_params as encdec_params
 from jaxpipe.models.gpt_config import GPTConfig
@@ -51,7 +51,7 @@ def gpt_shape(cfg: GPTConfig, seq_len: int, capability: float | None = None) -> 
         True
     """
     norm = 1 + cfg.bias if cfg.norm == "layernorm" else 1
-    chosen = choice_of(cfg, seq_len, capability)
+    chosen = cfg.attention_for(seq_len, capability)
     attention = Attention(
         queries=seq_len,
         keys=seq_len,
@@ -98,19 +98,6 @@ def gpt_shape(cfg: GPTConfig, seq_len: int, capability: float | None = None) -> 
         fields={"seq_len": seq_len, **dataclasses.asdict(cfg)},
         logits_at_once=LOGITS_AT_ONCE,
         attention=str(chosen),
-    )
-
-
-def choice_of(cfg: GPTConfig, seq_len: int, capability: float | None) -> Choice:
-    """Which attention a GPT takes.
-
-    Args:
-        cfg: The model.
-        seq_len: T.
-        capability: Of the devices, see `DeviceSpec`.
-    """
-    return choose(
-        cfg.attention, capability=capability, dtype=cfg.dtype, head_dim=cfg.head_dim, queries=seq_len, keys=seq_len
     )
 
 

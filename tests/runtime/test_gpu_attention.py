@@ -21,11 +21,11 @@ pytestmark = h100.MARKS
 COLLECTIVES = r" (all-gather|reduce-scatter|all-to-all|collective-broadcast)(-start)?\("
 CASES: Any = {
     "1f1b": ("1f1b", 1, {"remat": "none", "blocks": 1}),
-    "zb_h1, tensor": ("zb_h1", 1, {"remat": "none", "blocks": 1, "axes": {"pipe": 2, "tensor": 2}}),
+    "zb_h1, tensor": ("zb_h1", 1, {"remat": "none", "blocks": 1, "axes": {"tensor": 2}}),
     "interleaved, all axes": (
         "interleaved_1f1b",
         2,
-        {"remat": "full", "blocks": 1, "axes": {"pipe": 2, "data": 2, "fsdp": 2, "tensor": 2}},
+        {"remat": "full", "blocks": 1, "axes": {"data": 2, "fsdp": 2, "tensor": 2}},
     ),
 }
 
@@ -34,12 +34,13 @@ CASES: Any = {
 def step(request) -> h100.Step:
     """By default the kernel is taken."""
     name, repeats, options = CASES[request.param]
-    return h100.step(name, repeats, second_stream=True, **options)
+    return h100.step(name, repeats, second_stream="axes" in options, **options)
 
 
 def kernels(lines: list[str]) -> tuple[int, int]:
     """How many fused kernels stand in some lines, forwards and backwards."""
-    return tuple(sum(f'"__cudnn$fmhaSoftmax{way}"' in line for line in lines) for way in ("", "Backward"))
+    forwards, backwards = (sum(f'"__cudnn$fmhaSoftmax{way}"' in line for line in lines) for way in ("", "Backward"))
+    return forwards, backwards
 
 
 def steady(step: h100.Step) -> list[tuple[list[str], list[str]]]:
