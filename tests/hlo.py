@@ -14,7 +14,7 @@ __all__ = [
     "holds_product",
     "hops",
     "loop_bodies",
-    "product_dtypes",
+    "products",
     "typed_copies",
 ]
 
@@ -99,19 +99,20 @@ def hops(lines: list[str]) -> list[Hop]:
     return found
 
 
-def product_dtypes(text: str) -> list[list[str]]:
-    """The operands' dtypes of all matrix products of a program.
+def products(text: str, scope: str = "") -> list[list[str]]:
+    """The operands of the matrix products of a program, like ``bf16[2,3]``.
 
     Args:
         text: HLO text.
+        scope: Part of the names of the operations that are asked for.
     """
     found = []
     product = re.compile(r' dot\(%?([\w.\-]+), %?([\w.\-]+)\)| custom-call\(%?([\w.\-]+), %?([\w.\-]+).*"__cublas')
     for lines in computations(text).values():
-        results = (re.match(r"(?:ROOT )?%?([\w.\-]+) = (\w+)\[", line) for line in lines)
-        dtypes = {m.group(1): m.group(2) for m in results if m}
-        products = (product.search(line) for line in lines)
-        found += [[dtypes[name] for name in m.groups() if name] for m in products if m]
+        results = (re.match(r"(?:ROOT )?%?([\w.\-]+) = (\w+\[[\d,]*\])", line) for line in lines)
+        arrays = {m.group(1): m.group(2) for m in results if m}
+        matches = (product.search(line) for line in lines if re.search(rf'op_name="[^"]*{scope}', line))
+        found += [[arrays[name] for name in m.groups() if name] for m in matches if m]
     return found
 
 

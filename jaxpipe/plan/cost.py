@@ -86,7 +86,7 @@ class ModelCosts:
         ends_params: Parameters of embedding and head together, on this device once gathered.
         embed_params: Those of the embedding, which are gathered in the dtype they have at rest: gradients of repeated
             tokens add up in it.
-        head_working_bytes: Temporaries of the head; no less where it is cut by vocabulary.
+        head_working_bytes: Temporaries of the head, of one chunk of its logits.
         stage_working_bytes: Temporaries of a stage's backward, beside those of its blocks.
         dtype_bytes: Of the computation.
         param_bytes: Of a parameter at rest.
@@ -94,6 +94,7 @@ class ModelCosts:
         hop_s: Seconds of a hop of `carry_bytes`, where it was measured; None: by the device's links.
         alone: How many times as fast a lane is while no other device computes, where devices share cores.
         conditional: Whether lanes are conditionals, as everywhere but on CPU devices (`jaxpipe.runtime.lane`).
+        head_chunks: In how many chunks the logits of a microbatch are computed.
     """
 
     source: Source
@@ -114,6 +115,7 @@ class ModelCosts:
     alone: float = 1.0
     conditional: bool = field(default=True)
     embed_params: float = 0.0
+    head_chunks: int = 1
 
 
 def analytic(shape: ModelShape, device: DeviceSpec, *, rows: int, tensor: int = 1) -> ModelCosts:
@@ -132,11 +134,9 @@ def analytic(shape: ModelShape, device: DeviceSpec, *, rows: int, tensor: int = 
     carry = rows * shape.carry_tokens * shape.width * size
     blocks = {kind: _block(block, shape, device, rows, tensor) for kind, block in shape.blocks.items()}
     moved = rows * shape.carry_tokens * shape.width
-    logits = rows * shape.head_tokens * shape.vocab / tensor
     wide = max(4, size)
-    head_flops = 3 * rows * shape.head_flops / tensor
-    # [1] Logits are written, read by the loss, written as its gradient and read by two products, in float32.
-    head_traffic = 4 * wide * logits + 8 * shape.vocab * shape.width / tensor
+    chunks = shape.head_chunks(rows, tensor)
+    logits = rows * shape.head_tokens * shape.vocab / tensor
     reduced = 2 * all_reduce_s(carry, tensor, 1, device)
     return ModelCosts(
         source="analytic",
@@ -145,18 +145,32 @@ def analytic(shape: ModelShape, device: DeviceSpec, *, rows: int, tensor: int = 
         blocks=blocks,
         embed_forward_s=moved * (shape.param_bytes + size) / device.traffic_bytes_per_s,
         embed_backward_s=moved * (3 * wide + size) / device.traffic_bytes_per_s,
-        head_s=head_flops / device.flops_per_s(shape.dtype) + head_traffic / device.traffic_bytes_per_s + reduced,
+        head_s=_head_s(shape, device, rows, tensor) + reduced,
         carry_bytes=carry,
         ends_params=(shape.embed_params + shape.head_params) / tensor,
-        # [2] Logits, and their gradient in the dtype of the computation; the head's features, and their gradient.
-        head_working_bytes=(wide + size) * min(logits, shape.logits_at_once or logits)
-        + 2 * rows * shape.head_tokens * shape.width * size,
+        # [1] Of a chunk: its logits, and their gradient in the compute dtype; so XLA allots them for H100s. Besides, the
+        # head's features and their gradient.
+        head_working_bytes=(wide + size) * logits / chunks + 2 * rows * shape.head_tokens * shape.width * size,
         stage_working_bytes=6 * carry,
         dtype_bytes=size,
         param_bytes=shape.param_bytes,
         conditional=device.cores is None,
         embed_params=shape.embed_params / tensor,
+        head_chunks=chunks,
     )
+
+
+def _head_s(shape: ModelShape, device: DeviceSpec, rows: int, tensor: int) -> float:
+    """Seconds of logits, losses and both gradients: three products, each of all chunks, and elementwise work."""
+    size, wide = shape.dtype_bytes, max(4, shape.dtype_bytes)
+    logits = rows * shape.head_tokens * shape.vocab / tensor
+    kernel = shape.head_chunks(rows, tensor) * shape.vocab * shape.width / tensor
+    # [1] Each product reads the kernel or, the last, reads and writes its gradient's sum, once per chunk.
+    moved = kernel * size + logits * wide, kernel * size + logits * size, 2 * kernel * wide + logits * size
+    product = rows * shape.head_flops / tensor / device.flops_per_s(shape.dtype)
+    products = sum(max(product, each / device.traffic_bytes_per_s) for each in moved)
+    # [2] Logits are read for their maximum, for their sum, and for their gradient, which is written.
+    return products + (3 * wide + size) * logits / device.traffic_bytes_per_s
 
 
 def _block(block: BlockShape, shape: ModelShape, device: DeviceSpec, rows: int, tensor: int) -> BlockCost:

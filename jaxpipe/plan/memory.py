@@ -144,6 +144,8 @@ def model_bytes(
     shares = blocks.devices if vocab_parallel else 1
     ends, embed = costs.ends_params / shares, costs.embed_params / shares
     casts = gathers or costs.dtype_bytes < costs.param_bytes
+    # [2] Devices that share the words take as many tokens more at once, so long as there are several chunks.
+    head = costs.head_working_bytes * (min(1.0, costs.head_chunks / blocks.devices) if vocab_parallel else 1.0)
     return ModelBytes(
         carry=round(costs.carry_bytes),
         residual=round(max(0.0, residual)),

@@ -8,6 +8,7 @@ Shape legend: D width of the residual stream, T tokens of a row, H heads, d dims
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -167,7 +168,7 @@ class ModelShape:
         param_dtype: Of the parameters.
         attention: Which attention is taken and why, in a few words.
         fields: What a measured profile must agree on, by name: the model's own options.
-        logits_at_once: The most logits that a device holds; None: those of a microbatch.
+        logits_at_once: How many logits a device computes at once, in chunks of tokens; None: those of a microbatch.
     """
 
     kinds: tuple[str, ...]
@@ -205,6 +206,17 @@ class ModelShape:
     def head_flops(self) -> int:
         """Operations of the logits, forward."""
         return 2 * self.width * self.vocab * self.head_tokens
+
+    def head_chunks(self, rows: int, tensor: int = 1) -> int:
+        """In how many chunks the logits of a microbatch are computed.
+
+        Args:
+            rows: Of the microbatch.
+            tensor: Devices that share every logit's row.
+        """
+        if self.logits_at_once is None:
+            return 1
+        return ceil(rows * self.head_tokens / max(1, self.logits_at_once * tensor // self.vocab))
 
     @property
     def flops_per_row(self) -> int:

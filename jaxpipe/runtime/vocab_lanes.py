@@ -20,10 +20,9 @@ from jaxpipe.runtime.end_lanes import run_head
 from jaxpipe.runtime.ends import accumulator_dtype, add_below
 from jaxpipe.runtime.heads import add, loss_gradients
 from jaxpipe.runtime.lane import Commit, Lane
-from jaxpipe.runtime.mesh import PIPE
 from jaxpipe.runtime.model import Tree
 from jaxpipe.runtime.tree import drop_path, get_path, set_path
-from jaxpipe.runtime.vocab import add_rows, look_up_rows, sliced_entropy
+from jaxpipe.runtime.vocab import add_rows, look_up_rows, pipe_sum, sliced_entropy
 
 
 def embed_lane(device: Device, arrived: Tree, row: dict) -> Tree:
@@ -67,7 +66,7 @@ def head_lane(device: Device, state: dict, row: dict, y: Tree) -> tuple[dict, li
 
         shape = jax.eval_shape(features, rest, floating)
         zeros = jnp.zeros(shape.shape, shape.dtype)
-        seen = lax.psum(lax.cond(last, lambda: features(rest, floating), lambda: zeros), PIPE)
+        seen = pipe_sum(lax.cond(last, lambda: features(rest, floating), lambda: zeros), device.hops_block)
         ids, weights = head.targets(context.mb)
         entropy = sliced_entropy(len(kernel), device.place * len(kernel), size)
         chunks = head.chunks(ids.size, len(kernel))
@@ -84,7 +83,7 @@ def head_lane(device: Device, state: dict, row: dict, y: Tree) -> tuple[dict, li
         made = total.astype(dtype) * counts, weight.astype(dtype) * counts, metrics
         if not device.trains:
             return floating, (*made, None)
-        dseen = lax.psum(dseen, PIPE)
+        dseen = pipe_sum(dseen, device.hops_block)
 
         def back():
             return jax.vjp(features, rest, floating)[1](dseen)
@@ -114,7 +113,7 @@ def embed_gradient_lane(device: Device, state: dict, row: dict, dx: list) -> dic
             return jax.vjp(finish, rest, rows)[1](dx)
 
         drest, drows = lax.cond(first, back, lambda: jax.tree.map(jnp.zeros_like, (rest, rows)))
-        return (), (drest, lax.psum(drows, PIPE))
+        return (), (drest, jax.tree.map(lambda x: pipe_sum(x, device.hops_block), drows))
 
     def commit(state, kept):
         drest, drows = kept
@@ -141,4 +140,8 @@ def _look_up(device: Device, params: Tree, mb: Tree) -> Tree:
     """The rows of all tokens of a microbatch, on all devices."""
     embed, size = device.model.embed, device.parts.vocab_size
     rows = get_path(params, embed.table)
-    return jax.tree.map(lambda ids: look_up_rows(rows, ids, device.place * len(rows), size), embed.tokens(mb))
+
+    def found(ids):
+        return look_up_rows(rows, ids, device.place * len(rows), size, device.hops_block)
+
+    return jax.tree.map(found, embed.tokens(mb))

@@ -22,9 +22,11 @@ from jaxpipe.runtime.carry import join, part
 from jaxpipe.runtime.ends import accumulator_dtype
 from jaxpipe.runtime.heads import HeadGradients, head_gradients, head_sums
 from jaxpipe.runtime.mesh import make_mesh, on_cpu
+from jaxpipe.runtime.model import VocabHead
 from jaxpipe.runtime.sizes import Share, memory_of, tree_bytes
 from jaxpipe.runtime.stage import Stage
 from jaxpipe.runtime.traffic import accessed_bytes
+from jaxpipe.runtime.tree import get_path
 from jaxpipe.train.config import Config
 from jaxpipe.train.parts import Parts, parts_of
 
@@ -74,6 +76,13 @@ def lanes(stage: Stage) -> dict[str, tuple[Callable, tuple]]:
         "weight": (stage.backward_weight, stage.backward_weight_shapes),
         "backward": (stage.backward, stage.backward_shapes),
     }
+
+
+def _head_chunks(parts: Parts) -> int:
+    head = parts.model.head_loss
+    if not isinstance(head, VocabHead):
+        return 1
+    return head.chunks(jax.eval_shape(head.targets, parts.mb)[0].size, get_path(parts.head, head.kernel).shape[0])
 
 
 def end_lanes(parts: Parts) -> dict[str, tuple[Callable, tuple]]:
@@ -171,6 +180,7 @@ def assemble_costs(
         carry_bytes=parts.carry_bytes,
         ends_params=ends_params,
         head_working_bytes=head_bytes,
+        head_chunks=_head_chunks(parts),
         stage_working_bytes=base,
         dtype_bytes=leaves[0].dtype.itemsize,
         param_bytes=jax.dtypes.canonicalize_dtype(config.model.param_dtype).itemsize,

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from jaxpipe.models.losses import LOGITS_AT_ONCE
 from jaxpipe.plan import analytic, find_device
 from jaxpipe.plan.memory import memory, model_bytes, stage_blocks, terms
 from jaxpipe.schedule.table import Slots
@@ -12,6 +13,24 @@ from jaxpipe.train.planning import gpt_shape
 
 CONFIG = from_tables({"model": {"vocab_size": 256, "num_layers": 8, "num_heads": 4, "d_model": 64}})
 SLOTS = Slots(activation=3, residual=2, gradient=0, weight_residual=2)
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("tensor", [1, 4])
+def test_logits_count_up_to_those_computed_at_once(rows, tensor):
+    """Devices that share them have each a part, until there is one chunk less for each."""
+    model = replace(CONFIG.model, vocab_size=2**17, dtype="bfloat16", attention="cudnn")
+    shape, device = gpt_shape(model, 1024), find_device("h100")
+    costs = analytic(shape, device, rows=rows, tensor=tensor)
+    logits = rows * 1024 * 2**17 / tensor
+    assert costs.head_chunks == max(1, logits / LOGITS_AT_ONCE)
+    assert costs.head_working_bytes == 6 * min(logits, LOGITS_AT_ONCE)
+    whole = analytic(replace(shape, logits_at_once=None), device, rows=rows, tensor=tensor)
+    assert whole.head_chunks == 1 and whole.head_working_bytes == 6 * logits
+    assert (costs.head_s > whole.head_s) == (costs.head_chunks > 1)  # the kernel is read for every chunk
+    blocks = stage_blocks((2,) * 4, shape.kinds, 4, "loop")
+    sizes = [model_bytes(c, blocks, "full", split=False, gathers=False, vocab_parallel=True) for c in (costs, whole)]
+    assert [s.backward for s in sizes] == [6 * min(logits / 4, LOGITS_AT_ONCE), 6 * logits / 4]
 
 
 @pytest.mark.parametrize("split", [False, True])

@@ -5,7 +5,7 @@ Needs the extra `gpu-aot`. It compiles, it does not run: nothing here is a time.
 
 import h100
 import pytest
-from hlo import branches_of, holds_product, hops, loop_bodies
+from hlo import branches_of, holds_product, hops, loop_bodies, products
 
 from jaxpipe.runtime.sizes import tree_bytes
 from jaxpipe.schedule.table import ARRIVAL, Phase, TickTable
@@ -58,6 +58,13 @@ def test_every_hop_of_the_steady_phase_flies_behind_matrix_products(step):
     for hop in h100.steady_hops(step):
         assert hop.asynchronous
         assert any(holds_product(line, step.parts) for line in hop.behind)
+
+
+def test_the_head_multiplies_in_bfloat16(step):
+    """Logits and both of their gradients: float32 only adds up."""
+    found = products(step.text, "/head/")
+    assert len(found) >= 3
+    assert all(operand.startswith("bf16[") for operands in found for operand in operands)
 
 
 def test_each_phase_hops_only_where_it_has_something_to_send(step):

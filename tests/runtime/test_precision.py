@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jaxpipe as jp
 from jaxpipe.models.gpt import GPTConfig
@@ -27,10 +28,11 @@ def batch(weight: float = 1.0) -> dict[str, np.ndarray]:
     return {"tokens": tokens, "targets": targets, "mask": np.full(tokens.shape, weight, np.float32)}
 
 
-def pipeline(cfg: GPTConfig) -> jp.Pipeline:
-    """A GPT on two devices."""
-    schedule = build("1f1b", devices=2, microbatches=MICROBATCHES)
-    return jp.Pipeline(gpt_model(cfg), schedule=schedule, mesh=jp.make_mesh(2), remat="none")
+def pipeline(cfg: GPTConfig, head: Any = "last", chunk: int | None = None) -> jp.Pipeline:
+    """A GPT on two devices, its logits computed for so many tokens at once."""
+    schedule, model = build("1f1b", devices=2, microbatches=MICROBATCHES), gpt_model(cfg)
+    model = replace(model, head_loss=replace(model.head_loss, chunk=chunk))
+    return jp.Pipeline(model, schedule=schedule, mesh=jp.make_mesh(2), remat="none", head=head)
 
 
 @cache
@@ -123,6 +125,15 @@ def test_loss_and_gradients_are_float32_and_close_to_the_oracle():
     got_grads = pipe.to_canonical(got_grads)
     assert {leaf.dtype for leaf in jax.tree.leaves(got_grads)} == {jnp.dtype(jnp.float32)}
     assert max(relative_errors(got_grads, grads)) <= 2e-2
+
+
+@pytest.mark.parametrize(("head", "chunk"), [("last", 5), ("vocab_parallel", None), ("vocab_parallel", 4)])
+def test_other_heads_are_as_close_to_the_oracle(head, chunk):
+    canonical, loss, grads = oracle("bfloat16")
+    pipe = pipeline(BFLOAT16, head, chunk)
+    got, got_grads = jax.jit(pipe.value_and_grad, compiler_options=QUICK)(pipe.from_canonical(canonical), batch())
+    np.testing.assert_allclose(got, loss, rtol=1e-3)
+    assert max(relative_errors(pipe.to_canonical(got_grads), grads)) <= 2e-2
 
 
 def test_float16_needs_the_loss_scale_and_then_equals_float32():
