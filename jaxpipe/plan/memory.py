@@ -149,7 +149,7 @@ def model_bytes(
     return ModelBytes(
         carry=round(costs.carry_bytes),
         residual=round(max(0.0, residual)),
-        backward=round(max(working, costs.head_working_bytes)),
+        backward=round(max(working, head)),
         ends=round(ends * low + embed * (costs.param_bytes - low)),
         ends_gradient=round(ends * accumulator_bytes(costs)),
         stage_gradient=round(stored * accumulator_bytes(costs)),
