@@ -148,9 +148,8 @@ def analytic(shape: ModelShape, device: DeviceSpec, *, rows: int, tensor: int = 
         head_s=_head_s(shape, device, rows, tensor) + reduced,
         carry_bytes=carry,
         ends_params=(shape.embed_params + shape.head_params) / tensor,
-        # [1] Of a chunk: its logits, and their gradient in the compute dtype; so XLA allots them for H100s. Besides,
-        # the head's features and their gradient.
-        head_working_bytes=(wide + size) * logits / chunks + 2 * rows * shape.head_tokens * shape.width * size,
+        # [1] Of a chunk: its logits, and their gradient in the compute dtype; so XLA allots them for H100s.
+        head_working_bytes=(wide + size) * logits / chunks,
         stage_working_bytes=6 * carry,
         dtype_bytes=size,
         param_bytes=shape.param_bytes,

@@ -52,7 +52,7 @@ def compiled_costs(
             f"model.attention='cudnn' cannot be compiled for device={device.name!r}, only for NVIDIA GPUs; try "
             "model.attention='auto'"
         )
-    parts = parts_of(config, rows, remats, mesh=mesh)
+    parts = parts_of(config, rows, remats, mesh=mesh).traced()
 
     def seconds(lane: Callable, shapes: tuple, adds: bool = False) -> float:
         operations = dot_flops(parts.share.body(lane), *shapes)
@@ -130,7 +130,7 @@ def assemble_costs(
 
     Args:
         config: The run.
-        parts: Of its model.
+        parts: Of its model, traced.
         remats: What forwards may keep.
         times: By kind and remat.
         ends: Seconds of embedding, its gradient and the head.

@@ -53,6 +53,11 @@ class Parts:
         """The kinds of block."""
         return list(self.params)
 
+    def traced(self) -> "Parts":
+        """The same, with what stages keep traced for the device that is meant; they cannot run in another mesh then."""
+        self.share.trace([*self.stages.values()])
+        return self
+
     @property
     def carry_bytes(self) -> int:
         """Bytes that hop."""
@@ -83,12 +88,12 @@ def parts_of(
                 program = _program(replace(model, blocks=[block] * count), batch, remat, mesh)
                 stages[kind, remat, count] = program.stages.stage
     assert program is not None
-    share = Share.of(mesh)
-    share.trace([*stages.values()])
     params = {kind: _size(stages[kind, remats[0], 1].params["blocks"]) for kind in first}
     ends = program.ends
     shapes = jax.eval_shape(ends.head, dict(ends.shapes))
-    return Parts(model, share, rows, stages, ends.shapes["embed"], shapes, program.stages.stage.carry, batch, params)
+    return Parts(
+        model, Share.of(mesh), rows, stages, ends.shapes["embed"], shapes, program.stages.stage.carry, batch, params
+    )
 
 
 def _program(model: Model, batch: Any, remat: Remat, mesh: Mesh):
