@@ -170,7 +170,8 @@ def _measure(workload: Any, cases: list["Case"], left_out: list[str], options: a
             if not options.json:
                 print(report.line(rows[-1]), flush=True)
     if options.json:
-        answer = {"cores": bench.num_cores(), "rows": [vars(row) for row in rows], "left_out": left_out}
+        answer = {"cores": bench.num_cores(), "attention": workload.attention, "rows": [vars(row) for row in rows]}
+        answer |= {"left_out": left_out}
         print(json.dumps(answer, indent=1))
     for reason in left_out if not options.json else ():
         print(f"left out: {reason}")

@@ -178,12 +178,12 @@ def _compiled(config: "Config", device: "DeviceSpec", space: "Space") -> "Costin
     from functools import cache
 
     from jaxpipe.train.compiled import compiled_costs
-    from jaxpipe.train.targets import place_of
+    from jaxpipe.train.targets import mesh_of
 
     if space.tensor not in (None, (1,)):
         raise ConfigError(f"--tensor {space.tensor[-1]} needs costs by formula; try --tensor 1, or leave --costs out")
-    place = place_of(device)
-    counted = cache(lambda rows: compiled_costs(config, device, rows, tuple(space.remats), place))
+    mesh = mesh_of(device)
+    counted = cache(lambda rows: compiled_costs(config, device, rows, tuple(space.remats), mesh))
     return lambda rows, tensor: counted(rows)
 
 

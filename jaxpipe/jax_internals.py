@@ -29,6 +29,7 @@ __all__ = [
     "Var",
     "cluster_place",
     "compiler",
+    "cudnn_checks",
     "dce_jaxpr",
     "devices_are_in_use",
     "eval_jaxpr",
@@ -72,3 +73,10 @@ def compiler() -> Any:
     from jax._src import compiler
 
     return compiler
+
+
+def cudnn_checks() -> Any:
+    """The module whose ``check_cudnn_version`` asks the present machine for its cuDNN, whatever is compiled for."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    return fused_attention_stablehlo

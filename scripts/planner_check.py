@@ -40,7 +40,7 @@ from jaxpipe.train.model import gpt_model
 from jaxpipe.train.planning import Costing, ask
 from jaxpipe.train.profile import Profile
 from jaxpipe.train.profiling import profile
-from jaxpipe.train.targets import h100_devices, place_of
+from jaxpipe.train.targets import h100_devices, mesh_of
 
 MODEL: dict[str, dict[str, Any]] = DEFAULT | {
     "schedule": {"microbatches": 8},
@@ -157,7 +157,7 @@ def compare_h100(config: Config, chosen: Sequence[Case]) -> None:
     """Prints predicted and compiled temporaries."""
     device = find_device("h100")
     rows = config.train.batch_size // config.schedule.microbatches
-    costs = compiled_costs(config, device, rows, ("none", "full"), place_of(device))
+    costs = compiled_costs(config, device, rows, ("none", "full"), mesh_of(device))
     print("| schedule | P | V | remat | stages | predicted MB | XLA MB | error |\n|---|---|---|---|---|---|---|---|")
     for case in chosen:
         plan = predict(config, case, lambda rows, tensor: costs, device)

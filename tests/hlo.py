@@ -15,6 +15,7 @@ __all__ = [
     "hops",
     "loop_bodies",
     "products",
+    "typed_copies",
 ]
 
 _CALLED = re.compile(r"(?:body|condition|to_apply|calls)=%?([\w.\-]+)")
@@ -53,7 +54,12 @@ def _with_branches(parts: dict[str, list[str]], name: str) -> list[str]:
 
 
 def copies(lines: list[str], fresh: bool = True) -> list[tuple[int, ...]]:
-    """The shapes that are copied, one entry per copy.
+    """The shapes of `typed_copies`."""
+    return [shape for _, shape in typed_copies(lines, fresh)]
+
+
+def typed_copies(lines: list[str], fresh: bool = True) -> list[tuple[str, tuple[int, ...]]]:
+    """The dtypes, as XLA writes them, and shapes that are copied, one entry per copy.
 
     Args:
         lines: Instructions.
@@ -61,8 +67,8 @@ def copies(lines: list[str], fresh: bool = True) -> list[tuple[int, ...]]:
             for one gradient and copies them for the other.
     """
     lines = [line for line in lines if fresh or "broadcast" not in line.partition(" copy(")[2].partition(")")[0]]
-    found = (re.search(r"= \w+\[([\d,]*)\]\S* copy(?:-start)?\(", line) for line in lines)
-    return [tuple(int(d) for d in m.group(1).split(",") if d) for m in found if m]
+    found = (re.search(r"= (\w+)\[([\d,]*)\]\S* copy(?:-start)?\(", line) for line in lines)
+    return [(m.group(1), tuple(int(d) for d in m.group(2).split(",") if d)) for m in found if m]
 
 
 @dataclass(frozen=True)

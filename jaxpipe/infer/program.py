@@ -1,7 +1,8 @@
 """The ring as programs: all of a generation in one, or a fixed number of ticks at a time with the state kept.
 
-One `shard_map`, manual over `pipe`, `data` and `fsdp`. What a device carries is global as ``[P, shards, ...]``: an
-array is whole in the first two dims, and nothing else of it is anybody else's.
+One `shard_map`, manual over `pipe`, `data` and `fsdp`, and over `tensor` where that is one device. What a device
+carries is global as ``[P, shards, ...]``: an array is whole in the first two dims, and nothing else of it is anybody
+else's.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpipe.infer import books as bk
 from jaxpipe.infer.ring import Ring
-from jaxpipe.runtime.mesh import BATCH, MANUAL, PIPE, TENSOR, batch_shards
+from jaxpipe.runtime.mesh import BATCH, MANUAL, PIPE, TENSOR, batch_shards, manual_axes
 from jaxpipe.runtime.tree import Tree
 
 OWN = PartitionSpec(PIPE, BATCH)
@@ -85,7 +86,7 @@ class Programs:
             mesh=self.ring.weights.mesh,
             in_specs=PartitionSpec(PIPE),
             out_specs=OWN,
-            axis_names=set(MANUAL),
+            axis_names=manual_axes(self.ring.weights.mesh),
             check_vma=False,
         )
         return jax.jit(lambda: body(self._places), out_shardings=self.shardings)
@@ -154,7 +155,7 @@ class Programs:
                 mesh=self.ring.weights.mesh,
                 in_specs=(PartitionSpec(BATCH), OWN, everywhere, everywhere, everywhere, everywhere),
                 out_specs=OWN,
-                axis_names=set(MANUAL),
+                axis_names=manual_axes(self.ring.weights.mesh),
                 check_vma=False,
             )
             return body(jnp.arange(self.shards, dtype=jnp.int32), state, into, slot, row, source)
@@ -173,7 +174,7 @@ class Programs:
             mesh=weights.mesh,
             in_specs=(PartitionSpec(PIPE), weights.specs(self.params), *in_specs),
             out_specs=out_specs,
-            axis_names=set(MANUAL),
+            axis_names=manual_axes(weights.mesh),
             check_vma=False,
         )
 

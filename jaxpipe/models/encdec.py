@@ -26,8 +26,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxpipe.flax_nnx import nnx
+from jaxpipe.models.attention import attend
+from jaxpipe.models.attention_choice import Requested
 from jaxpipe.models.encdec_config import BYTES, PRESETS, T5_TOKENS, EncDecConfig, num_params
-from jaxpipe.models.layers import Rotary, attend, attend_cached, attend_kept, cut, linear, normal, rms_norm
+from jaxpipe.models.layers import Rotary, attend_cached, attend_kept, cut, linear, normal, rms_norm
 from jaxpipe.models.products import dot_general
 from jaxpipe.models.relative import RelativeBias
 
@@ -103,6 +105,7 @@ class Attention(nnx.Module):
     def __init__(self, cfg: EncDecConfig, *, causal: bool, rotates: bool, rngs: nnx.Rngs):
         D, inner = cfg.d_model, cfg.num_heads * cfg.head_dim
         self.num_heads, self.head_dim, self.causal = cfg.num_heads, cfg.head_dim, causal
+        self.implementation: Requested = cfg.attention
         self.rotary = Rotary(cfg.rotary_base) if rotates else None
         self.scale = 1.0 if cfg.positions == "relative" else cfg.head_dim**-0.5
         query_std = (D * cfg.head_dim) ** -0.5 if cfg.positions == "relative" else D**-0.5
@@ -110,15 +113,21 @@ class Attention(nnx.Module):
         self.kv = _linear(cfg, D, 2 * inner, std=D**-0.5, rngs=rngs)
         self.proj = _linear(cfg, inner, D, std=inner**-0.5, rngs=rngs, rows=True)
 
-    def __call__(self, x_BTD, memory_BSD, *, bias_1HTS=None, mask_BS=None):
+    def __call__(self, x_BTD, memory_BSD, *, distances_LH=None, mask_BS=None):
         """[B, T, D] queries and [B, S, D] keys -> [B, T, D]."""
         B, T, _ = x_BTD.shape
         q_BTHd, (k_BSHd, v_BSHd) = self.queries(x_BTD), self.memory(memory_BSD)
         if self.rotary is not None:
             q_BTHd, k_BSHd = (self.rotary(x, jnp.arange(x.shape[1])[None]) for x in (q_BTHd, k_BSHd))
-        mask_BHTS = None if mask_BS is None else mask_BS.astype(bool)[:, None, None]
         y_BTHd = attend(
-            q_BTHd, k_BSHd, v_BSHd, causal=self.causal, bias_BHTS=bias_1HTS, mask_BHTS=mask_BHTS, scale=self.scale
+            q_BTHd,
+            k_BSHd,
+            v_BSHd,
+            causal=self.causal,
+            distances_LH=distances_LH,
+            seen_BS=None if mask_BS is None else mask_BS.astype(bool),
+            scale=self.scale,
+            implementation=self.implementation,
         )
         return self.proj(y_BTHd.reshape(B, T, -1))
 
@@ -178,9 +187,9 @@ class EncoderBlock(nnx.Module):
     def __call__(self, carry, mask_BS=None):
         """The pair of streams -> the pair with the first changed; a False in the mask is a key that nobody sees."""
         x_BSD, y_BTD = carry
-        bias = None if self.bias is None else self.bias(x_BSD.shape[1])
+        bias = None if self.bias is None else self.bias()
         h_BSD = self.norm1(x_BSD).astype(x_BSD.dtype)
-        x_BSD += self.dropout1(self.attn(h_BSD, h_BSD, bias_1HTS=bias, mask_BS=mask_BS))
+        x_BSD += self.dropout1(self.attn(h_BSD, h_BSD, distances_LH=bias, mask_BS=mask_BS))
         x_BSD += self.dropout2(self.mlp(self.norm2(x_BSD).astype(x_BSD.dtype)))
         return x_BSD, y_BTD
 
@@ -205,10 +214,10 @@ class DecoderBlock(nnx.Module):
     def __call__(self, carry, mask_BS=None):
         """The pair of streams -> the pair with the second changed; the mask is the encoder's."""
         x_BSD, y_BTD = carry
-        bias = None if self.bias is None else self.bias(y_BTD.shape[1])
+        bias = None if self.bias is None else self.bias()
         memory_BSD = self.memory_norm(x_BSD).astype(x_BSD.dtype)
         h_BTD = self.norm1(y_BTD).astype(y_BTD.dtype)
-        y_BTD += self.dropout1(self.attn(h_BTD, h_BTD, bias_1HTS=bias))
+        y_BTD += self.dropout1(self.attn(h_BTD, h_BTD, distances_LH=bias))
         h_BTD = self.norm2(y_BTD).astype(y_BTD.dtype)
         y_BTD += self.dropout2(self.cross(h_BTD, memory_BSD, mask_BS=mask_BS))
         y_BTD += self.dropout3(self.mlp(self.norm3(y_BTD).astype(y_BTD.dtype)))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jaxpipe.errors import ConfigError
+from jaxpipe.models.attention_choice import Requested, check_attention
 from jaxpipe.models.fields import WideDType, check_above_zero, check_fields, wide
 
 
@@ -29,6 +30,8 @@ class EncDecConfig:
         norm_eps: Added to the mean square.
         tied: Whether the head uses the embedding's table; its logits are then scaled by d_model**-0.5.
         dropout: Probability that an element is dropped after the embeddings, attention and MLP.
+        attention: As in `jaxpipe.models.gpt_config.GPTConfig`; with ``auto`` self-attention with ``relative`` positions
+            is never ``cudnn``, which takes a bias only whole and rounded.
         dtype: Dtype of the computation; no ``float16``, whose range T5's activations leave.
         param_dtype: Dtype of the parameters.
 
@@ -51,11 +54,13 @@ class EncDecConfig:
     norm_eps: float = 1e-6
     tied: bool = True
     dropout: float = 0.0
+    attention: Requested = "auto"
     dtype: WideDType = "float32"
     param_dtype: WideDType = "float32"
 
     def __post_init__(self):
         check_fields(self)
+        check_attention(self.attention, self.dtype)
         check_above_zero(self, norm_eps=1e-6, rotary_base=1e4)
         if self.positions == "rotary" and self.head_dim % 2:
             raise ConfigError(

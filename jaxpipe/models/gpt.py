@@ -15,15 +15,17 @@ Numbers: parameters are `param_dtype`, matrix products run in `dtype`, each kern
 softmax, rotation and logits are float32 or wider.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxpipe.errors import ConfigError
 from jaxpipe.flax_nnx import nnx
+from jaxpipe.models.attention import attend
+from jaxpipe.models.attention_choice import Requested
 from jaxpipe.models.gpt_config import BYTES, GPT2_TOKENS, PRESETS, GPTConfig, flops_per_token, num_params
-from jaxpipe.models.layers import Rotary, attend, attend_cached, cut, enter, leave, linear, normal, rms_norm
+from jaxpipe.models.layers import Rotary, attend_cached, cut, enter, leave, linear, normal, rms_norm
 from jaxpipe.models.moe import MoE
 from jaxpipe.models.products import dot_general
 
@@ -100,7 +102,7 @@ class Attention(nnx.Module):
     def __init__(self, cfg: GPTConfig, *, rngs: nnx.Rngs):
         self.num_heads, self.kv_heads, self.head_dim = cfg.num_heads, cfg.kv_heads, cfg.head_dim
         self.rotary, self.window = rotary(cfg), cfg.sliding_window
-        self.implementation: Literal["xla", "cudnn"] = cfg.attention
+        self.implementation: Requested = cfg.attention
         columns, inner = (cfg.num_heads + 2 * cfg.kv_heads) * cfg.head_dim, cfg.num_heads * cfg.head_dim
         self.qkv = _linear(cfg, cfg.d_model, columns, bias=cfg.has_qkv_bias, rngs=rngs)
         self.proj = _linear(cfg, inner, cfg.d_model, residual=True, rngs=rngs)

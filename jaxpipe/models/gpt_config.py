@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jaxpipe.errors import ConfigError
+from jaxpipe.models.attention_choice import Choice, Requested, check_attention, choose
 from jaxpipe.models.fields import DType, WideDType, check_above_zero, check_fields, wide
 
 
@@ -37,7 +38,9 @@ class GPTConfig:
         qkv_bias: Whether the map to queries, keys and values has one, as in Qwen2. None: as `bias` says.
         tied: Whether the head uses the embedding's table.
         dropout: Probability that an element is dropped after the embedding, attention and MLP.
-        attention: ``xla``, or ``cudnn`` for the fused kernel of NVIDIA GPUs (``dtype="bfloat16"`` only).
+        attention: ``cudnn`` for the fused kernel of NVIDIA GPUs (16-bit `dtype` only), ``xla`` for scores as a whole,
+            ``blockwise`` for plain JAX whose memory is linear in the sequence. ``auto``: the first where it can be,
+            else the second for short sequences and the third for long ones.
         num_experts: E, MLPs of a mixture-of-experts block (see `jaxpipe.models.moe`). 0: every block is dense.
         experts_per_token: K, how many of them a token goes to.
         moe_every: Every n-th block is a mixture: blocks n-1, 2n-1, … counted from 0.
@@ -77,7 +80,7 @@ class GPTConfig:
     qkv_bias: bool | None = None
     tied: bool = True
     dropout: float = 0.0
-    attention: Literal["xla", "cudnn"] = "xla"
+    attention: Requested = "auto"
     num_experts: int = 0
     experts_per_token: int = 1
     moe_every: int = 2
@@ -102,8 +105,7 @@ class GPTConfig:
                 f"rotary_high_freq_factor={self.rotary_high_freq_factor} must exceed rotary_low_freq_factor="
                 f"{self.rotary_low_freq_factor}; try {4 * self.rotary_low_freq_factor}"
             )
-        if self.attention == "cudnn" and self.dtype != "bfloat16":
-            raise ConfigError(f"dtype={self.dtype!r} must be 'bfloat16' for attention='cudnn'; try attention='xla'")
+        check_attention(self.attention, self.dtype)
         for name in ("aux_loss_weight", "router_z_weight"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 0; try 0.0")
@@ -193,6 +195,20 @@ class GPTConfig:
         if not self.num_experts:
             return ("block",) * self.num_layers
         return tuple("dense" if (i + 1) % self.moe_every else "moe" for i in range(self.num_layers))
+
+    def attention_for(self, seq_len: int, capability: float | None) -> Choice:
+        """Which attention is taken, and why.
+
+        Args:
+            seq_len: T.
+            capability: Of the devices, see `jaxpipe.models.attention_choice.choose`.
+
+        Example:
+            >>> print(PRESETS["tiny"].attention_for(128, None))
+            xla: 128 x 128 scores are few, and no NVIDIA GPU computes them
+        """
+        shape = {"dtype": self.dtype, "head_dim": self.head_dim, "queries": seq_len, "keys": seq_len}
+        return choose(self.attention, capability=capability, **shape)
 
     def expert_capacity(self, seq_len: int) -> int:
         """C, how many tokens of one sequence an expert takes at most: ``capacity_factor*K*T/E``, rounded up, at most T.

@@ -9,9 +9,10 @@ while decoding R rows, C new tokens of each.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,9 @@ from jaxpipe.models.fields import wide
 
 TENSOR = "tensor"
 """The mesh axis in annotations."""
+
+LONG = 1024 * 1024
+"""Queries times keys from which on no array holds a number for each pair of them, if that can be chosen."""
 
 
 def cut(value: jax.Array, dim: int) -> nnx.Param:
@@ -104,62 +108,6 @@ def rms_norm(dims: int, *, eps: float, dtype: Any, param_dtype: Any, rngs: nnx.R
     return nnx.RMSNorm(dims, epsilon=eps, dtype=wide(dtype), param_dtype=jnp.dtype(param_dtype), rngs=rngs)
 
 
-def attend(
-    q_BTHd,
-    k_BSKd,
-    v_BSKd,
-    *,
-    causal: bool,
-    bias_BHTS=None,
-    mask_BHTS=None,
-    scale: float | None = None,
-    window: int | None = None,
-    implementation: Literal["xla", "cudnn"] = "xla",
-):
-    """Attention, its softmax in float32 or wider.
-
-    Args:
-        q_BTHd: Queries, any float dtype.
-        k_BSKd: Keys; each of the K heads serves H/K consecutive heads of queries.
-        v_BSKd: Values.
-        causal: Whether query t sees keys up to t only (T = S then).
-        bias_BHTS: Added to the scaled scores; dims may be 1.
-        mask_BHTS: Bools, False for a key that a query must not see; dims may be 1. A query that may see nothing gets
-            some finite value.
-        scale: Multiplies the scores. None: 1/sqrt(d).
-        window: With `causal`, query t sees keys t-window+1 to t only.
-        implementation: ``cudnn`` for the fused kernel of NVIDIA GPUs.
-
-    Returns:
-        [B, T, H, d].
-    """
-    if q_BTHd.dtype in (jnp.float32, jnp.bfloat16):
-        return jax.nn.dot_product_attention(
-            q_BTHd,
-            k_BSKd,
-            v_BSKd,
-            bias_BHTS,
-            mask_BHTS,
-            scale=scale,
-            is_causal=causal,
-            local_window_size=None if window is None else (window - 1, 0),
-            implementation=implementation,
-        )
-    # jax.nn rounds the softmax to float32 even for float64, and asks for products in float16 that CPUs do not have.
-    dtype = wide(q_BTHd.dtype)
-    k_BSHd, v_BSHd = (jnp.repeat(x, q_BTHd.shape[2] // x.shape[2], axis=2) for x in (k_BSKd, v_BSKd))
-    scores_BHTS = jnp.einsum("bthd,bshd->bhts", q_BTHd, k_BSHd, preferred_element_type=dtype)
-    scores_BHTS *= 1 / math.sqrt(q_BTHd.shape[-1]) if scale is None else scale
-    if bias_BHTS is not None:
-        scores_BHTS += bias_BHTS
-    seen_BHTS = jnp.ones((1, 1, *scores_BHTS.shape[2:]), bool)
-    seen_BHTS = jnp.tril(seen_BHTS) if causal else seen_BHTS
-    seen_BHTS = seen_BHTS & ~jnp.tril(seen_BHTS, -window) if window is not None else seen_BHTS
-    seen_BHTS = seen_BHTS if mask_BHTS is None else seen_BHTS & mask_BHTS
-    probs_BHTS = jax.nn.softmax(jnp.where(seen_BHTS, scores_BHTS, jnp.finfo(dtype).min), axis=-1)
-    return jnp.einsum("bhts,bshd->bthd", probs_BHTS.astype(v_BSHd.dtype), v_BSHd)
-
-
 def attend_cached(
     q_RCHd, new: dict, cache: dict, positions_RC, *, bias=None, scale: float | None = None, window: int | None = None
 ):
@@ -179,29 +127,57 @@ def attend_cached(
     """
     (R, C), S = positions_RC.shape, cache["k"].shape[2]
     old_RS = jnp.broadcast_to(jnp.arange(S), (R, S))
+    first_R1 = positions_RC[:, :1]
 
-    def score(k_RKSd, at_RS, seen_RCS):
-        scores_RKGCS = _scores(q_RCHd, k_RKSd, scale)
-        if bias is not None:
-            scores_RKGCS += bias(positions_RC, at_RS).reshape(scores_RKGCS.shape).astype(scores_RKGCS.dtype)
-        if window is not None:
-            seen_RCS &= positions_RC[:, :, None] - at_RS[:, None] < window
-        return jnp.where(seen_RCS[:, None, None], scores_RKGCS, jnp.finfo(scores_RKGCS.dtype).min)
+    def some(q_RcHd, at_Rc, order_c):
+        """Of some of the new tokens; `order` is their place among all of them."""
 
-    before_RCS = jnp.broadcast_to((old_RS < positions_RC[:, :1])[:, None], (R, C, S))
-    among_RCC = jnp.broadcast_to(jnp.tril(jnp.ones((C, C), bool))[None], (R, C, C))
-    scores = [score(cache["k"], old_RS, before_RCS), score(new["k"], positions_RC, among_RCC)]
-    probs = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q_RCHd.dtype)
-    y_RCKGd = _mixed(probs[..., :S], cache["v"]) + _mixed(probs[..., S:], new["v"])
-    return y_RCKGd.reshape(q_RCHd.shape).astype(q_RCHd.dtype)
+        def score(k_RKSd, at_RS, seen_RcS):
+            scores_RKGcS = _scores(q_RcHd, k_RKSd, scale)
+            if bias is not None:
+                scores_RKGcS += bias(at_Rc, at_RS).reshape(scores_RKGcS.shape).astype(scores_RKGcS.dtype)
+            if window is not None:
+                seen_RcS &= at_Rc[:, :, None] - at_RS[:, None] < window
+            return jnp.where(seen_RcS[:, None, None], scores_RKGcS, jnp.finfo(scores_RKGcS.dtype).min)
+
+        num = len(order_c)
+        before_RcS = jnp.broadcast_to((old_RS < first_R1)[:, None], (R, num, S))
+        among_RcC = jnp.broadcast_to(jnp.arange(C)[None, None] <= order_c[None, :, None], (R, num, C))
+        scores = [score(cache["k"], old_RS, before_RcS), score(new["k"], positions_RC, among_RcC)]
+        probs = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q_RcHd.dtype)
+        y_RcKGd = _mixed(probs[..., :S], cache["v"]) + _mixed(probs[..., S:], new["v"])
+        return y_RcKGd.reshape(q_RcHd.shape).astype(q_RcHd.dtype)
+
+    return _by_some_queries(some, S + C, q_RCHd, positions_RC)
 
 
 def attend_kept(q_RCHd, k_RKSd, v_RKSd, mask_RS, *, scale: float | None = None):
     """Attention to all of what is kept of another sequence, [R, C, H, d]; a False in the mask is a key nobody sees."""
-    scores_RKGCS = _scores(q_RCHd, k_RKSd, scale)
-    scores_RKGCS = jnp.where(mask_RS[:, None, None, None], scores_RKGCS, jnp.finfo(scores_RKGCS.dtype).min)
-    probs_RKGCS = jax.nn.softmax(scores_RKGCS, axis=-1).astype(q_RCHd.dtype)
-    return _mixed(probs_RKGCS, v_RKSd).reshape(q_RCHd.shape).astype(q_RCHd.dtype)
+
+    def some(q_RcHd, *_):
+        scores_RKGcS = _scores(q_RcHd, k_RKSd, scale)
+        scores_RKGcS = jnp.where(mask_RS[:, None, None, None], scores_RKGcS, jnp.finfo(scores_RKGcS.dtype).min)
+        probs_RKGcS = jax.nn.softmax(scores_RKGcS, axis=-1).astype(q_RcHd.dtype)
+        return _mixed(probs_RKGcS, v_RKSd).reshape(q_RcHd.shape).astype(q_RcHd.dtype)
+
+    return _by_some_queries(some, k_RKSd.shape[2], q_RCHd, jnp.zeros(q_RCHd.shape[:2], jnp.int32))
+
+
+def _by_some_queries(some: Callable, num_keys: int, q_RCHd, positions_RC):
+    """``some(queries, positions, order)`` of all queries, or of as many at once as have at most `LONG` scores."""
+    C = q_RCHd.shape[1]
+    count = -(-C // max(LONG // num_keys, 1))
+    if count == 1:
+        return some(q_RCHd, positions_RC, jnp.arange(C))
+    num = -(-C // count)
+
+    def pieces(x):
+        x = jnp.pad(x, [(0, 0), (0, count * num - C), *[(0, 0)] * (x.ndim - 2)])
+        return x.reshape(x.shape[0], count, num, *x.shape[2:]).swapaxes(0, 1)
+
+    orders = jnp.arange(count * num).reshape(count, num)
+    y = jax.lax.map(lambda piece: some(*piece), (pieces(q_RCHd), pieces(positions_RC), orders))
+    return y.swapaxes(0, 1).reshape(y.shape[1], count * num, *y.shape[3:])[:, :C]
 
 
 def _scores(q_RCHd, k_RKSd, scale: float | None):

@@ -1,6 +1,6 @@
 """T5's relative positions: a bias on attention scores, one number per head and bucket of distances.
 
-Shape legend: T queries and as many keys, H heads, L = 2T distances; while decoding R rows, C queries, S keys.
+Shape legend: H heads, L distances; while decoding R rows, C queries, S keys.
 """
 
 from typing import Any
@@ -30,31 +30,20 @@ class RelativeBias(nnx.Module):
         self.bidirectional, self.num_buckets, self.max_distance = bidirectional, num_buckets, max_distance
         self.table = cut(normal(rngs, (num_buckets, num_heads), std=std, dtype=param_dtype), dim=1)
 
-    def __call__(self, num: int):
-        """The bias of `num` queries on as many keys, [1, H, num, num], float32 or wider."""
-        # Entry (t, s) depends on s - t only: 2*num distances are looked up, 0, 1, …, -2, -1, and row t is this circle
-        # turned right by t. Laid end to end and cut one entry shorter, each row starts one later.
-        circle = np.concatenate([np.arange(num), np.arange(-num, 0)])
+    def __call__(self):
+        """The bias by distance from query to key, -max_distance to max_distance: [L, H], float32 or wider."""
         buckets_L = relative_buckets(
-            circle, bidirectional=self.bidirectional, num_buckets=self.num_buckets, max_distance=self.max_distance
-        )
-        values_LH = self.table[...].astype(wide(self.table.dtype))[buckets_L]
-        num_heads, length = values_LH.shape[1], 2 * num
-        rows_HTL = jnp.broadcast_to(values_LH.T[:, None], (num_heads, num, length))
-        turned_HTL = rows_HTL.reshape(num_heads, -1)[:, : num * (length - 1)].reshape(num_heads, num, length - 1)
-        return turned_HTL[None, ..., :num]
-
-    def between(self, queries_RC, keys_RS):
-        """The bias of queries on keys at given positions, [R, H, C, S], float32 or wider. No key follows its query."""
-        buckets = relative_buckets(
-            -np.arange(self.max_distance + 1),
+            np.arange(-self.max_distance, self.max_distance + 1),
             bidirectional=self.bidirectional,
             num_buckets=self.num_buckets,
             max_distance=self.max_distance,
         )
-        values_LH = self.table[...].astype(wide(self.table.dtype))[buckets]
-        distances_RCS = jnp.clip(queries_RC[:, :, None] - keys_RS[:, None], 0, self.max_distance)
-        return jnp.moveaxis(values_LH[distances_RCS], -1, 1)
+        return self.table[...].astype(wide(self.table.dtype))[buckets_L]
+
+    def between(self, queries_RC, keys_RS):
+        """The bias of queries on keys at given positions, [R, H, C, S], float32 or wider. No key follows its query."""
+        distances_RCS = jnp.clip(keys_RS[:, None] - queries_RC[:, :, None], -self.max_distance, 0)
+        return jnp.moveaxis(self()[distances_RCS + self.max_distance], -1, 1)
 
 
 def relative_buckets(distances, *, bidirectional: bool, num_buckets: int, max_distance: int) -> np.ndarray:

@@ -53,9 +53,12 @@ class BlockCost:
     Attributes:
         times: By remat.
         residual_bytes: What a forward keeps for its backward, by remat; the block's input included where it is kept.
-        weight_residual_bytes: What I leaves for W beside that, by remat.
-        working_bytes: Temporaries that one more block adds to a stage's backward, by remat.
-        split_working_bytes: The same where the backward is split.
+        weight_residual_bytes: What I leaves for W beside that, by remat; the gradient that arrives at a stage, which it
+            leaves too, not included.
+        working_bytes: Temporaries that one more block adds to a stage's backward beside its weight gradients, by
+            remat.
+        split_working_bytes: The same where the backward is split: beside the larger of weight gradients and what I
+            leaves, for I is done when W begins.
         params: Parameters on this device.
     """
 
@@ -81,6 +84,8 @@ class ModelCosts:
         head_s: Logits, loss and both gradients of one microbatch; they run behind the last stage's forward.
         carry_bytes: What hops.
         ends_params: Parameters of embedding and head together, on this device once gathered.
+        embed_params: Those of the embedding, which are gathered in the dtype they have at rest: gradients of repeated
+            tokens add up in it.
         head_working_bytes: Temporaries of the head, of one chunk of its logits.
         stage_working_bytes: Temporaries of a stage's backward, beside those of its blocks.
         dtype_bytes: Of the computation.
@@ -109,6 +114,7 @@ class ModelCosts:
     hop_s: float | None = None
     alone: float = 1.0
     conditional: bool = field(default=True)
+    embed_params: float = 0.0
     head_chunks: int = 1
 
 
@@ -148,6 +154,7 @@ def analytic(shape: ModelShape, device: DeviceSpec, *, rows: int, tensor: int = 
         dtype_bytes=size,
         param_bytes=shape.param_bytes,
         conditional=device.cores is None,
+        embed_params=shape.embed_params / tensor,
         head_chunks=chunks,
     )
 
@@ -187,16 +194,28 @@ def _block(block: BlockShape, shape: ModelShape, device: DeviceSpec, rows: int, 
     }
     keeps = rows * _kept_bytes(block, size, wide, tensor)
     everything = rows * _all_bytes(block, size, wide, tensor)
-    gradients = rows * _crossing_bytes(block, size, tensor)
+    gradients = rows * _crossing_bytes(block, size, wide, tensor)
     inputs_again = rows * _crossing_again_bytes(block, size, tensor)
+    crossing: dict[Remat, float] = {"full": gradients + inputs_again, "none": gradients, "all": gradients}
     unit, scores = rows * block.tokens * block.width * size, rows * _scores(block) * wide / tensor
+    # [3] What XLA allots for blocks of several shapes, rounded. Of 17 such units that a backward needs, tensor
+    # parallelism leaves 5 whole (Korthikanti et al., 2022, equation 2, without the scores).
+    unit *= (5 + 12 / tensor) / 17
+    temporaries: dict[Remat, tuple[int, int, int]] = {"full": (18, 10, 2), "none": (13, 6, 2), "all": (10, 6, 1)}
+    whole: dict[Remat, float] = {r: n * unit + times * scores for r, (n, _, times) in temporaries.items()}
+    split: dict[Remat, float] = {r: n * unit + times * scores for r, (_, n, times) in temporaries.items()}
+    if device.cores is None:
+        # [4] What a conditional gives back has memory of its own from its start, in which XLA puts temporaries before.
+        made = params * min(size, shape.param_bytes)
+        for remat in crossing:
+            whole[remat] = max(0.0, whole[remat] - made)
+            split[remat] = max(0.0, split[remat] - max(made, crossing[remat]))
     return BlockCost(
         times=times,
         residual_bytes={"full": 0.0, "none": keeps, "all": everything},
-        weight_residual_bytes={"full": gradients + inputs_again, "none": gradients, "all": gradients},
-        # [3] What XLA allots on CPUs for blocks of several shapes, rounded; not compared with GPUs yet.
-        working_bytes={"full": 18 * unit + 2 * scores, "none": 13 * unit + 2 * scores, "all": 10 * unit + scores},
-        split_working_bytes={"full": 10 * unit + 2 * scores, "none": 6 * unit + 2 * scores, "all": 6 * unit + scores},
+        weight_residual_bytes=crossing,
+        working_bytes=whole,
+        split_working_bytes=split,
         params=params,
     )
 
@@ -245,11 +264,16 @@ def _all_bytes(block: BlockShape, size: int, wide: int, tensor: int) -> float:
     return norms + attention + hidden + 2 * wide * _scores(block) / tensor + _kept_bytes(block, size, wide, tensor) / 2
 
 
-def _crossing_bytes(block: BlockShape, size: int, tensor: int) -> float:
-    """Gradients of the results of all products with weights, and of what the norms pass on: what I leaves for W."""
-    attention = sum(a.projected / tensor + a.queries * block.width for a in block.attentions)
-    mlp = block.mlp_tokens * block.mlp.hidden * (block.mlp.matrices - 1) / tensor
-    return size * (attention + mlp + 2 * block.tokens * block.width)
+def _crossing_bytes(block: BlockShape, size: int, wide: int, tensor: int) -> float:
+    """What I leaves for W: gradients that the backward's products and kernels made, per row.
+
+    Those of queries, keys and values; of the MLP's hidden numbers, from which elementwise work goes on to the matrices
+    before; and of what each of the first matrices behind a norm is given.
+    """
+    attention = sum(a.projected / tensor * size + a.queries * block.width * size for a in block.attentions)
+    attention += sum(a.rotatable / tensor * (wide - size) for a in block.attentions if not a.fused)
+    given = block.mlp_tokens * block.width * (block.mlp.matrices - 1)
+    return attention + size * (block.mlp_tokens * block.mlp.hidden / tensor + given)
 
 
 def _crossing_again_bytes(block: BlockShape, size: int, tensor: int) -> float:

@@ -36,6 +36,7 @@ class DeviceSpec:
         latency_s: Of a transfer inside a host.
         network_latency_s: Of a transfer between hosts.
         efficiency: Share of the peak that large matrix products reach.
+        capability: The compute capability of NVIDIA's GPUs, by which kernels are chosen; None for other devices.
         cores: For CPUs, the cores that all devices share; None where each device computes alone.
         sources: Where each number is from, by the name of its attribute.
 
@@ -56,6 +57,7 @@ class DeviceSpec:
     latency_s: float = 5e-6
     network_latency_s: float = 15e-6
     efficiency: float = 0.6
+    capability: float | None = None
     cores: int | None = None
 
     def flops_per_s(self, dtype: str) -> float:
@@ -97,6 +99,7 @@ def _gpu(name: str, sheet: str, network: str, **numbers) -> DeviceSpec:
         **own,
         "network_bytes_per_s": network,
         "devices_per_host": network,
+        "capability": "NVIDIA CUDA C++ Programming Guide, compute capabilities",
         "usable": _RESERVE,
         "latency_s": _LATENCY,
         "network_latency_s": _LATENCY,
@@ -136,6 +139,7 @@ DEVICES: dict[str, DeviceSpec] = {
             "a100",
             "NVIDIA A100 80GB SXM data sheet (NVLink 600 GB/s counts both directions)",
             "DGX A100 user guide: eight 200 Gb/s adapters for eight GPUs",
+            capability=8.0,
             peak_flops=_nvidia(312, 156, 19.5),
             memory_bytes=80 * _GIGA,
             memory_bytes_per_s=2039 * _GIGA,
@@ -146,6 +150,7 @@ DEVICES: dict[str, DeviceSpec] = {
             "h100",
             "NVIDIA H100 SXM data sheet (NVLink 900 GB/s counts both directions)",
             "DGX H100 user guide: eight 400 Gb/s adapters for eight GPUs",
+            capability=9.0,
             peak_flops=_nvidia(989, 494.5, 67),
             memory_bytes=80 * _GIGA,
             memory_bytes_per_s=3350 * _GIGA,
@@ -156,6 +161,7 @@ DEVICES: dict[str, DeviceSpec] = {
             "h200",
             "NVIDIA H200 SXM data sheet (NVLink 900 GB/s counts both directions)",
             "DGX H200 user guide: eight 400 Gb/s adapters for eight GPUs",
+            capability=9.0,
             peak_flops=_nvidia(989, 494.5, 67),
             memory_bytes=141 * _GIGA,
             memory_bytes_per_s=4800 * _GIGA,
@@ -166,6 +172,7 @@ DEVICES: dict[str, DeviceSpec] = {
             "b200",
             "NVIDIA HGX B200 data sheet: 180 GB per GPU (NVLink 1.8 TB/s counts both directions)",
             "DGX B200 user guide: eight 400 Gb/s adapters for eight GPUs",
+            capability=10.0,
             peak_flops=_nvidia(2250, 1100, 40),
             memory_bytes=180 * _GIGA,
             memory_bytes_per_s=8000 * _GIGA,

@@ -11,7 +11,7 @@ form of the largest stage of each repeat. While a step runs there are
 
 The last two are the terms of `TickTable.bytes`. The weight gradients that a lane makes lie in memory of their own
 before they are added to the sums, and count as working memory; where lanes are conditionals (`ModelCosts.conditional`),
-what I leaves for W does too.
+so does what I leaves for W, of which only the larger counts: I is done when W begins.
 """
 
 from collections import Counter
@@ -131,16 +131,18 @@ def model_bytes(
     def largest(name: str, less: float) -> float:
         return largest_sum({kind: getattr(block, name)[remat] for kind, block in costs.blocks.items()}, less)
 
-    # [1] The input of a stage's first block rests in an activation slot, not among the residuals.
+    low = min(costs.dtype_bytes, costs.param_bytes)
+    # [1] The input of a stage's first block rests in an activation slot, not among the residuals. What I leaves for W
+    # has the gradient that arrives, and with "full" the input of each block.
     residual = largest("residual_bytes", costs.carry_bytes if remat != "full" else 0.0)
-    crossing = largest("weight_residual_bytes", costs.carry_bytes if remat == "full" else 0.0)
+    crossing = largest("weight_residual_bytes", 0.0 if remat == "full" else -costs.carry_bytes)
     working = costs.stage_working_bytes + largest("split_working_bytes" if split else "working_bytes", 0.0)
     made = largest_sum({kind: block.params for kind, block in costs.blocks.items()})
-    working += made * min(costs.dtype_bytes, costs.param_bytes)
-    if costs.conditional and split:
-        working += max(0.0, crossing)
+    made *= low
+    working += max(made, crossing) if costs.conditional and split else made
     stored = stored_params(costs, blocks)
-    ends = costs.ends_params / (blocks.devices if vocab_parallel else 1)
+    shares = blocks.devices if vocab_parallel else 1
+    ends, embed = costs.ends_params / shares, costs.embed_params / shares
     casts = gathers or costs.dtype_bytes < costs.param_bytes
     # [2] Devices that share the words take as many tokens more at once, so long as there are several chunks.
     head = costs.head_working_bytes * (min(1.0, costs.head_chunks / blocks.devices) if vocab_parallel else 1.0)
@@ -148,10 +150,10 @@ def model_bytes(
         carry=round(costs.carry_bytes),
         residual=round(max(0.0, residual)),
         backward=round(max(working, head)),
-        ends=round(ends * min(costs.dtype_bytes, costs.param_bytes)),
+        ends=round(ends * low + embed * (costs.param_bytes - low)),
         ends_gradient=round(ends * accumulator_bytes(costs)),
         stage_gradient=round(stored * accumulator_bytes(costs)),
-        casts=round(stored * min(costs.dtype_bytes, costs.param_bytes)) if casts else 0,
+        casts=round(stored * low) if casts else 0,
         weight_residual=round(max(0.0, crossing)) if split else 0,
     )
 

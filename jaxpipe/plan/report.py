@@ -53,6 +53,7 @@ def answer_numbers(answer: Answer, parts: Sequence[Part] = (), changes: Sequence
         "devices": problem.devices,
         "limit_bytes": problem.limit_bytes,
         "params": problem.shape.params,
+        "attention": problem.shape.attention,
         "batch": problem.batch,
         "options": answer.tried[0],
         "simulated": answer.tried[1],
@@ -159,7 +160,8 @@ def _head(problem: Problem, answer: Answer) -> str:
     return (
         f"model      {_count(shape.params)} parameters, {len(shape.kinds)} blocks, batch {tokens}, {shape.dtype}\n"
         f"devices    {problem.devices} x {problem.device.name}, {problem.limit_bytes / 1e9:.4g} GB each to plan with\n"
-        f"search     {answer.tried[0]:,} options, {answer.tried[1]:,} simulated"
+        + (f"attention  {shape.attention}\n" if shape.attention else "")
+        + f"search     {answer.tried[0]:,} options, {answer.tried[1]:,} simulated"
         + (f"; costs {answer.best.source}" if answer.best else "")
     )
 

@@ -22,7 +22,7 @@ class Attention:
         keys: Tokens that are asked.
         heads: H.
         head_dim: d.
-        fused: One kernel that keeps no scores.
+        fused: No array holds a score for each query and key.
         rotary: Queries and keys are rotated.
         shared: How many heads of queries share one of keys and values.
         qkv_bias: Whether the maps to queries, keys and values have a bias. None: as the block's other maps.
@@ -166,6 +166,7 @@ class ModelShape:
         tied: Whether the head uses the embedding's table.
         dtype: Of the computation.
         param_dtype: Of the parameters.
+        attention: Which attention is taken and why, in a few words.
         fields: What a measured profile must agree on, by name: the model's own options.
         logits_at_once: How many logits a device computes at once, in chunks of tokens; None: those of a microbatch.
     """
@@ -184,6 +185,7 @@ class ModelShape:
     param_dtype: str
     fields: Mapping[str, object]
     logits_at_once: int | None = None
+    attention: str = ""
 
     @property
     def dtype_bytes(self) -> int:

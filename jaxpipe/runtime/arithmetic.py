@@ -13,6 +13,10 @@ from jaxpipe.runtime.carry import join, part
 from jaxpipe.runtime.heads import head_gradients
 from jaxpipe.runtime.model import Tree
 
+KERNELS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+"""Products of the fused attention kernels, which take queries [B, T, H, d] and keys [B, S, K, d], each as large as that
+of the scores; the backward makes those again. Causal ones count whole, as elsewhere."""
+
 
 def dot_flops(function: Any, *args: Any) -> int:
     """Floating-point operations of all matrix products that a call makes; two per multiply-add.
@@ -37,6 +41,9 @@ def _eqn_flops(eqn: Any) -> int:
         (contracted, _), _ = eqn.params["dimension_numbers"]
         left = eqn.invars[0].aval.shape
         return 2 * eqn.outvars[0].aval.size * math.prod(left[dim] for dim in contracted)
+    if products := KERNELS.get(eqn.primitive.name):
+        queries, keys = (var.aval.shape for var in eqn.invars[:2])
+        return 2 * products * math.prod(queries) * keys[1]
     inner = [
         _flops(value.jaxpr if isinstance(value, ClosedJaxpr) else value)
         for entry in eqn.params.values()

@@ -1,6 +1,7 @@
 """From tick tables to one program: the loop that every device runs over its own column of the table.
 
-One `shard_map`, manual over `pipe`, `data` and `fsdp`; inside it one `lax.scan` per phase of the table. The tick:
+One `shard_map`, manual over `pipe`, `data` and `fsdp`, and over `tensor` where that is one device; inside it one
+`lax.scan` per phase of the table. The tick:
 
     rb = hop(dx)            [1] the last backward lane's gradient flies ...
     y  = F lane             ... while the forward lane computes
@@ -36,7 +37,7 @@ from jaxpipe.runtime.collect import gather, reduce
 from jaxpipe.runtime.device import Device
 from jaxpipe.runtime.ends import Ends, batch_weight
 from jaxpipe.runtime.lane import Skip
-from jaxpipe.runtime.mesh import BATCH, FSDP, MANUAL, PIPE, batch_shards, on_cpu
+from jaxpipe.runtime.mesh import BATCH, FSDP, MANUAL, PIPE, batch_shards, manual_axes, on_cpu
 from jaxpipe.runtime.model import Model, Tree
 from jaxpipe.runtime.relayout import Layout
 from jaxpipe.runtime.rest import Rest
@@ -137,7 +138,7 @@ class Program:
                 metrics=jax.tree.map(lambda s: rows if s.shape else everywhere, self.metrics),
                 gradient=jax.tree.map(lambda rest: rest.spec(MANUAL), rests) if self.trains else None,
             ),
-            axis_names=set(MANUAL),
+            axis_names=manual_axes(self.mesh),
             check_vma=False,
         )
         places = (jnp.arange(n, dtype=jnp.int32) for n in (self.mesh.shape[PIPE], batch_shards(self.mesh)))

@@ -53,11 +53,11 @@ class Ends:
         return self._map(lambda shape: shape, rows, self.shapes)
 
     @property
-    def moved(self) -> list:
-        """Shapes of those of `local` that are not already there, as they rest."""
+    def moved(self) -> list[tuple]:
+        """Shapes of those of `local` that are not already there, each with how it rests."""
         cut = self._map(lambda _: False, lambda _: True, self.shapes)
         leaves = zip(*map(jax.tree.leaves, (cut, self.rests, self.local)), strict=True)
-        return [held for is_cut, rest, held in leaves if not is_cut or rest.pipe != 0 or rest.fsdp is not None]
+        return [(held, rest) for is_cut, rest, held in leaves if not is_cut or rest.pipe != 0 or rest.fsdp is not None]
 
     @property
     def vocab_size(self) -> int:

@@ -21,7 +21,7 @@ AXES = (PIPE, DATA, FSDP, TENSOR)
 BATCH = (DATA, FSDP)
 """The axes that share the batch: row groups are numbered over them, `data` first."""
 MANUAL = (PIPE, DATA, FSDP)
-"""The axes that the compiled loop handles itself; `tensor` is left to the compiler."""
+"""The axes that the compiled loop handles itself; `tensor` is left to the compiler where it has several devices."""
 
 
 def make_mesh(pipe: int = 1, data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices=None) -> Mesh:
@@ -62,6 +62,15 @@ def check_axes(mesh: Mesh) -> None:
     for axis in MANUAL:
         if axis not in mesh.shape:
             raise ConfigError(f"mesh axes={tuple(mesh.shape)} must hold {axis!r}; try jaxpipe.make_mesh(pipe=…)")
+
+
+def manual_axes(mesh: Mesh) -> set[str]:
+    """The axes over which a loop's `shard_map` is manual: `MANUAL`, and all others of one device.
+
+    An axis of one device would do no harm if it were left to the compiler, but some operations, cuDNN's attention among
+    them, cannot be traced at all in a `shard_map` that is manual over a part of the mesh.
+    """
+    return {axis for axis, size in mesh.shape.items() if axis in MANUAL or size == 1}
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -273,8 +273,12 @@ class Pipeline:
             random: Whether there will be a key.
             metrics: Whether the head's metrics are wanted.
         """
-        model, mb = self.model, self._microbatch(batch)
-        params, key = shapes_of(params), jax.eval_shape(lambda: jax.random.key(0))
+        # What is traced here may depend on the kind of device, as in the loop: attention does.
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            return self._program(shapes_of(params), self._microbatch(batch), table or self.table, random, metrics)
+
+    def _program(self, params: Tree, mb: Tree, table: TickTable, random: bool, metrics: bool) -> Program:
+        model, key = self.model, jax.eval_shape(lambda: jax.random.key(0))
         check_params(params)
         carry = jax.eval_shape(lambda p, mb: model.embed.apply(p, mb, None), params["embed"], mb)
         context = Context(mb, key if random else None, jax.ShapeDtypeStruct((), jnp.int32))
@@ -288,7 +292,7 @@ class Pipeline:
         skip = "mask" if self.idle == "mask" else skip_of(self.mesh, stages)
         return Program(
             model=model,
-            table=table or self.table,
+            table=table,
             layout=self.layout,
             mesh=self.mesh,
             stages=stages,

@@ -26,12 +26,17 @@ PRODUCTS = frozenset(
         "ffi_call",
         "dot_product_attention_fwd",
         "dot_product_attention_fwd_wrapper",
+        "dot_product_attention_bwd",
+        "dot_product_attention_bwd_wrapper",
+        "name",
     }
 )
-"""Primitives whose outputs ``remat="none"`` keeps: matrix products and opaque kernels that may hold them."""
+"""Primitives whose outputs ``remat="none"`` keeps: matrix products, opaque kernels that may hold them, and what a model
+marks with `jax.ad_checkpoint.checkpoint_name`."""
 
 INLINED = ("pjit", "jit", "closed_call", "remat2", "checkpoint", "custom_jvp_call")
-OPAQUE = PRODUCTS | {"scan", "while", "cond"}
+OPAQUE = PRODUCTS | {"scan", "while", "cond", "shard_map"}
+OPAQUE |= {"dot_product_attention_bwd", "dot_product_attention_bwd_wrapper"}
 """What is never run twice: its outputs cross from I to W."""
 
 

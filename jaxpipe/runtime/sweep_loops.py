@@ -21,7 +21,7 @@ from jaxpipe.runtime.compile import Program
 from jaxpipe.runtime.device import Device
 from jaxpipe.runtime.ends import Ends, accumulator_dtype
 from jaxpipe.runtime.lane import skip_of
-from jaxpipe.runtime.mesh import BATCH, MANUAL, PIPE, batch_shards, on_cpu
+from jaxpipe.runtime.mesh import BATCH, MANUAL, PIPE, batch_shards, manual_axes, on_cpu
 from jaxpipe.runtime.model import Block, Embed, HeadLoss, Model, Tree
 from jaxpipe.runtime.relayout import Layout
 from jaxpipe.runtime.stage import Context, Remat
@@ -295,7 +295,7 @@ class Loops:
             mesh=mesh,
             in_specs=(PartitionSpec(PIPE), rows, *specs),
             out_specs=out_specs,
-            axis_names=set(MANUAL),
+            axis_names=manual_axes(mesh),
             check_vma=False,
         )
         return mapped(*places, *values)

@@ -86,11 +86,9 @@ class _Retyping:
             return None
         eqn = self.eqns[number]
         name, dtype = eqn.primitive.name, wide_dtype(var.aval.dtype)
-        if name == "convert_element_type" and getattr(eqn.invars[0], "aval", None) is not None:
-            source = eqn.invars[0]
-            if source.aval.dtype == dtype and isinstance(source, Var):
-                return source
-            return None
+        if name == "convert_element_type":
+            source: Any = eqn.invars[0]
+            return source if isinstance(source, Var) and source.aval.dtype == dtype else None
         if name in PRODUCTS:
             invars = [self._converted(number, v, dtype) for v in eqn.invars] if self.convert else eqn.invars
             return self._replace(number, var, invars, eqn.params | {"preferred_element_type": jnp.dtype(dtype)})

@@ -6,8 +6,10 @@ What is cheap to get wrong is looked at first; nothing is compiled and no weight
 from dataclasses import dataclass
 
 import jax
+from jax.sharding import Mesh
 
 from jaxpipe.errors import ScheduleError
+from jaxpipe.models.attention_choice import capability_of
 from jaxpipe.plan import Plan
 from jaxpipe.runtime.mesh import make_mesh, on_cpu, simulate_devices
 from jaxpipe.runtime.model import Model
@@ -33,6 +35,7 @@ class Assembly:
         train: Training batches by index.
         val: Validation batches by index.
         plan: What a step is predicted to take; None where nothing can be predicted.
+        attention: Which attention the config's GPT takes and why; empty for another model.
     """
 
     config: Config
@@ -40,6 +43,7 @@ class Assembly:
     train: Batches
     val: Batches
     plan: Plan | None = None
+    attention: str = ""
 
     @property
     def on_cpu(self) -> bool:
@@ -76,6 +80,7 @@ class Assembly:
             f"schedule   {config.schedule.name}, repeats={config.schedule.repeats}, "
             f"microbatches={config.schedule.microbatches}{layout}, {pipe.table.packing} packing, "
             f"{pipe.table.ticks} ticks",
+            *([f"attention  {self.attention}"] if self.attention else []),
             f"data       {tokens[0]:,} {config.data.unit}s to train on, {tokens[1]:,} to validate on",
         ]
         return "\n".join(lines + [f"warning    {warning}" for warning in _warnings(config)])
@@ -108,7 +113,7 @@ def assemble(config: Config, model: Model | None = None) -> Assembly:
     """
     if model is not None:
         refuse_open(config)
-    schedule = _schedule(config)
+    schedule = schedule_of(config)
     if schedule.phases <= {"F"}:
         raise ScheduleError(
             f"schedule.name={config.schedule.name!r} must have a backward to train with; try 'interleaved_1f1b'"
@@ -116,12 +121,39 @@ def assemble(config: Config, model: Model | None = None) -> Assembly:
     if config.mesh.simulate and not jax.distributed.is_initialized():
         simulate_devices(config.mesh.simulate)
     found = resolved(config) if model is None else Resolved(config, None)
-    config, schedule = found.config, schedule if found.config is config else _schedule(found.config)
+    config, schedule = found.config, schedule if found.config is config else schedule_of(found.config)
     sizes = config.mesh
     mesh = make_mesh(pipe=sizes.pipe, data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor)
     check_mesh(mesh)
-    model = gpt_model(config.model) if model is None else model
-    pipe = Pipeline(
+    attention = ""
+    if model is None:
+        capability = capability_of(mesh.devices.flat[0])
+        attention = str(config.model.attention_for(config.train.seq_len, capability))
+        model = gpt_model(config.model)
+    pipe = pipeline(config, model, schedule, mesh)
+    vocab_size = config.model.vocab_size
+    corpus = open_corpus(config.data, vocab_size=vocab_size)
+    shape = {"batch_size": config.train.batch_size, "seq_len": config.train.seq_len, "vocab_size": vocab_size}
+    return Assembly(
+        config=config,
+        pipe=pipe,
+        train=Batches(corpus.train, seed=config.train.seed, **shape),
+        val=Batches(corpus.val, seed=0, **shape),
+        plan=found.plan,
+        attention=attention,
+    )
+
+
+def pipeline(config: Config, model: Model, schedule: Schedule, mesh: Mesh) -> Pipeline:
+    """The pipeline of a config in which nothing is open.
+
+    Args:
+        config: The run.
+        model: Its model.
+        schedule: Its schedule.
+        mesh: Devices in its sizes, present or not.
+    """
+    return Pipeline(
         model,
         schedule=schedule,
         mesh=mesh,
@@ -133,21 +165,11 @@ def assemble(config: Config, model: Model | None = None) -> Assembly:
         packing=config.schedule.packing,
         memory=config.schedule.memory,
         second_stream=config.gpu.second_stream,
-        shard=sizes.shard,
-    )
-    vocab_size = config.model.vocab_size
-    corpus = open_corpus(config.data, vocab_size=vocab_size)
-    shape = {"batch_size": config.train.batch_size, "seq_len": config.train.seq_len, "vocab_size": vocab_size}
-    return Assembly(
-        config=config,
-        pipe=pipe,
-        train=Batches(corpus.train, seed=config.train.seed, **shape),
-        val=Batches(corpus.val, seed=0, **shape),
-        plan=found.plan,
+        shard=config.mesh.shard,
     )
 
 
-def _schedule(config: Config) -> Schedule:
+def schedule_of(config: Config) -> Schedule:
     """The schedule of a config; before the planner has chosen one, any of its size."""
     return build(
         config.schedule.name,

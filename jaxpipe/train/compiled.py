@@ -1,34 +1,38 @@
 """Costs as XLA sees them: operations, bytes and temporaries of one block.
 
-Nothing is run. Operations and bytes are of the program for the present devices, temporaries of the one for the devices
-that are meant, where XLA can compile for those (`jaxpipe.train.targets`). Times are the operations at the device's
-speed, or the bytes at its memory's if that is longer.
+Nothing is run. Lanes are traced and compiled for the device that is meant, where XLA can compile for it
+(`jaxpipe.train.targets`), else for the present one. Operations are those of the matrix products in the trace, bytes
+what the compiled program reads and writes. Times are the operations at the device's speed, or the bytes at its
+memory's if that is longer.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Sharding
+from jax.sharding import Mesh
 
+from jaxpipe.errors import ConfigError
 from jaxpipe.plan import BlockCost, DeviceSpec, LaneTimes, ModelCosts
 from jaxpipe.plan.cost import Remat
+from jaxpipe.runtime.arithmetic import dot_flops
 from jaxpipe.runtime.carry import join, part
 from jaxpipe.runtime.ends import accumulator_dtype
-from jaxpipe.runtime.heads import HeadGradients, head_gradients
+from jaxpipe.runtime.heads import HeadGradients, head_gradients, head_sums
+from jaxpipe.runtime.mesh import make_mesh, on_cpu
 from jaxpipe.runtime.model import VocabHead
-from jaxpipe.runtime.sizes import memory_of, tree_bytes
+from jaxpipe.runtime.sizes import Share, memory_of, tree_bytes
 from jaxpipe.runtime.stage import Stage
+from jaxpipe.runtime.traffic import accessed_bytes
 from jaxpipe.runtime.tree import get_path
 from jaxpipe.train.config import Config
 from jaxpipe.train.parts import Parts, parts_of
 
 
 def compiled_costs(
-    config: Config, device: DeviceSpec, rows: int, remats: tuple[Remat, ...], place: Sharding | None = None
+    config: Config, device: DeviceSpec, rows: int, remats: tuple[Remat, ...], mesh: Mesh | None = None
 ) -> ModelCosts:
     """The costs of a run's model for microbatches of `rows` rows on one device.
 
@@ -37,26 +41,31 @@ def compiled_costs(
         device: Whose speed counts.
         rows: Rows of a microbatch.
         remats: What forwards may keep.
-        place: Where temporaries are counted, see `jaxpipe.train.targets.place_of`; by default the present devices.
-    """
-    parts = parts_of(config, rows, remats)
+        mesh: The device that is compiled for, see `jaxpipe.train.targets.mesh_of`; by default the present one.
 
-    def seconds(lane: Callable, shapes: tuple) -> float:
-        analysis: Any = jax.jit(lane).lower(*shapes).compile().cost_analysis()
-        found = analysis[0] if isinstance(analysis, list) else analysis
-        operations, moved = found.get("flops", 0.0), found.get("bytes accessed", 0.0)
-        dtype = config.model.dtype
-        return max(operations / device.flops_per_s(dtype), moved / device.traffic_bytes_per_s)
+    Raises:
+        ConfigError: The model asks for a kernel that this device does not have.
+    """
+    mesh = make_mesh(pipe=1) if mesh is None else mesh
+    if config.model.attention == "cudnn" and on_cpu(mesh):
+        raise ConfigError(
+            f"model.attention='cudnn' cannot be compiled for device={device.name!r}, only for NVIDIA GPUs; try "
+            "model.attention='auto'"
+        )
+    parts = parts_of(config, rows, remats, mesh=mesh).traced()
+
+    def seconds(lane: Callable, shapes: tuple, adds: bool = False) -> float:
+        operations = dot_flops(parts.share.body(lane), *shapes)
+        moved = accessed_bytes(parts.share.compiled(lane, shapes, adds=adds).as_text())
+        return max(operations / device.flops_per_s(config.model.dtype), moved / device.traffic_bytes_per_s)
 
     times: dict[tuple[str, Remat], LaneTimes] = {
         (kind, remat): LaneTimes(*(seconds(*lane) for lane in lanes(parts.stages[kind, remat, 1]).values()))
         for kind in parts.kinds
         for remat in remats
     }
-    forward, backward, head = (seconds(*lane) for lane in end_lanes(_whole_logits(parts)).values())
-    return assemble_costs(
-        config, parts, remats, times, (forward, backward, head), source="compiled", device=device, place=place
-    )
+    forward, backward, head = (seconds(*lane, adds=name == "head") for name, lane in end_lanes(parts).items())
+    return assemble_costs(config, parts, remats, times, (forward, backward, head), source="compiled", device=device)
 
 
 def lanes(stage: Stage) -> dict[str, tuple[Callable, tuple]]:
@@ -76,22 +85,16 @@ def _head_chunks(parts: Parts) -> int:
     return head.chunks(jax.eval_shape(head.targets, parts.mb)[0].size, get_path(parts.head, head.kernel).shape[0])
 
 
-def _whole_logits(parts: Parts) -> Parts:
-    """The same with a head that has no loop over chunks of tokens, of which XLA would count one."""
-    head = parts.model.head_loss
-    if not isinstance(head, VocabHead):
-        return parts
-    tokens = jax.eval_shape(head.targets, parts.mb)[0].size
-    return replace(parts, model=replace(parts.model, head_loss=replace(head, chunk=tokens)))
-
-
 def end_lanes(parts: Parts) -> dict[str, tuple[Callable, tuple]]:
-    """Embedding, its gradient, and the head with both of its, with the shapes of their arguments."""
+    """Embedding, its gradient, and the head with both of its, with the shapes of their arguments.
+
+    The head's first argument is the sum that the gradient of its parameters is added to.
+    """
     gradient = part(parts.carry)[0]
     return {
         "embed": (lambda p, mb: parts.model.embed.apply(p, mb, None), (parts.embed, parts.mb)),
         "embed gradient": (partial(embed_gradient, parts), (parts.embed, parts.mb, gradient)),
-        "head": (partial(head, parts), (parts.head, parts.carry, parts.mb)),
+        "head": (partial(_head_added, parts), (head_sums(parts.head), parts.head, parts.carry, parts.mb)),
     }
 
 
@@ -109,6 +112,10 @@ def head(parts: Parts, params: Any, carry: Any, mb: Any, sums: Any = None) -> He
     return head_gradients(parts.model.head_loss, params, floating, joined, mb, None, seed, sums)
 
 
+def _head_added(parts: Parts, sums: Any, params: Any, carry: Any, mb: Any) -> HeadGradients:
+    return head(parts, params, carry, mb, sums)
+
+
 def assemble_costs(
     config: Config,
     parts: Parts,
@@ -118,32 +125,32 @@ def assemble_costs(
     *,
     source: Any,
     device: DeviceSpec,
-    place: Sharding | None = None,
 ) -> ModelCosts:
     """Costs from given times; bytes are what the lanes keep and what XLA allots for them.
 
     Args:
         config: The run.
-        parts: Of its model.
+        parts: Of its model, traced.
         remats: What forwards may keep.
         times: By kind and remat.
         ends: Seconds of embedding, its gradient and the head.
         source: Where the times are from.
         device: What computes.
-        place: Where temporaries are counted.
     """
+    conditional = device.cores is None
     blocks, base = {}, 0.0
     for kind in parts.kinds:
         whole, split = {}, {}
         for remat in remats:
-            one, two = (working(parts.stages[kind, remat, count], place) for count in (1, 2))
+            one, two = (working(parts.share, parts.stages[kind, remat, count], conditional) for count in (1, 2))
             whole[remat], split[remat] = max(0, two[0] - one[0]), max(0, two[1] - one[1])
             base = max(base, one[0] - whole[remat])
         keeps: dict[Remat, float] = dict.fromkeys(remats, 0.0)
         crossing: dict[Remat, float] = {}
         for remat in remats:
             stage = parts.stages[kind, remat, 1]
-            crossing[remat] = tree_bytes(stage.weight_residuals) + (parts.carry_bytes if remat == "full" else 0)
+            # The gradient that arrives counts once per stage. With "full" inputs of blocks cross too, but the first's.
+            crossing[remat] = tree_bytes(stage.weight_residuals) - (parts.carry_bytes if remat != "full" else 0)
             if remat != "full":
                 keeps[remat] = tree_bytes(stage.residuals) + parts.carry_bytes
         blocks[kind] = BlockCost(
@@ -155,7 +162,10 @@ def assemble_costs(
             params=parts.params[kind],
         )
     (lane, shapes) = end_lanes(parts)["head"]
-    ends_params = sum(leaf.size for leaf in jax.tree.leaves((parts.embed, parts.head)))
+    allotted = memory_of(parts.share.compiled(lane, shapes, adds=True))
+    head_bytes = allotted.temp_size_in_bytes + allotted.output_size_in_bytes - allotted.alias_size_in_bytes
+    embed_params = sum(leaf.size for leaf in jax.tree.leaves(parts.embed))
+    ends_params = embed_params + sum(leaf.size for leaf in jax.tree.leaves(parts.head))
     if config.model.tied:
         ends_params -= config.model.vocab_size * config.model.d_model
     leaves = jax.tree.leaves(parts.carry)
@@ -169,22 +179,23 @@ def assemble_costs(
         head_s=ends[2],
         carry_bytes=parts.carry_bytes,
         ends_params=ends_params,
-        head_working_bytes=_temporaries(lane, shapes, place),
+        head_working_bytes=head_bytes,
         head_chunks=_head_chunks(parts),
         stage_working_bytes=base,
         dtype_bytes=leaves[0].dtype.itemsize,
         param_bytes=jax.dtypes.canonicalize_dtype(config.model.param_dtype).itemsize,
-        conditional=device.cores is None,
+        conditional=conditional,
+        embed_params=embed_params,
     )
 
 
-def working(stage: Stage, place: Sharding | None = None) -> tuple[int, int]:
-    """Temporaries of a stage's backward, whole and split."""
+def working(share: Share, stage: Stage, conditional: bool) -> tuple[int, int]:
+    """Temporaries of a stage's backward, whole and split, beside what it gives back: see `BlockCost`."""
     found = lanes(stage)
-    whole, inputs, weights = (_temporaries(*found[name], place) for name in ("backward", "input", "weight"))
-    return whole, max(inputs, weights)
-
-
-def _temporaries(lane: Callable, shapes: tuple, place: Sharding | None) -> int:
-    placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
-    return memory_of(jax.jit(lane).lower(*placed).compile()).temp_size_in_bytes
+    whole, inputs, weights = (
+        memory_of(share.compiled(*found[name])).temp_size_in_bytes for name in ("backward", "input", "weight")
+    )
+    if not conditional:
+        return whole, max(inputs, weights)
+    left, made = tree_bytes(stage.weight_residuals), tree_bytes(stage.params["blocks"])
+    return whole, max(inputs + left, weights + made) - max(left, made)

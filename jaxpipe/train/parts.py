@@ -9,12 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxpipe.plan.cost import REMATS, Remat
 from jaxpipe.runtime.mesh import make_mesh
 from jaxpipe.runtime.model import Model
 from jaxpipe.runtime.pipeline import Pipeline
-from jaxpipe.runtime.sizes import tree_bytes
+from jaxpipe.runtime.sizes import Share, tree_bytes
 from jaxpipe.runtime.stage import Stage
 from jaxpipe.schedule import build
 from jaxpipe.train.config import Config
@@ -27,6 +28,7 @@ class Parts:
 
     Attributes:
         model: The model.
+        share: The device that they are for.
         rows: Rows of a microbatch.
         stages: By kind, remat and number of blocks, a stage of so many blocks.
         embed: Shapes of the embedding's parameters.
@@ -37,6 +39,7 @@ class Parts:
     """
 
     model: Model
+    share: Share
     rows: int
     stages: dict[tuple[str, Remat, int], Stage]
     embed: Any
@@ -50,13 +53,20 @@ class Parts:
         """The kinds of block."""
         return list(self.params)
 
+    def traced(self) -> "Parts":
+        """The same, with what stages keep traced for the device that is meant; they cannot run in another mesh then."""
+        self.share.trace([*self.stages.values()])
+        return self
+
     @property
     def carry_bytes(self) -> int:
         """Bytes that hop."""
         return tree_bytes(self.carry)
 
 
-def parts_of(config: Config, rows: int, remats: tuple[Remat, ...] = REMATS, deepest: int = 2) -> Parts:
+def parts_of(
+    config: Config, rows: int, remats: tuple[Remat, ...] = REMATS, deepest: int = 2, mesh: Mesh | None = None
+) -> Parts:
     """The parts of a run's model.
 
     Args:
@@ -64,7 +74,9 @@ def parts_of(config: Config, rows: int, remats: tuple[Remat, ...] = REMATS, deep
         rows: Rows of a microbatch.
         remats: What forwards keep.
         deepest: Stages of 1, 2, … so many blocks are made.
+        mesh: One device of the kind that is meant, which need not be there. None: the present one.
     """
+    mesh = make_mesh(pipe=1) if mesh is None else mesh
     model, shape = gpt_model(config.model), (rows, config.train.seq_len)
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("tokens", "targets")}
     first = {block.kind: block for block in reversed(model.blocks)}
@@ -73,17 +85,19 @@ def parts_of(config: Config, rows: int, remats: tuple[Remat, ...] = REMATS, deep
     for kind, block in first.items():
         for remat in remats:
             for count in range(1, deepest + 1):
-                program = _program(replace(model, blocks=[block] * count), batch, remat)
+                program = _program(replace(model, blocks=[block] * count), batch, remat, mesh)
                 stages[kind, remat, count] = program.stages.stage
     assert program is not None
     params = {kind: _size(stages[kind, remats[0], 1].params["blocks"]) for kind in first}
     ends = program.ends
     shapes = jax.eval_shape(ends.head, dict(ends.shapes))
-    return Parts(model, rows, stages, ends.shapes["embed"], shapes, program.stages.stage.carry, batch, params)
+    return Parts(
+        model, Share.of(mesh), rows, stages, ends.shapes["embed"], shapes, program.stages.stage.carry, batch, params
+    )
 
 
-def _program(model: Model, batch: Any, remat: Remat):
-    pipe = Pipeline(model, schedule=build("1f1b", devices=1, microbatches=1), mesh=make_mesh(pipe=1), remat=remat)
+def _program(model: Model, batch: Any, remat: Remat, mesh: Mesh):
+    pipe = Pipeline(model, schedule=build("1f1b", devices=1, microbatches=1), mesh=mesh, remat=remat)
     params = jax.eval_shape(pipe.init, jax.eval_shape(lambda: jax.random.key(0)), batch)
     return pipe.program(params, batch)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxpipe.errors import ConfigError, PartitionError
+from jaxpipe.models.attention_choice import choose
 from jaxpipe.models.encdec_config import EncDecConfig
 from jaxpipe.models.encdec_config import num_params as encdec_params
 from jaxpipe.models.gpt_config import GPTConfig
@@ -36,12 +37,13 @@ Costing = Callable[[int, int], ModelCosts]
 """``(rows, tensor) -> costs``."""
 
 
-def gpt_shape(cfg: GPTConfig, seq_len: int) -> ModelShape:
+def gpt_shape(cfg: GPTConfig, seq_len: int, capability: float | None = None) -> ModelShape:
     """A GPT as the planner sees it.
 
     Args:
         cfg: The model.
         seq_len: T.
+        capability: Of the devices, see `DeviceSpec`.
 
     Example:
         >>> from jaxpipe.models.gpt import PRESETS, num_params
@@ -49,12 +51,13 @@ def gpt_shape(cfg: GPTConfig, seq_len: int) -> ModelShape:
         True
     """
     norm = 1 + cfg.bias if cfg.norm == "layernorm" else 1
+    chosen = cfg.attention_for(seq_len, capability)
     attention = Attention(
         queries=seq_len,
         keys=seq_len,
         heads=cfg.num_heads,
         head_dim=cfg.head_dim,
-        fused=cfg.attention == "cudnn",
+        fused=chosen.name != "xla",
         rotary=cfg.positions == "rotary",
         shared=cfg.num_heads // cfg.kv_heads,
         qkv_bias=cfg.qkv_bias,
@@ -94,16 +97,18 @@ def gpt_shape(cfg: GPTConfig, seq_len: int) -> ModelShape:
         param_dtype=cfg.param_dtype,
         fields={"seq_len": seq_len, **dataclasses.asdict(cfg)},
         logits_at_once=LOGITS_AT_ONCE,
+        attention=str(chosen),
     )
 
 
-def encdec_shape(cfg: EncDecConfig, source_len: int, target_len: int) -> ModelShape:
+def encdec_shape(cfg: EncDecConfig, source_len: int, target_len: int, capability: float | None = None) -> ModelShape:
     """An encoder-decoder as the planner sees it. Both streams hop, so every carry holds both.
 
     Args:
         cfg: The model.
         source_len: Tokens of the encoder's side.
         target_len: Tokens of the decoder's side.
+        capability: Of the devices, see `DeviceSpec`.
 
     Example:
         >>> from jaxpipe.models.encdec import PRESETS, num_params
@@ -114,14 +119,22 @@ def encdec_shape(cfg: EncDecConfig, source_len: int, target_len: int) -> ModelSh
     mlp = Mlp(hidden=cfg.d_ff, gated=cfg.mlp == "gated-gelu")
     rotary = cfg.positions == "rotary"
 
-    def attention(queries: int, keys: int, rotary: bool) -> Attention:
-        return Attention(queries, keys, cfg.num_heads, cfg.head_dim, rotary=rotary)
+    def attention(queries: int, keys: int, own: bool) -> Attention:
+        chosen = choose(
+            cfg.attention,
+            capability=capability,
+            dtype=cfg.dtype,
+            head_dim=cfg.head_dim,
+            queries=queries,
+            keys=keys,
+            biased=own and cfg.positions == "relative",
+        )
+        fused = chosen.name != "xla"
+        return Attention(queries, keys, cfg.num_heads, cfg.head_dim, fused=fused, rotary=own and rotary)
 
     common: dict[str, Any] = {"width": cfg.d_model, "mlp": mlp, "bias": False, "norm_params": 1}
-    encoder = BlockShape(
-        "encoder", tokens=source_len, attentions=(attention(source_len, source_len, rotary),), **common
-    )
-    both = (attention(target_len, target_len, rotary), attention(target_len, source_len, False))
+    encoder = BlockShape("encoder", tokens=source_len, attentions=(attention(source_len, source_len, True),), **common)
+    both = (attention(target_len, target_len, True), attention(target_len, source_len, False))
     decoder = BlockShape("decoder", tokens=target_len, attentions=both, **common)
     whole = encdec_params(cfg) - cfg.num_encoder_layers * encoder.params - cfg.num_decoder_layers * decoder.params
     head = cfg.d_model + (0 if cfg.tied else cfg.vocab_size * cfg.d_model)
@@ -167,7 +180,7 @@ def ask(
         space: What may be chosen; by default everything.
         costs: By default those by formula.
     """
-    shape = gpt_shape(config.model, config.train.seq_len)
+    shape = gpt_shape(config.model, config.train.seq_len, device.capability)
     space = space or Space()
     if config.schedule.scan_blocks:
         space = replace(space, schedules=[name for name in space.schedules if name not in SPLIT])

@@ -79,7 +79,8 @@ def profile(
             beside = sum(vars(times[kind, remat]).values())
             alone = min(max(1.0, beside / sum(vars(one).values())), float(len(together)))
             note(f"{kind:8} rows={count} remat={remat:4}  alone {alone:.2f} times as fast as beside others")
-        found = assemble_costs(config, parts, remats, times, ends, source="measured", device=device)
+        own = parts_of(config, count, remats).traced()
+        found = assemble_costs(config, own, remats, times, ends, source="measured", device=device)
         costs[count] = replace(found, alone=alone)
     hops = tuple((float(size), _hop_s(devices, size, rounds)) for size in HOP_BYTES) if len(devices) > 1 else ()
     for size, seconds in hops:

@@ -41,7 +41,19 @@ def init_state(pipe, tx: optax.GradientTransformation, key, batch) -> TrainState
     return TrainState(step, params, tx.init(params))
 
 
-def make_train_step(
+def make_train_step(pipe, tx: optax.GradientTransformation, state, batch, *args: Any, **options: Any) -> Callable:
+    """Compiles what `lower_train_step` traces, from the same arguments.
+
+    Raises:
+        PartitionError: Annotations of the model over `tensor` that would hang, see `jaxpipe.runtime.meeting`.
+    """
+    step = lower_train_step(pipe, tx, state, batch, *args, **options).compile()
+    if pipe.mesh.shape.get(TENSOR, 1) > 1:
+        check_meetings(step.as_text() or "")
+    return step
+
+
+def lower_train_step(
     pipe,
     tx: optax.GradientTransformation,
     state,
@@ -50,24 +62,22 @@ def make_train_step(
     key,
     loss_scale: float = 1.0,
     skip_nonfinite: bool = False,
-) -> Callable:
-    """Compiles ``(state, batch) -> (state, metrics)``; the state passed in is donated, its successor rests alike.
+) -> jax.stages.Lowered:
+    """Traces ``(state, batch) -> (state, metrics)``; the state passed in is donated, its successor rests alike.
 
     Args:
         pipe: A `Pipeline`.
         tx: From ``pipe.optimizer``.
-        state: From `init_state`; only its shapes and shardings count.
+        state: From `init_state`, or its shapes with their shardings.
         batch: A batch on the devices; likewise.
         rate: Learning rate by step, for the metrics only; None leaves ``lr`` out.
         key: Where dropout keys come from, folded with the step; None means no dropout.
         loss_scale: See `Pipeline.value_and_grad`; metrics do not show it.
         skip_nonfinite: Where loss or gradient are not finite, keep parameters and optimizer as they are.
 
-    Raises:
-        PartitionError: Annotations of the model over `tensor` that would hang, see `jaxpipe.runtime.meeting`.
-
     Returns:
-        The step. Its metrics are scalars on the device: ``loss``, ``grad_norm`` before clipping, and ``lr``.
+        The step, yet to be compiled. Its metrics are scalars on the device: ``loss``, ``grad_norm`` before clipping,
+        and ``lr``.
     """
 
     def train_step(state: TrainState, batch):
@@ -85,10 +95,7 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     rest_alike = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step = jax.jit(train_step, donate_argnums=0, out_shardings=(rest_alike, None)).lower(state, batch).compile()
-    if pipe.mesh.shape.get(TENSOR, 1) > 1:
-        check_meetings(step.as_text() or "")
-    return step
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(rest_alike, None)).lower(state, batch)
 
 
 def make_eval_step(pipe, params, batch) -> Callable:

@@ -3,10 +3,12 @@
 import importlib.util
 from typing import Any
 
-from jax.sharding import SingleDeviceSharding
+import jax
+from jax.sharding import Mesh
 
 from jaxpipe.errors import ConfigError
-from jaxpipe.plan import DeviceSpec
+from jaxpipe.plan import DeviceSpec, find_device
+from jaxpipe.runtime.mesh import make_mesh
 
 H100 = """
 gpu_device_info {
@@ -49,8 +51,20 @@ def h100_devices(count: int) -> list[Any]:
     ).devices
 
 
-def place_of(device: DeviceSpec) -> SingleDeviceSharding | None:
-    """Where a program for a device is compiled: an H100 if that is meant and can be, else the present device (None)."""
-    if device.name != "h100" or not can_compile_for_h100():
-        return None
-    return SingleDeviceSharding(h100_devices(1)[0])
+def mesh_of(device: DeviceSpec) -> Mesh:
+    """One device to compile for, of the kind that is meant: a present one, or an H100 that is not.
+
+    Raises:
+        ConfigError: There is none here, and XLA does not know it.
+    """
+    if device.name == "h100" and can_compile_for_h100():
+        return make_mesh(pipe=1, devices=h100_devices(1))
+    if device.cores is not None:
+        return make_mesh(pipe=1, devices=jax.devices("cpu"))
+    first = jax.devices()[0]
+    if first.platform == "cpu" or find_device(first.device_kind).name != device.name:
+        raise ConfigError(
+            f"--costs compiled cannot compile for {device.name!r}: here is {first.device_kind!r}, and beside it XLA "
+            "knows h100 only (extra gpu-aot); try --device h100, or costs by formula (leave --costs out)"
+        )
+    return make_mesh(pipe=1)

@@ -254,7 +254,10 @@ def test_learned_positions_end_and_rotary_ones_do_not(random_gpt):
             {"rotary_high_freq_factor": 1.0},
             "rotary_high_freq_factor=1.0 must exceed rotary_low_freq_factor=1.0; try 4.0",
         ),
-        ({"attention": "cudnn"}, "dtype='float32' must be 'bfloat16' for attention='cudnn'; try attention='xla'"),
+        (
+            {"attention": "cudnn"},
+            "dtype='float32' must be 'bfloat16' or 'float16' for attention='cudnn'; try attention='auto'",
+        ),
     ],
 )
 def test_a_wrong_config_says_the_rule_the_value_and_a_choice(wrong, message):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxpipe.models.blockwise import by_distance
 from jaxpipe.models.relative import RelativeBias, relative_buckets
 
 
@@ -58,11 +59,11 @@ def test_the_bias_of_a_pair_is_the_table_entry_of_its_distance(bidirectional, nu
     expected = [
         [[table[bucket(s - t, bidirectional, 8, 9), head] for s in range(num)] for t in range(num)] for head in range(3)
     ]
-    np.testing.assert_array_equal(module(num), np.array(expected)[None])
+    np.testing.assert_array_equal(by_distance(module(), num, num), np.array(expected)[None])
 
 
 def test_the_gradient_of_the_table_counts_the_pairs_of_a_bucket():
     graphdef, state = nnx.split(make_bias(1, bidirectional=True))
-    grad = jax.tree.leaves(jax.grad(lambda state: nnx.merge(graphdef, state)(7).sum())(state))[0]
+    grad = jax.tree.leaves(jax.grad(lambda state: by_distance(nnx.merge(graphdef, state)(), 7, 7).sum())(state))[0]
     pairs = [bucket(s - t, True, 8, 9) for t in range(7) for s in range(7)]
     np.testing.assert_allclose(grad[:, 0], np.bincount(pairs, minlength=8))

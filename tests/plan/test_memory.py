@@ -46,8 +46,10 @@ def test_what_lanes_make_counts_and_gradients_lend_their_room(split, repeats):
         return model_bytes(replace(costs, conditional=conditional), blocks, "none", split=split, gathers=False)
 
     branch, loop = sizes(True), sizes(False)
-    assert branch.backward - loop.backward == pytest.approx(branch.weight_residual, abs=2)
-    assert loop.backward >= 8 // stages * costs.blocks["block"].params * costs.dtype_bytes
+    made = 8 // stages * costs.blocks["block"].params * costs.dtype_bytes
+    assert loop.backward >= made
+    # What I leaves and the weight gradients are never both there: I is done when W begins.
+    assert branch.backward - loop.backward == pytest.approx(max(0, branch.weight_residual - made), abs=2)
     slots = SLOTS if split else replace(SLOTS, weight_residual=0)
     more, less = (sum(terms(slots, "loop", loop, conditional=c).values()) for c in (True, False))
     assert more - less == loop.residual + loop.weight_residual

@@ -66,7 +66,7 @@ def test_loss_and_gradients_equal_the_oracle(case):
     tree_allclose(pipe.to_canonical(jax.tree.map(lambda g: g / out.weight, out.gradient)), grads)
 
 
-MODELS: dict[str, tuple[dict, dict]] = {
+MODELS: dict[str, tuple[Any, Any]] = {
     "uneven": ({"num_layers": 5}, {"stages": [2, 1, 2]}),
     "experts": ({"num_layers": 3, "num_experts": 2, "moe_every": 2}, {}),
     "cut vocabulary": ({"num_layers": 3, "tied": True}, {"head": "vocab_parallel"}),
@@ -96,12 +96,12 @@ def test_stages_that_differ_equal_what_loops_give(form, model):
 
 def bfloat16_error(microbatches: int, form: dict) -> float:
     """How far the weights' gradients in bfloat16 are from those in float32, over all matrices; on one device."""
-    sizes = {"vocab_size": 24, "max_seq_len": 6, "num_layers": 2, "num_heads": 2, "d_model": 16}
+    sizes: Any = {"vocab_size": 24, "max_seq_len": 6, "num_layers": 2, "num_heads": 2, "d_model": 16}
     schedule = build("interleaved_1f1b", devices=1, microbatches=microbatches, repeats=2)
     tokens, targets = np.random.default_rng(0).integers(0, 24, (2, 2 * microbatches, 6), dtype=np.int32)
     batch = {"tokens": tokens, "targets": targets}
 
-    def gradients(dtype: str, form: dict):
+    def gradients(dtype: Any, form: dict):
         pipe = jp.Pipeline(gpt_model(GPTConfig(dtype=dtype, **sizes)), schedule=schedule, mesh=jp.make_mesh(1))
         params = pipe.init(jax.random.key(0), batch)
         return jax.tree.map(np.asarray, outcome(pipe, form, params, batch).gradient["blocks"])

@@ -4,9 +4,8 @@ Needs the extra `gpu-aot`. It compiles, it does not run: nothing here is a time.
 """
 
 import h100
-import jax
 import pytest
-from hlo import branches_of, copies, holds_product, hops, loop_bodies, products
+from hlo import branches_of, holds_product, hops, loop_bodies, products
 
 from jaxpipe.runtime.sizes import tree_bytes
 from jaxpipe.schedule.table import ARRIVAL, Phase, TickTable
@@ -56,10 +55,7 @@ def num_hops(table: TickTable, phase: Phase) -> int:
 
 
 def test_every_hop_of_the_steady_phase_flies_behind_matrix_products(step):
-    lanes = 4 if step.pipe.schedule.placement == "v" else 2
-    steady = [found for body in loop_bodies(step.text) if len(found := hops(body)) == lanes]
-    assert len(steady) == 1
-    for hop in steady[0]:
+    for hop in h100.steady_hops(step):
         assert hop.asynchronous
         assert any(holds_product(line, step.parts) for line in hop.behind)
 
@@ -79,21 +75,8 @@ def test_each_phase_hops_only_where_it_has_something_to_send(step):
 
 
 def test_no_stash_accumulator_or_weight_is_copied_in_a_loop(step):
-    stages, slots = step.program.stages, step.pipe.table.slots
-    weights = {leaf.shape for leaf in jax.tree.leaves(stages.weights) if leaf.ndim > 1}
-    ends = {leaf.shape for leaf in jax.tree.leaves(step.program.ends.shapes) if leaf.ndim > 1}
-    accumulators = {(a.num_rows, *leaf.shape) for a in stages.accumulators for leaf in jax.tree.leaves(a.params)}
-    kept = [
-        (slots.activation, jax.tree.leaves(stages.stage.carry)),
-        (slots.residual, stages.residuals.shapes),
-        (slots.gradient, stages.stage.gradient),
-        (slots.weight_residual, stages.weight_residuals.shapes if slots.weight_residual else ()),
-    ]
-    stash = {(count + 1, *leaf.shape) for count, leaves in kept for leaf in leaves}
     gathers_once = len(set(step.pipe.layout.kinds)) == 1  # encoder and decoder both take from one table
-    bodies = loop_bodies(step.text, inner=True, hopping=False)
-    copied = [shape for body in bodies for shape in copies(body, fresh=gathers_once)]
-    assert not [shape for shape in copied if shape in weights | ends | stash | accumulators]
+    assert not h100.copied_in_loops(step, fresh=gathers_once)
 
 
 def test_no_collective_but_hops_runs_in_a_loop(step):

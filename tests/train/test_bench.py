@@ -60,6 +60,7 @@ def test_the_command_prints_every_number_of_every_case(capsys):
     answer = json.loads(capsys.readouterr().out)
     assert code == 0
     assert answer["cores"] >= 1 and answer["left_out"] == []
+    assert answer["attention"] == "xla: 8 x 8 scores are few, and no NVIDIA GPU computes them"
     assert [(row["schedule"], row["P"], row["V"], row["M"]) for row in answer["rows"]] == [
         ("zb_h1", 2, 1, 4),
     ]

@@ -1,13 +1,16 @@
 """The sections of a config, what they must agree on, and the way to a file and back."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
 from jaxpipe.errors import ConfigError
-from jaxpipe.models.gpt import GPT2_TOKENS, PRESETS
+from jaxpipe.models.gpt import GPT2_TOKENS, PRESETS, num_params
+from jaxpipe.plan import find_device
 from jaxpipe.train.config import Config, load
+from jaxpipe.train.planning import resolve
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 MODEL = "[model]\nnum_layers = 4\nnum_heads = 2\nd_model = 16\n"
@@ -15,7 +18,7 @@ MODEL = "[model]\nnum_layers = 4\nnum_heads = 2\nd_model = 16\n"
 
 def shipped(path: Path, *overrides) -> Config:
     """A shipped config; where its model is that of a checkpoint, with a model of the same kind."""
-    return load(path, ["model.preset=gpt2-124m"] * ("init_from" in path.read_text()) + list(overrides))
+    return load(path, ["model.preset=gpt2-124m"] * ("\ninit_from" in path.read_text()) + list(overrides))
 
 
 def config(tmp_path, *overrides, text=MODEL) -> Config:
@@ -30,7 +33,35 @@ def test_shipped_configs_load(path):
 
 
 def test_shipped_configs_are_found():
-    assert {"quickstart", "gpt2-124m"} <= {path.stem for path in CONFIGS}
+    names = {"quickstart", "gpt2-124m", "llama-7b-8gpu", "llama3-8b-8gpu", "llama3-70b-64gpu"}
+    assert names <= {path.stem for path in CONFIGS}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_fit_the_devices_they_are_for(path):
+    run = shipped(path)
+    device = find_device("cpu", cores=2) if run.mesh.simulate else find_device("h100")
+    plan = resolve(run, device).plan
+    assert plan is not None
+    assert plan.memory.total < 72e9
+    mesh = run.mesh
+    assert plan.option.schedule == run.schedule.name
+    if found := re.search(r"(\d+)gpu", path.stem):
+        assert mesh.pipe * mesh.data * mesh.fsdp * mesh.tensor == int(found.group(1))
+    if run.data.source == "tokens":
+        assert run.model.vocab_size <= 2**16 or run.data.dtype == "uint32"
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llama-7b-8gpu", 6_738_415_616),
+        ("llama3-8b-8gpu", 8_030_261_248),
+        ("llama3-70b-64gpu", 70_553_706_496),
+    ],
+)
+def test_llamas_have_the_published_number_of_parameters(name, parameters):
+    assert num_params(load(next(path for path in CONFIGS if path.stem == name)).model) == parameters
 
 
 def test_gpt2_config_computes_in_bfloat16_on_float32_weights():

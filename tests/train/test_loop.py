@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import xml.etree.ElementTree as ET
 from dataclasses import replace
@@ -200,6 +201,11 @@ def test_nothing_is_written_when_the_run_cannot_start(config, overrides, error, 
     with pytest.raises(error, match=message):
         train(run)
     assert not os.path.exists(run.train.out)
+
+
+def test_the_attention_that_is_taken_is_said(config):
+    assert re.search(r"\nattention  xla: \d+ x \d+ scores are few, and no", assemble(config()).describe())
+    assert "\nattention  blockwise: asked for\n" in assemble(config("model.attention=blockwise")).describe()
 
 
 def test_an_axis_without_effect_is_told_of(config):

@@ -11,7 +11,7 @@ import jaxpipe as jp
 from jaxpipe.cli import main
 from jaxpipe.errors import ConfigError
 from jaxpipe.models import encdec, gpt
-from jaxpipe.plan import Problem, Space, analytic, find_device, search
+from jaxpipe.plan import Problem, Space, analytic, find_device, report, search
 from jaxpipe.runtime.sizes import memory_of
 from jaxpipe.schedule import build
 from jaxpipe.train import load
@@ -53,6 +53,28 @@ def test_a_gpt_has_its_own_number_of_parameters_and_operations(change):
     shape = gpt_shape(cfg, 64)
     assert shape.params == gpt.num_params(cfg)
     assert shape.flops_per_row == pytest.approx(3 * 64 * gpt.flops_per_token(cfg, 64), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "seq_len", "same"),
+    [("h100", "bfloat16", 4096, "cudnn"), ("h100", "float32", 4096, "blockwise"), ("cpu", "float32", 512, "xla")],
+)
+def test_auto_counts_as_the_attention_that_the_device_takes(device, dtype, seq_len, same):
+    def seconds(attention: str) -> float:
+        # Whatever is asked for counts alike where nothing else is.
+        cfg = replace(CONFIG.model, d_model=256, dtype=dtype, attention=attention)
+        spec = find_device(device)
+        return analytic(gpt_shape(cfg, seq_len, spec.capability), spec, rows=1).blocks["block"].times["full"].forward
+
+    assert seconds("auto") == seconds(same)
+    assert (seconds("auto") < seconds("xla")) == (same != "xla")
+
+
+def test_a_plan_says_which_attention_it_counts():
+    problem = ask(CONFIG, CPU, 4, space=Space(schedules=("1f1b",)))
+    answer = search(problem)
+    assert "\nattention  xla: 64 x 64 scores are few, and no NVIDIA GPU computes them\n" in report.text(answer)
+    assert report.answer_numbers(answer)["attention"] == problem.shape.attention
 
 
 @pytest.mark.parametrize("name", encdec.PRESETS)

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxpipe.errors import JaxpipeError, ScheduleError
+from jaxpipe.models.attention_choice import capability_of
 from jaxpipe.models.gpt import GPTConfig
 from jaxpipe.runtime.mesh import make_mesh
 from jaxpipe.runtime.model import Model
@@ -45,6 +47,11 @@ class Workload:
     config: GPTConfig
     seq_len: int
     rows: int
+
+    @property
+    def attention(self) -> str:
+        """Which attention it takes, and why."""
+        return str(self.config.attention_for(self.seq_len, capability_of(jax.devices()[0])))
 
     def model(self) -> Model:
         """The model for a pipeline."""
