@@ -111,6 +111,12 @@ def stored_params(costs: ModelCosts, blocks: StageBlocks) -> float:
     return sum(costs.blocks[kind].params * n for kind, n in blocks.stored.items())
 
 
+def made_bytes(costs: ModelCosts, blocks: StageBlocks) -> float:
+    """The weight gradients that the lane of a largest stage makes."""
+    params = max(sum(costs.blocks[kind].params * n for kind, n in row) for row in blocks.distinct)
+    return params * min(costs.dtype_bytes, costs.param_bytes)
+
+
 def model_bytes(
     costs: ModelCosts, blocks: StageBlocks, remat: Remat, *, split: bool, gathers: bool, vocab_parallel: bool = False
 ) -> ModelBytes:
@@ -137,8 +143,7 @@ def model_bytes(
     residual = largest("residual_bytes", costs.carry_bytes if remat != "full" else 0.0)
     crossing = largest("weight_residual_bytes", 0.0 if remat == "full" else -costs.carry_bytes)
     working = costs.stage_working_bytes + largest("split_working_bytes" if split else "working_bytes", 0.0)
-    made = largest_sum({kind: block.params for kind, block in costs.blocks.items()})
-    made *= low
+    made = made_bytes(costs, blocks)
     working += max(made, crossing) if costs.conditional and split else made
     stored = stored_params(costs, blocks)
     shares = blocks.devices if vocab_parallel else 1
@@ -197,10 +202,14 @@ def memory(
     # do, and of the room so lent three quarters are used, in what was compiled for H100s.
     apart = blocks.repeats == 1 or not costs.conditional
     room = 1.0 if apart and fsdp == 1 else 0.75
+    # [2] Weight gradients that lie where I left something for W do not need it.
+    overlap = (
+        min(made_bytes(costs, blocks), model.weight_residual) if costs.conditional and slots.weight_residual else 0.0
+    )
     return Memory(
         weights=resting,
         optimizer=moments * resting,
         activations=activations,
         buffers=sum(parts.values()) - activations,
-        lent=room * resting,
+        lent=max(0.0, room * resting - overlap),
     )
