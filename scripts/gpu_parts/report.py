@@ -33,7 +33,7 @@ class Row:
 
     def line(self) -> str:
         """The row as one line of JSON."""
-        return json.dumps(asdict(self))
+        return json.dumps(asdict(self), ensure_ascii=False)
 
 
 HEAD = ("part", "what", "found", "asked", "held")

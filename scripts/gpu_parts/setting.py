@@ -104,9 +104,9 @@ class Setting:
         """The devices to compile for."""
         if not self.compile_only:
             return jax.devices()[:count]
-        from jaxpipe.train.targets import h100_devices  # needs what `pip install jaxpipe` brings
+        from gpu_parts.absent import h100s
 
-        return h100_devices(count)
+        return h100s(count)
 
     def mesh(self) -> jax.sharding.Mesh:
         """One device."""
