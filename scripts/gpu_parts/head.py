@@ -24,7 +24,9 @@ def run(setting: Setting) -> None:
         features = jax.ShapeDtypeStruct((1, tokens, width), jnp.bfloat16, sharding=place)
         targets = jax.ShapeDtypeStruct((1, tokens), jnp.int32, sharding=place)
         shapes = kernel, features, targets
-        before, after = (setting.compile(jax.value_and_grad(own, (0, 1)), *shapes) for own in (plain, partial(ours, size)))
+        before, after = (
+            setting.compile(jax.value_and_grad(own, (0, 1)), *shapes) for own in (plain, partial(ours, size))
+        )
         what = f"{name} vocabulary, {tokens} tokens"
         fit = [setting.fits(f"{what}, {own}", program) for own, program in (("before", before), ("after", after))]
         found = f"{after.temporary / 1e9:.2f} GB after, {before.temporary / 1e9:.2f} before"
@@ -33,11 +35,18 @@ def run(setting: Setting) -> None:
         setting.ask(f"{what}, temporaries", found, f"at most {TEMPORARY_ASKED / 1e9} GB", held, **numbers)
         if not all(fit):
             continue
-        given = [jax.device_put(20 * filled(s, n) if n < 2 else filled(s, n) % vocab, place) for n, s in enumerate(shapes)]
+        given = [
+            jax.device_put(20 * filled(s, n) if n < 2 else filled(s, n) % vocab, place) for n, s in enumerate(shapes)
+        ]
         error = relative_error(after.run(*given), before.run(*given))
-        setting.row(f"{what}, loss and gradients", f"{error:.1e}", f"at most {TOLERANCE:g}", error <= TOLERANCE, error=error)
+        setting.row(
+            f"{what}, loss and gradients", f"{error:.1e}", f"at most {TOLERANCE:g}", error <= TOLERANCE, error=error
+        )
         times = setting.timed(
-            {"after": lambda given=given, own=after: own.run(*given), "before": lambda given=given, own=before: own.run(*given)},
+            {
+                "after": lambda given=given, own=after: own.run(*given),
+                "before": lambda given=given, own=before: own.run(*given),
+            },
             15,
             share=0.4 + 0.4 * number,
         )

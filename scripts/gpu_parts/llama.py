@@ -148,7 +148,9 @@ def _init_block(size: Size, key, carry) -> dict:
 
 def _block(size: Size, p: dict, x_BTD, mb, key):
     B, T, D = x_BTD.shape
-    q_BTHd, k_BTHd, v_BTHd = jnp.moveaxis((rms_norm(x_BTD, p["norm1"]) @ p["qkv"]).reshape(B, T, 3, size.heads, -1), 2, 0)
+    q_BTHd, k_BTHd, v_BTHd = jnp.moveaxis(
+        (rms_norm(x_BTD, p["norm1"]) @ p["qkv"]).reshape(B, T, 3, size.heads, -1), 2, 0
+    )
     y_BTHd = attend(_turned(q_BTHd), _turned(k_BTHd), v_BTHd, size.fused)
     x_BTD += y_BTHd.reshape(B, T, D) @ p["proj"]
     h_BTD = rms_norm(x_BTD, p["norm2"])

@@ -48,7 +48,9 @@ def text_table(rows: Iterable[Row]) -> str:
     """The rows in columns."""
     table = [HEAD, *map(cells, rows)]
     widths = [max(len(line[n]) for line in table) for n in range(len(HEAD))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
+    )
 
 
 def markdown(facts: dict[str, str], rows: Sequence[Row]) -> str:

@@ -51,9 +51,7 @@ def _schedules(setting: Setting) -> None:
 
     names = QUICK if setting.quick else [name for name in CATALOG if name != "inference"]
     with ThreadPoolExecutor() as pool:  # compiling takes most of the time, and all cores
-        found = {
-            (name, repeats := CATALOG[name].repeats or 2): pool.submit(error_of, name, repeats) for name in names
-        }
+        found = {(name, repeats := CATALOG[name].repeats or 2): pool.submit(error_of, name, repeats) for name in names}
         for (name, repeats), future in found.items():
             what, asked = f"{name}, V={repeats}", f"at most {TOLERANCE:g}"
             if failure := future.exception():

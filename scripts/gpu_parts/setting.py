@@ -1,5 +1,6 @@
 """What a part is told, and what all parts do alike: compile, count bytes, time, report."""
 
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -9,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 from gpu_parts.report import Row
 
@@ -79,9 +81,7 @@ class Setting:
     deadline: float
     rows: Path
 
-    def row(
-        self, what: str, found: str, asked: str = "", held: bool | None = None, **numbers: Any
-    ) -> None:
+    def row(self, what: str, found: str, asked: str = "", held: bool | None = None, **numbers: Any) -> None:
         """Reports a row at once, so that it stays if the part ends early."""
         with self.rows.open("a") as file:
             print(Row(self.part, what, found, asked, held, numbers).line(), file=file, flush=True)
@@ -162,15 +162,17 @@ def failed(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:160]
 
 
-def facts() -> dict[str, str]:
-    """What this runs on."""
-    import platform
+def sees_gpu() -> bool:
+    """Whether JAX runs on a GPU."""
+    return jax.default_backend() == "gpu"
 
-    import jaxlib
 
+def facts(setting: Setting) -> dict[str, str]:
+    """What a part runs on."""
     device = jax.devices()[0]
+    card = "CPU, toy sizes" if setting.quick else device.device_kind
     return {
-        "card": device.device_kind if device.platform != "cpu" else "CPU",
+        "card": "none, compiled for an H100" if setting.compile_only else card,
         "date": time.strftime("%Y-%m-%d"),
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,

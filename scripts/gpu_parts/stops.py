@@ -10,22 +10,19 @@ from gpu_parts import llama
 from gpu_parts.setting import Setting
 from gpu_parts.tick import TOY, pipeline, step_arrays, step_shapes
 
-from jaxpipe.runtime.gpu import GpuOptions, set_gpu_options
-
 SHORT = llama.Size(width=2048, heads=16, hidden=5504, vocab=2048, length=1024)
 """About 0.6 teraflop a tick."""
 
 MICROBATCHES = 64
 
 
-def run(setting: Setting, command_buffers) -> None:
+def run(setting: Setting, command_buffers: str) -> None:
     """Reports on one setting of the command buffers.
 
     Args:
         setting: How it runs.
-        command_buffers: See `GpuOptions`.
+        command_buffers: What they are set to, see `jaxpipe.GpuOptions`.
     """
-    set_gpu_options(GpuOptions(command_buffers=command_buffers))
     size = TOY if setting.quick else SHORT
     microbatches = 4 if setting.quick else MICROBATCHES
     skip, mask = (pipeline(setting, size, 1, "none", microbatches, idle=idle) for idle in ("skip", "mask"))
