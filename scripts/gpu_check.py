@@ -1,9 +1,9 @@
 """The truth about one GPU in at most nine minutes: numbers, times and memory, as a table.
 
-    python scripts/gpu_check.py                        # all parts, on the first GPU
-    python scripts/gpu_check.py --parts tick,head      # some of them
-    python scripts/gpu_check.py --quick                # the same code on the CPU at toy sizes: shows that it runs
-    python scripts/gpu_check.py --compile-only         # for an H100 that is not there (extra gpu-aot): shows that it fits
+    python scripts/gpu_check.py                      # all parts, on the first GPU
+    python scripts/gpu_check.py --parts tick,head    # some of them
+    python scripts/gpu_check.py --quick              # the same code on the CPU at toy sizes: shows that it runs
+    python scripts/gpu_check.py --compile-only       # for an H100 that is not there (extra gpu-aot): shows that it fits
 
 Needs what ``pip install jax flax optax`` brings, and this checkout. Every part is a process of its own with its own
 time limit; what it found is printed as a line of JSON and added to ``parts.jsonl`` in the folder of ``--out`` when it

@@ -14,11 +14,12 @@ import gzip
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 LAUNCH_US = 10.0
-CAUSES = ("host", "memory", "collective", "launch", "else")
+CAUSES: tuple[str, ...] = ("host", "memory", "collective", "launch", "else")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def find_gaps(events: Sequence[dict[str, Any]]) -> Gaps:
     spans = _merged([(e["ts"], e["ts"] + e["dur"]) for e in kernels[busiest] if not _is_collective(e)])
     others = [e for own in streams.values() for e in own if _is_copy(e) or _is_collective(e)]
     idle, counts = dict.fromkeys(CAUSES, 0.0), dict.fromkeys(CAUSES, 0)
-    for (_, start), (end, _) in zip(spans, spans[1:], strict=False):
+    for (_, start), (end, _) in pairwise(spans):
         cause = _cause(start, end, others)
         idle[cause] += end - start
         counts[cause] += 1

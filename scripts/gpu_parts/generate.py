@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from gpu_parts.newer import import_nnx
 from gpu_parts.setting import Setting, failed
 
@@ -68,18 +70,18 @@ def _measure(setting: Setting, name: str, cfg: Any, share: float) -> None:
     if not all([setting.fits(f"{name}, ring", ring), setting.fits(f"{name}, plain", rest)]):
         return
     started = first.run(params, tokens)
-    runs: dict[str, Callable[[], Any]] = {
-        f"ring {n}": lambda placed=jax.device_put(own, whole): ring.run(params, *placed) for n, own in books.items()
-    }
-    runs["plain"] = lambda: rest.run(params, started)
+    runs: dict[str, Callable[[], Any]] = {"plain": lambda: rest.run(params, started)}
+    for n, own in jax.device_put(books, whole).items():
+        runs[f"ring {n}"] = partial(ring.run, params, *own)
     alike = float(np.mean(_written(runs[f"ring {new}"](), prompt, new, rows) == np.asarray(runs["plain"]())))
-    setting.row(f"{name}, tokens that are those of the plain loop", f"{alike:.0%}", alike=alike)
+    setting.row(f"{name}, tokens that are those of the plain loop", f"{alike:.0%}", numbers={"alike": alike})
     times = setting.timed(runs, 5, share)
     decode_s = {"ring": times[f"ring {new}"].median - times["ring 1"].median, "plain": times["plain"].median}
     speed = {own: rows * (new - 1) / seconds for own, seconds in decode_s.items()}
     found = f"{speed['ring']:.0f} over {speed['plain']:.0f}: {speed['ring'] / speed['plain']:.3f}"
     numbers = {key: each.numbers() for key, each in times.items()}
-    setting.row(f"{name}, {rows} sequences, tokens per second of the ring over plain", found, **speed, times=numbers)
+    what = f"{name}, {rows} sequences, tokens per second of the ring over plain"
+    setting.row(what, found, numbers={**speed, "times": numbers})
 
 
 def canonical_shapes(cfg: Any) -> Any:

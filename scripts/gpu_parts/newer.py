@@ -12,7 +12,7 @@ def import_nnx() -> str:
         What was done, for people; empty where nothing had to be.
     """
     try:
-        import flax.nnx  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        import flax.nnx  # pyright: ignore[reportUnusedImport]
     except (ImportError, AttributeError) as error:
         from jax.experimental import hijax
 

@@ -5,10 +5,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from gpu_parts import llama
-from gpu_parts.setting import Setting, failed, filled, relative_error
 
 import jaxpipe as jp
+from gpu_parts import llama
+from gpu_parts.setting import Setting, failed, filled, relative_error
 from jaxpipe.schedule import CATALOG, build
 
 TOLERANCE = 1e-5
@@ -58,7 +58,7 @@ def _schedules(setting: Setting) -> None:
                 setting.row(what, failed(failure), asked, False)
             else:
                 error = future.result()
-                setting.row(what, f"{error:.1e}", asked, error <= TOLERANCE, error=error)
+                setting.row(what, f"{error:.1e}", asked, error <= TOLERANCE, {"error": error})
 
 
 def _attention(setting: Setting) -> None:
@@ -85,4 +85,4 @@ def _attention(setting: Setting) -> None:
         ("gradients", relative_error(grads, plain_grads)),
     ):
         asked = f"at most {HALF_TOLERANCE:g}"
-        setting.row(f"fused attention, {what}", f"{error:.1e}", asked, error <= HALF_TOLERANCE, error=error)
+        setting.row(f"fused attention, {what}", f"{error:.1e}", asked, error <= HALF_TOLERANCE, {"error": error})

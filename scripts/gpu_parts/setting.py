@@ -10,11 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
+import jaxlib.version
 import numpy as np
-from gpu_parts.report import Row
 
 import jaxpipe as jp
+from gpu_parts.report import Row
 from jaxpipe.errors import ConfigError
 from jaxpipe.plan import find_device
 
@@ -30,12 +30,14 @@ class Program:
         run: The program.
         compile_s: How long tracing and compiling took.
         temporary: Bytes that it needs beside arguments and results.
+        outputs: Bytes of its results.
         peak: Bytes that it needs in all.
     """
 
     run: Any
     compile_s: float
     temporary: int
+    outputs: int
     peak: int
 
 
@@ -81,14 +83,19 @@ class Setting:
     deadline: float
     rows: Path
 
-    def row(self, what: str, found: str, asked: str = "", held: bool | None = None, **numbers: Any) -> None:
-        """Reports a row at once, so that it stays if the part ends early."""
+    def row(
+        self, what: str, found: str, asked: str = "", held: bool | None = None, numbers: dict[str, Any] | None = None
+    ) -> None:
+        """Reports a row at once, so that it stays if the part ends early; see `Row`."""
         with self.rows.open("a") as file:
-            print(Row(self.part, what, found, asked, held, numbers).line(), file=file, flush=True)
+            print(Row(self.part, what, found, asked, held, numbers or {}).line(), file=file, flush=True)
 
-    def ask(self, what: str, found: str, asked: str, held: bool, **numbers: Any) -> None:
+    def ask(self, what: str, found: str, asked: str, held: bool, numbers: dict[str, Any] | None = None) -> None:
         """Reports a row with something asked of a GPU; toy sizes on a CPU say nothing about it."""
-        self.row(what, found, *(("", None) if self.quick else (asked, held)), **numbers)
+        if self.quick:
+            self.row(what, found, numbers=numbers)
+        else:
+            self.row(what, found, asked, held, numbers)
 
     @property
     def fused(self) -> bool:
@@ -117,17 +124,23 @@ class Setting:
         start = time.perf_counter()
         compiled = jax.jit(function).lower(*shapes).compile(self.compiler_options)
         memory: Any = compiled.memory_analysis()
-        size = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        temporary = memory.temp_size_in_bytes
-        return Program(compiled, time.perf_counter() - start, temporary, size + temporary)
+        outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return Program(
+            run=compiled,
+            compile_s=time.perf_counter() - start,
+            temporary=memory.temp_size_in_bytes,
+            outputs=outputs,
+            peak=memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes,
+        )
 
     def fits(self, what: str, program: Program) -> bool:
         """Whether a program can be run here, reported where it cannot, or where nothing is run."""
         if self.compile_only:
             held = program.peak < MEMORY_ASKED
             numbers = {"peak_bytes": program.peak, "temporary_bytes": program.temporary}
-            found = f"{program.peak / 1e9:.1f} GB, {program.temporary / 1e9:.1f} of them temporary; {program.compile_s:.0f} s"
-            self.row(f"{what} compiles", found, f"below {MEMORY_ASKED / 1e9:.0f} GB", held, **numbers)
+            found = f"{program.peak / 1e9:.1f} GB, {program.temporary / 1e9:.1f} of them temporary"
+            found += f"; {program.compile_s:.0f} s"
+            self.row(f"{what} compiles", found, f"below {MEMORY_ASKED / 1e9:.0f} GB", held, numbers)
             return False
         limit = memory_stats().get("bytes_limit")
         if limit and program.peak > limit:
@@ -175,7 +188,7 @@ def facts(setting: Setting) -> dict[str, str]:
         "card": "none, compiled for an H100" if setting.compile_only else card,
         "date": time.strftime("%Y-%m-%d"),
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": jaxlib.version.__version__,
         "backend": device.client.platform_version.splitlines()[0],
         "python": platform.python_version(),
         "jaxpipe": jp.__version__,

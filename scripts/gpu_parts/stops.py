@@ -8,7 +8,7 @@ import re
 
 from gpu_parts import llama
 from gpu_parts.setting import Setting
-from gpu_parts.tick import TOY, pipeline, step_arrays, step_shapes
+from gpu_parts.tick import TOY, batch_shapes, pipeline, step_arrays, step_shapes
 
 SHORT = llama.Size(width=2048, heads=16, hidden=5504, vocab=2048, length=1024)
 """About 0.6 teraflop a tick."""
@@ -26,7 +26,7 @@ def run(setting: Setting, command_buffers: str) -> None:
     size = TOY if setting.quick else SHORT
     microbatches = 4 if setting.quick else MICROBATCHES
     skip, mask = (pipeline(setting, size, 1, "none", microbatches, idle=idle) for idle in ("skip", "mask"))
-    shapes = step_shapes(skip, size)
+    shapes = step_shapes(skip, batch_shapes(skip, size))
     programs = {
         "skip": setting.compile(skip.value_and_grad, *shapes),
         "mask": setting.compile(mask.value_and_grad, *shapes),
@@ -34,7 +34,7 @@ def run(setting: Setting, command_buffers: str) -> None:
     }
     stops = {name: count_stops(program.run.as_text()) for name, program in programs.items()}
     name = f"command buffers {command_buffers}"
-    setting.row(f"{name}, stops a tick", ", ".join(f"{own} {count}" for own, count in stops.items()), **stops)
+    setting.row(f"{name}, stops a tick", ", ".join(f"{own} {count}" for own, count in stops.items()), numbers=stops)
     if not all([setting.fits(f"{name}, {own}", program) for own, program in programs.items()]):
         return
     given = step_arrays(skip, shapes)
@@ -42,11 +42,12 @@ def run(setting: Setting, command_buffers: str) -> None:
     times = setting.timed(runs, 9)
     ticks = skip.table.ticks
     for own, each in times.items():
-        setting.row(f"{name}, a tick, {own}", f"{1e3 * each.median / ticks:.3f} ms", **each.numbers(), ticks=ticks)
+        numbers = {**each.numbers(), "ticks": ticks}
+        setting.row(f"{name}, a tick, {own}", f"{1e3 * each.median / ticks:.3f} ms", numbers=numbers)
     extra = stops["skip"] - stops["mask"]
     cost = 1e6 * (times["skip"].median - times["mask"].median) / ticks
     found = f"{cost:.1f} µs a tick for {extra} more" + (f", {cost / extra:.1f} each" if extra else "")
-    setting.row(f"{name}, stops of skip over mask", found, us_per_tick=cost, stops=extra)
+    setting.row(f"{name}, stops of skip over mask", found, numbers={"us_per_tick": cost, "stops": extra})
 
 
 def count_stops(text: str) -> int:
