@@ -40,9 +40,9 @@ def _compare(setting: Setting, what: str, size: llama.Size, bytes_asked: float |
     after = setting.compile(pipe.value_and_grad, *shapes)
     before = setting.compile(llama.plain_step(plain, "none", MICROBATCHES), *shapes)
     fit = [setting.fits(f"{what}, {own}", program) for own, program in (("before", before), ("after", after))]
-    # What waits between the lanes is no part of the head.
-    carry = 2 * size.length * size.width
-    kept = carry * (pipe.table.slots.activation + 1 + pipe.table.slots.gradient + 2)
+    # What waits between the lanes is no part of the head: slots, two carries, and the features of one microbatch.
+    slots = pipe.table.slots
+    kept = 2 * size.length * size.width * (slots.activation + 1 + slots.gradient + 2 + 1)
     needs = after.temporary - kept
     found = f"{needs / 1e9:.2f} GB beside slots after, {before.temporary / 1e9:.2f} before"
     numbers = {"after_bytes": after.temporary, "slot_bytes": kept, "before_bytes": before.temporary}

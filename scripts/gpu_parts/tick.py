@@ -41,6 +41,9 @@ def run(setting: Setting, repeats: int) -> None:
         ours = setting.compile(pipe.value_and_grad, *shapes)
         plain = setting.compile(llama.plain_step(pipe.model, remat, microbatches), *shapes)
         _memory(setting, name, pipe, shapes, ours)
+        if setting.fused:
+            found = ours.run.as_text().count('custom_call_target="__cudnn$fmha')
+            setting.row(f"{name}, fused attention", f"{found} kernels", "some", found > 0, {"kernels": found})
         if not all([setting.fits(f"{name}, step", ours), setting.fits(f"{name}, plain step", plain)]):
             continue
         given = given or step_arrays(pipe, shapes)
