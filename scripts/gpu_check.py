@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 SCRIPTS = Path(__file__).resolve().parent
-sys.path[:0] = [str(SCRIPTS), str(SCRIPTS.parent)]
+sys.path[:0] = [path for path in (str(SCRIPTS), str(SCRIPTS.parent)) if path not in sys.path]
 
 from gpu_parts.report import Row, markdown, text_table  # noqa: E402
 

@@ -1,11 +1,13 @@
 """The check of a GPU runs at toy sizes on the CPU, compiles for an H100 that is not there, and outlives what fails."""
 
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import h100
 import pytest
@@ -13,8 +15,8 @@ import pytest
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.append(str(SCRIPTS))
 
-import gpu_check  # noqa: E402
-from gpu_parts.gaps import find_gaps  # noqa: E402
+gpu_check: Any = importlib.import_module("gpu_check")
+find_gaps = importlib.import_module("gpu_parts.gaps").find_gaps
 
 BLOCKER = """
 import sys
@@ -151,6 +153,8 @@ def test_gaps_are_summed_by_cause():
     assert gaps.total == 700 and gaps.busy == 700 - 202
     assert gaps.idle == {"host": 30, "memory": 20, "collective": 50, "launch": 2, "else": 100}
     assert set(gaps.counts.values()) == {1}
+    with pytest.raises(ValueError, match="no events of a device"):
+        find_gaps([event for event in events if event["pid"] == 2])
 
 
 @pytest.mark.gpu_aot

@@ -52,17 +52,18 @@ def read_trace(folder: Path) -> list[dict[str, Any]]:
         return json.load(file)["traceEvents"]
 
 
-def find_gaps(events: Sequence[dict[str, Any]]) -> Gaps:
+def find_gaps(events: Sequence[dict[str, Any]], on_host: bool = False) -> Gaps:
     """Sums the gaps of a trace.
 
     Args:
         events: In the form of Chrome's trace viewer. Streams are threads called ``Stream …`` of processes called
-            ``/device:GPU…``; where there are none (on a CPU), the busiest thread counts as one.
+            ``/device:GPU…``.
+        on_host: Whether threads of the host are streams instead, as on a CPU.
 
     Raises:
-        ValueError: No event takes any time.
+        ValueError: There is no stream with a kernel.
     """
-    streams = _streams(events)
+    streams = _streams(events, on_host)
     kernels = {stream: [e for e in own if not _is_copy(e)] for stream, own in streams.items()}
     busiest = max(kernels, key=lambda stream: sum(e["dur"] for e in kernels[stream]), default=None)
     if busiest is None or not kernels[busiest]:
@@ -78,7 +79,7 @@ def find_gaps(events: Sequence[dict[str, Any]]) -> Gaps:
     return Gaps(spans[-1][1] - spans[0][0], busy, idle, counts)
 
 
-def _streams(events: Sequence[dict[str, Any]]) -> dict[tuple, list[dict[str, Any]]]:
+def _streams(events: Sequence[dict[str, Any]], on_host: bool) -> dict[tuple, list[dict[str, Any]]]:
     named = {"process_name": {}, "thread_name": {}}
     for e in events:
         if e.get("ph") == "M" and e["name"] in named:
@@ -89,12 +90,10 @@ def _streams(events: Sequence[dict[str, Any]]) -> dict[tuple, list[dict[str, Any
             timed.setdefault((e["pid"], e["tid"]), []).append(e)
 
     def is_stream(thread: tuple) -> bool:
-        device = named["process_name"].get((thread[0], None), "")
-        return device.startswith("/device:GPU") and named["thread_name"].get(thread, "").startswith("Stream")
+        process, name = named["process_name"].get((thread[0], None), ""), named["thread_name"].get(thread, "")
+        return name != "python" if on_host else process.startswith("/device:GPU") and name.startswith("Stream")
 
-    return {thread: own for thread, own in timed.items() if is_stream(thread)} or {
-        thread: own for thread, own in timed.items() if named["thread_name"].get(thread) != "python"
-    }
+    return {thread: own for thread, own in timed.items() if is_stream(thread)}
 
 
 def _is_copy(event: dict[str, Any]) -> bool:

@@ -31,7 +31,7 @@ def run(setting: Setting) -> None:
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(program.run(*given))
-        gaps = find_gaps(read_trace(Path(folder)))
+        gaps = find_gaps(read_trace(Path(folder)), on_host=setting.quick)
     found = f"{gaps.busy / gaps.total:.1%} of {gaps.total / 1e3:.4g} ms"
     setting.row("one step, kernels run", found, numbers={"total_us": gaps.total, "busy_us": gaps.busy})
     for cause in CAUSES:
