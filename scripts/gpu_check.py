@@ -80,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     until = time.monotonic() + 60 * options.minutes
     options.out.mkdir(parents=True, exist_ok=True)
     log = options.out / "parts.jsonl"
-    log.write_text("")
+    for path in (log, options.out / "log.txt"):
+        path.write_text("")
     facts: dict[str, str] = {}
     rows: list[Row] = []
     for name in options.parts:
@@ -105,11 +106,8 @@ def _run_part(name: str, options: argparse.Namespace, until: float) -> tuple[dic
     part = PARTS[name]
     left_s = until - time.monotonic()
     if left_s < part.least_s:
-        return (
-            {},
-            [Row(name, "not run", f"{max(left_s, 0):.0f} s left of {options.minutes:g} min", "runs", False)],
-            True,
-        )
+        found = f"{max(left_s, 0):.0f} s left of {options.minutes:g} min"
+        return {}, [Row(name, "not run", found, "runs", False)], True
     limit_s = left_s if options.quick or options.compile_only else min(part.limit_s, left_s)
     path = options.out / f".{name}.rows"
     path.write_text("")
@@ -121,12 +119,15 @@ def _run_part(name: str, options: argparse.Namespace, until: float) -> tuple[dic
         process = subprocess.Popen(
             command, stdout=log, stderr=log, env=_environment(part, options), start_new_session=True
         )
+        code = None
         try:
             code = process.wait(limit_s)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            code = None
+            pass
+        finally:  # also after Ctrl-C
+            if code is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     facts, rows = _read(path)
     path.unlink()
     if code is None:
@@ -140,14 +141,18 @@ def _environment(part: Part, options: argparse.Namespace) -> dict[str, str]:
     if options.quick or options.compile_only:
         return {**os.environ, "JAX_PLATFORMS": "cpu"}
     flags = " ".join(filter(None, (os.environ.get("XLA_FLAGS"), part.environment.get("XLA_FLAGS"))))
-    return {**os.environ, **part.environment, **({"XLA_FLAGS": flags} if flags else {})}
+    one = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]}
+    return {**os.environ, **part.environment, **one, **({"XLA_FLAGS": flags} if flags else {})}
 
 
 def _read(path: Path) -> tuple[dict[str, str], list[Row]]:
     facts: dict[str, str] = {}
     rows = []
     for line in path.read_text().splitlines():
-        found = json.loads(line)
+        try:
+            found = json.loads(line)
+        except json.JSONDecodeError:  # stopped while it wrote
+            continue
         if FACTS in found:
             facts = found[FACTS]
         else:

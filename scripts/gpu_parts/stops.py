@@ -44,10 +44,11 @@ def run(setting: Setting, command_buffers: str) -> None:
     for own, each in times.items():
         numbers = {**each.numbers(), "ticks": ticks}
         setting.row(f"{name}, a tick, {own}", f"{1e3 * each.median / ticks:.3f} ms", numbers=numbers)
-    extra = stops["skip"] - stops["mask"]
-    cost = 1e6 * (times["skip"].median - times["mask"].median) / ticks
-    found = f"{cost:.1f} µs a tick for {extra} more" + (f", {cost / extra:.1f} each" if extra else "")
-    setting.row(f"{name}, stops of skip over mask", found, numbers={"us_per_tick": cost, "stops": extra})
+    for other in ("mask", "plain"):
+        extra = stops["skip"] - stops[other]
+        cost = 1e6 * (times["skip"].median - times[other].median) / ticks
+        found = f"{cost:.1f} µs a tick for {extra} more" + (f", {cost / extra:.1f} each" if extra else "")
+        setting.row(f"{name}, stops of skip over {other}", found, numbers={"us_per_tick": cost, "stops": extra})
 
 
 def count_stops(text: str) -> int:
