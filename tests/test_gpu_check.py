@@ -55,6 +55,7 @@ def test_every_part_runs_at_toy_sizes_without_what_jax_flax_and_optax_do_not_bri
     assert table.startswith("card CPU, toy sizes; date 20") and all(f"| {name} |" in table for name in parts)
 
 
+@pytest.mark.slow
 def test_no_part_but_generation_needs_flax(tmp_path):
     code = (
         "import importlib, jaxpipe as jp; jp.Pipeline, jp.sequential, jp.make_mesh, jp.GpuOptions, jp.VocabHead;"
@@ -66,6 +67,7 @@ def test_no_part_but_generation_needs_flax(tmp_path):
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
+@pytest.mark.slow
 def test_flax_gets_stand_ins_for_what_jax_lacks():
     code = (
         "from jax.experimental import hijax\n"
@@ -157,6 +159,7 @@ def test_gaps_are_summed_by_cause():
         find_gaps([event for event in events if event["pid"] == 2])
 
 
+@pytest.mark.slow
 @pytest.mark.gpu_aot
 @h100.MARKS[1]
 def test_the_step_of_real_size_compiles_and_fits_an_h100(tmp_path):
