@@ -82,13 +82,13 @@ class _Retyping:
     def wide(self, var: Any) -> Any:
         """A wide variable in place of a narrow one, or None."""
         number = self.made_by.get(var) if isinstance(var, Var) else None
-        if number is None or self.uses[var] > 1 or not _is_narrow(var.aval.dtype):
+        if number is None or self.uses[var] > 1 or not _is_narrow(_dtype(var)):
             return None
         eqn = self.eqns[number]
-        name, dtype = eqn.primitive.name, wide_dtype(var.aval.dtype)
+        name, dtype = eqn.primitive.name, wide_dtype(_dtype(var))
         if name == "convert_element_type":
             source: Any = eqn.invars[0]
-            return source if isinstance(source, Var) and source.aval.dtype == dtype else None
+            return source if isinstance(source, Var) and _dtype(source) == dtype else None
         if name in PRODUCTS:
             invars = [self._converted(number, v, dtype) for v in eqn.invars] if self.convert else eqn.invars
             return self._replace(number, var, invars, eqn.params | {"preferred_element_type": jnp.dtype(dtype)})
@@ -109,7 +109,7 @@ class _Retyping:
         body = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
         at = eqn.outvars.index(var)
         body = _Retyping(body, self.convert).outputs([n == at for n in range(len(eqn.outvars))])
-        if body.outvars[at].aval.dtype == var.aval.dtype:
+        if _dtype(body.outvars[at]) == _dtype(var):
             return None
         inner = ClosedJaxpr(body, inner.consts) if isinstance(inner, ClosedJaxpr) else body
         return self._replace(number, var, eqn.invars, eqn.params | {"jaxpr": inner})
@@ -123,7 +123,7 @@ class _Retyping:
 
     def _converted(self, number: int, var: Any, dtype: Any) -> Any:
         """An operand of an equation, converted before it if it is narrow."""
-        if not _is_narrow(var.aval.dtype):
+        if not _is_narrow(_dtype(var)):
             return var
         if isinstance(var, Literal):
             return Literal(jnp.asarray(var.val, dtype), var.aval.update(dtype=jnp.dtype(dtype)))
@@ -135,6 +135,10 @@ class _Retyping:
 
 def _is_narrow(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < jnp.dtype(wide_dtype(dtype)).itemsize
+
+
+def _dtype(var: Any) -> Any:
+    return var.aval.dtype
 
 
 def _like(var: Any) -> Var:
