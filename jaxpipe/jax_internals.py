@@ -33,7 +33,30 @@ __all__ = [
     "devices_are_in_use",
     "eval_jaxpr",
     "jaxpr_as_fun",
+    "scan_counts",
 ]
+
+
+def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
+    """How many of a scan's inputs come first as constants of the loop, and how many after them are carried.
+
+    Read off the ranks, whatever the version calls them: a turn sees one dim less of what is scanned over or stacked.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> def loop(start, factor, rows):
+        ...     return jax.lax.scan(lambda c, row: (c + factor * row, c), start, rows)
+        >>> scan_counts(jax.make_jaxpr(loop)(jnp.zeros(3), jnp.ones(3), jnp.ones((4, 3))).jaxpr.eqns[-1])
+        (1, 1)
+    """
+    body: Any = eqn.params["jaxpr"]
+    body = body.jaxpr if isinstance(body, ClosedJaxpr) else body
+
+    def alike(outer: Any, inner: Any) -> int:
+        return sum(len(a.aval.shape) == len(b.aval.shape) for a, b in zip(outer, inner, strict=True))
+
+    carried = alike(eqn.outvars, body.outvars)
+    return alike(eqn.invars, body.invars) - carried, carried
 
 
 def devices_are_in_use() -> bool:
