@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from jaxpipe.jax_internals import ClosedJaxpr, Jaxpr, Var, dce_jaxpr, eval_jaxpr
+from jaxpipe.jax_internals import ClosedJaxpr, Jaxpr, Var, dce_jaxpr, eval_jaxpr, scan_counts
 from jaxpipe.jax_internals import Literal as Constant
 from jaxpipe.runtime.model import Tree
 
@@ -107,7 +107,7 @@ def dependence(jaxpr: Jaxpr, roles: Sequence[Roles]) -> dict[Var, Roles]:
         inner = eqn.params.get("jaxpr")
         body: Any = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
         if eqn.primitive.name == "scan":
-            outs = _scan_dependence(body, known, eqn.params["num_consts"], eqn.params["num_carry"])
+            outs = _scan_dependence(body, known, *scan_counts(eqn))
         elif eqn.primitive.name in CALLS and isinstance(body, Jaxpr):
             outs = _out_dependence(body, known)
         else:

@@ -180,7 +180,7 @@ def _turns(loop: _Instruction) -> int | None:
 
 def _moved(parts: dict, name: str, at_least: int) -> Traffic:
     """What a computation moves when it runs once."""
-    sum_, lines = Traffic(), parts.get(name, ())
+    sum_, lines = Traffic(), list(_with_calls(parts, name))
     branches: dict[str, Traffic] = {}
     sizes = {line.name: line.bytes for line in lines}
     for line in lines:
@@ -201,8 +201,6 @@ def _moved(parts: dict, name: str, at_least: int) -> Traffic:
         elif line.opcode == "conditional":
             each = (_moved(parts, branch, at_least) for branch in branches_of(line.rest))
             sum_ = sum_.plus(max(each, key=lambda of: of.total_bytes))
-        elif line.opcode in ("call", "async-start"):
-            sum_ = sum_.plus(_moved(parts, line.calls("to_apply") or line.calls("calls"), at_least))
     for branch in branches.values():
         sum_ = sum_.plus(branch)
     return sum_
@@ -244,6 +242,15 @@ def _of_fusion(lines: list[_Instruction]) -> int:
             cut = all(user.opcode in _SLICES and user.operands[0] == line.name for user in users)
             sum_ += sum(user.bytes for user in users if user.opcode == "dynamic-slice") if cut else line.bytes
     return sum_
+
+
+def _with_calls(parts: dict, name: str) -> Iterator[_Instruction]:
+    """A computation's instructions, with those of what it calls in the calls' place: newer XLA calls small loops."""
+    for line in parts.get(name, ()):
+        if line.opcode in ("call", "async-start"):
+            yield from _with_calls(parts, line.calls("to_apply") or line.calls("calls"))
+        else:
+            yield line
 
 
 def _fused(lines: list[_Instruction], at_least: int) -> Traffic:

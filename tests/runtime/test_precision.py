@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import jaxpipe as jp
+from jaxpipe.jax_internals import scan_counts
 from jaxpipe.models.gpt import GPTConfig
 from jaxpipe.schedule import build
 from jaxpipe.train.model import gpt_model
@@ -73,8 +74,8 @@ def loop_carries(jaxpr: Any) -> list[Any]:
     found = []
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "scan":
-            first = eqn.params["num_consts"]
-            found += [v.aval for v in eqn.invars[first : first + eqn.params["num_carry"]]]
+            first, carried = scan_counts(eqn)
+            found += [v.aval for v in eqn.invars[first : first + carried]]
         elif inner := eqn.params.get("jaxpr"):
             found += loop_carries(getattr(inner, "jaxpr", inner))
     return found
