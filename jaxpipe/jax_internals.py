@@ -1,31 +1,4 @@
-"""The names of JAdef jaxlib_version() -> tuple[int, ...]:
-    """The version of XLA that JAX brings."""
-    from jaxlib.version import __version_info__
-
-    return __version_info__
-
-
-def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
-    """How many of a scan's inputs come first as constants of the loop, and how many after them are carried.
-
-    Read off the ranks, whatever the version calls them: a turn sees one dim less of what is scanned over or stacked.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> def loop(start, factor, rows):
-        ...     return jax.lax.scan(lambda c, row: (c + factor * row, c), start, rows)
-        >>> scan_counts(jax.make_jaxpr(loop)(jnp.zeros(3), jnp.ones(3), jnp.ones((4, 3))).jaxpr.eqns[-1])
-        (1, 1)
-    """
-    body: Any = eqn.params["jaxpr"]
-    body = body.jaxpr if isinstance(body, ClosedJaxpr) else body
-
-    def alike(outer: Any, inner: Any) -> int:
-        return sum(len(a.aval.shape) == len(b.aval.shape) for a, b in zip(outer, inner, strict=True))
-
-    carried = alike(eqn.outvars, body.outvars)
-    return alike(eqn.invars, body.invars) - carried, carried
- that may change without notice, all of them and nowhere else.
+"""The names of JAX that may change without notice, all of them and nowhere else.
 
 Traced programs are read and rewritten (`jaxpipe.runtime.residuals`, `split`, `logical`), for which JAX has no public
 interface. Whoever moves to a new JAX looks here first. Checked with jax 0.10.2, 0.11.0, 0.11.2 and 0.12.0.1. From
@@ -66,7 +39,34 @@ __all__ = [
 ]
 
 
-X
+def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
+    """How many of a scan's inputs come first as constants of the loop, and how many after them are carried.
+
+    Read off the ranks, whatever the version calls them: a turn sees one dim less of what is scanned over or stacked.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> def loop(start, factor, rows):
+        ...     return jax.lax.scan(lambda c, row: (c + factor * row, c), start, rows)
+        >>> scan_counts(jax.make_jaxpr(loop)(jnp.zeros(3), jnp.ones(3), jnp.ones((4, 3))).jaxpr.eqns[-1])
+        (1, 1)
+    """
+    body: Any = eqn.params["jaxpr"]
+    body = body.jaxpr if isinstance(body, ClosedJaxpr) else body
+
+    def alike(outer: Any, inner: Any) -> int:
+        return sum(len(a.aval.shape) == len(b.aval.shape) for a, b in zip(outer, inner, strict=True))
+
+    carried = alike(eqn.outvars, body.outvars)
+    return alike(eqn.invars, body.invars) - carried, carried
+
+
+def jaxlib_version() -> tuple[int, ...]:
+    """The version of XLA that JAX brings."""
+    from jaxlib.version import __version_info__
+
+    return __version_info__
+
 
 def devices_are_in_use() -> bool:
     """Whether JAX's devices have been touched, after which XLA's settings in the environment count for nothing."""
