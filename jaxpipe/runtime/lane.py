@@ -40,11 +40,12 @@ PASSES_IN_PLACE = jaxlib_version() >= (0, 11, 1)
 """Whether XLA passes buffers through every branch of a conditional in place [1]."""
 
 
-def skip_of(mesh: Mesh, stages: Stages) -> Skip:
-    """How lanes of stages are idle on a mesh."""
+def skip_of(mesh: Mesh, stages: Stages, offload: bool = False) -> Skip:
+    """How lanes of stages are idle on a mesh; an offloaded stash stays outside of conditionals."""
     if on_cpu(mesh):
         return "loop"
-    return "branch" if PASSES_IN_PLACE or len(stages.branches) == 1 else "deferred"
+    in_place = PASSES_IN_PLACE or len(stages.branches) == 1
+    return "branch" if in_place and not offload else "deferred"
 
 
 @dataclass(frozen=True)

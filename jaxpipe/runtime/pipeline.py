@@ -289,7 +289,7 @@ class Pipeline:
         head = jax.eval_shape(ends.head, dict(ends.shapes))
         if stages.stage.aux:
             check_weight(model, head, carry, mb)
-        skip = "mask" if self.idle == "mask" else skip_of(self.mesh, stages)
+        skip = "mask" if self.idle == "mask" else skip_of(self.mesh, stages, self.offload)
         return Program(
             model=model,
             table=table,
