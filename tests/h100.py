@@ -178,7 +178,7 @@ def copied_in_loops(step: Step | TrainStep, *, fresh: bool = True) -> list[tuple
         (slots.gradient, stages.stage.gradient),
         (slots.weight_residual, stages.weight_residuals.shapes if slots.weight_residual else ()),
     ]
-    known += [(leaf.dtype, (count + 1, *leaf.shape)) for count, leaves in kept for leaf in leaves]
+    known += [(leaf.dtype, (n, *leaf.shape)) for count, leaves in kept for n in (count, count + 1) for leaf in leaves]
     names = {"bfloat16": "bf16", "float32": "f32", "int32": "s32"}
     looked_for = {(names[jnp.dtype(dtype).name], tuple(shape)) for dtype, shape in known}
     bodies = loop_bodies(step.text, inner=True, hopping=False)

@@ -1,8 +1,7 @@
 """Numbered buffers of the compiled loop.
 
 Each kind of value rests in arrays ``[slots, ...]``, made by `jaxpipe.runtime.device.Device.slots`; where idle lanes
-write too, one more slot at the end is scratch for them. Buffers are always updated outside the conditionals: an update
-inside one makes XLA copy the whole buffer.
+write too, one more slot at the end is scratch for them.
 """
 
 import jax

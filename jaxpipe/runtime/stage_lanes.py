@@ -49,7 +49,8 @@ def forward_lane(device: Device, state: dict, row: dict, arrived: Any, head: boo
         blocks, shared, ends, x, context, seed = given
         made = {}
         if choice.first:
-            x = device.lay(end_lanes.embed(device, ends["embed"], context))
+            with jax.named_scope("embed"):
+                x = device.lay(end_lanes.embed(device, ends["embed"], context))
         if choice.first or (device.embeds_inside and device.table.forward_direct):
             made["activation"] = x
         params = stages.params(choice.branch, blocks, shared)
@@ -60,7 +61,8 @@ def forward_lane(device: Device, state: dict, row: dict, arrived: Any, head: boo
         if choice.last:
             floating, others = part(y)
             known = device.parts.head(ends), floating, others, context, seed
-            made["gradient"], made["head"] = end_lanes.head(device, state["loss"].dtype, y, known, entries)
+            with jax.named_scope("head"):
+                made["gradient"], made["head"] = end_lanes.head(device, state["loss"].dtype, y, known, entries)
             y = device.lay(join(y, made["gradient"], others))
         return y, made
 
@@ -111,8 +113,11 @@ def backward_lane(device: Device, state: dict, row: dict, rb: Any, dy: list | No
             dw, dx = device.wide(stage.backward, *arguments)
             none = device.zeros(list(stages.weight_residuals.shapes)) if split and not device.branches_commit else None
             made = device.gradients(branch, dw), none
-        dx = device.lay(dx)
-        return dx, (*made, end_lanes.embed_gradient(device, embed, context, dx) if choice.first else None)
+        dx, dembed = device.lay(dx), None
+        if choice.first:
+            with jax.named_scope("embed_gradient"):
+                dembed = end_lanes.embed_gradient(device, embed, context, dx)
+        return dx, (*made, dembed)
 
     def commit(state: dict, kept) -> dict:
         gradients, crossing, dembed = kept

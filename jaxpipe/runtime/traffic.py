@@ -105,6 +105,47 @@ def accessed_bytes(text: str) -> int:
     return _accessed(parts, entry.group(1)) if entry else 0
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What one turn of a loop reads and writes, in bytes, as `accessed_bytes` counts it.
+
+    Attributes:
+        own: Outside of the lanes.
+        lanes: For each conditional, and each loop of unknown length, in order: its branches; a loop's are none or one
+            turn. A GPU asks the host which it is.
+    """
+
+    own: int
+    lanes: tuple[tuple[int, ...], ...]
+
+
+def turns_of_loops(text: str) -> list[Turn]:
+    """What the kernels of each outermost loop of a compiled program read and write per turn, in order.
+
+    Args:
+        text: Optimized HLO of any backend.
+    """
+    parts = {name: list(_instructions(lines)) for name, lines in computations(text).items()}
+    entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)
+    loops = _with_calls(parts, entry.group(1)) if entry else ()
+    return [_turn_of(parts, line.calls("body")) for line in loops if line.opcode == "while"]
+
+
+def _turn_of(parts: dict, body: str) -> Turn:
+    lanes = [line for line in _with_calls(parts, body) if _asks(line)]
+    branches = [
+        tuple(_accessed(parts, branch) for branch in branches_of(line.rest))
+        if line.opcode == "conditional"
+        else (0, _accessed(parts, line.calls("body")))
+        for line in lanes
+    ]
+    return Turn(_accessed(parts, body) - sum(map(max, branches)), tuple(branches))
+
+
+def _asks(line: "_Instruction") -> bool:
+    return line.opcode == "conditional" or (line.opcode == "while" and _turns(line) is None)
+
+
 def computations(text: str) -> dict[str, list[str]]:
     """The instructions of each computation of an HLO text, by its name."""
     found: dict[str, list[str]] = {}

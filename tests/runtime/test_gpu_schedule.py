@@ -3,10 +3,14 @@
 Needs the extra `gpu-aot`. It compiles, it does not run: nothing here is a time. Flags are XLA's defaults.
 """
 
+import re
+
 import h100
 import pytest
 from hlo import branches_of, holds_product, hops, loop_bodies, products
 
+import jaxpipe as jp
+from jaxpipe.runtime.lane import PASSES_IN_PLACE
 from jaxpipe.runtime.sizes import tree_bytes
 from jaxpipe.schedule.table import ARRIVAL, Phase, TickTable
 
@@ -77,6 +81,26 @@ def test_each_phase_hops_only_where_it_has_something_to_send(step):
 def test_no_stash_accumulator_or_weight_is_copied_in_a_loop(step):
     gathers_once = len(set(step.pipe.layout.kinds)) == 1  # encoder and decoder both take from one table
     assert not h100.copied_in_loops(step, fresh=gathers_once)
+
+
+def stops(lines: list[str]) -> int:
+    """How often a device waits for the host in one turn: for conditionals, and loops of unknown length."""
+    asked = (line for line in lines if re.search(r" (conditional|while)\(", line))
+    return sum('"known_trip_count"' not in line for line in asked)
+
+
+def lanes_of(pipe: jp.Pipeline, phase: Phase) -> int:
+    """Conditionals and loops of one tick of a phase; embedding and head have their own where they are not inside."""
+    lanes = phase.forward + phase.backward + phase.weight
+    return lanes if PASSES_IN_PLACE else lanes + phase.forward + phase.head + phase.backward
+
+
+def test_a_tick_waits_for_the_host_once_per_lane(step):
+    wanted = [lanes_of(step.pipe, phase) for phase in step.pipe.table.phases]
+    found = [stops(body) for body in loop_bodies(step.text, hopping=False)]
+    assert sorted(n for n in found if n) == sorted(wanted)
+    split = "I" in step.pipe.schedule.phases
+    assert max(wanted) == (3 if split else 2) if PASSES_IN_PLACE else max(wanted) <= 6
 
 
 def test_no_collective_but_hops_runs_in_a_loop(step):

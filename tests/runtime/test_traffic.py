@@ -7,7 +7,7 @@ from hlo import hlo_text
 from jax import lax
 
 from jaxpipe.runtime.lane import Lane, run_lane
-from jaxpipe.runtime.traffic import Traffic, traffic
+from jaxpipe.runtime.traffic import Traffic, traffic, turns_of_loops
 
 ROWS, ROW = 8, 1000
 BUFFER = jax.ShapeDtypeStruct((ROWS, ROW), jnp.float32)
@@ -162,3 +162,21 @@ def test_of_a_lanes_branches_the_dearest_counts_and_lanes_add_up():
 
     (loop,) = moved(body)
     assert (loop.copy_bytes, loop.update_bytes) == (0, 2 * 3 * 4 * ROW)
+
+
+def test_a_turn_is_told_apart_from_its_lanes():
+    """A loop whose conditional reads and writes a row, or nothing, and a loop that may not turn."""
+
+    def turn(state, number):
+        rows, sums = state
+        rows = jax.lax.cond(number > 2, lambda rows: rows.at[0].multiply(2.0), lambda rows: rows, rows)
+        sums = jax.lax.while_loop(lambda s: s[0] < number, lambda s: s + jnp.cos(s), sums)
+        return (rows, sums + 1), None
+
+    rows, sums = jnp.ones((8, 4096)), jnp.ones(2048)
+    compiled = jax.jit(lambda *state: jax.lax.scan(turn, state, jnp.arange(5.0))[0]).lower(rows, sums).compile()
+    (found,) = [turn for turn in turns_of_loops(compiled.as_text() or "") if len(turn.lanes) == 2]
+    conditional, loop = found.lanes
+    assert max(conditional) >= 2 * 4096 * 4 and min(conditional) < 1024
+    assert loop[0] == 0 and loop[1] >= 2 * 2048 * 4
+    assert found.own >= 2 * 2048 * 4
