@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from jaxpipe.jax_internals import cudnn_checks
 from jaxpipe.models.attention_choice import Requested, capability_here, choose, is_present
 from jaxpipe.models.blockwise import blockwise, by_distance
-from jaxpipe.models.layers import TENSOR, wide
+from jaxpipe.models.fields import TENSOR, wide
 
 ABSENT_CUDNN = 91000
 """The version of cuDNN, 9.10, on machines that programs are only compiled for."""

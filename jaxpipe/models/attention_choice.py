@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxpipe.errors import ConfigError
-from jaxpipe.models.layers import LONG
 
 Implementation = Literal["xla", "cudnn", "blockwise"]
 Requested = Literal["auto", "xla", "cudnn", "blockwise"]
+
+LONG = 1024 * 1024
+"""Queries times keys from which on no array holds a number for each pair of them, if that can be chosen."""
 
 HALF = ("bfloat16", "float16")
 """What cuDNN's kernel computes in."""

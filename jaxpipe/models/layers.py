@@ -19,13 +19,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpipe.flax_nnx import nnx
-from jaxpipe.models.fields import wide
-
-TENSOR = "tensor"
-"""The mesh axis in annotations."""
-
-LONG = 1024 * 1024
-"""Queries times keys from which on no array holds a number for each pair of them, if that can be chosen."""
+from jaxpipe.models.attention_choice import LONG
+from jaxpipe.models.fields import TENSOR, wide
 
 
 def cut(value: jax.Array, dim: int) -> nnx.Param:

@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 
+from jaxpipe.jax_internals import cudnn_checks
+
 
 @cache
 def h100s(count: int) -> list[Any]:
@@ -17,9 +19,7 @@ def h100s(count: int) -> list[Any]:
 
 def _trust_cudnn() -> None:
     """JAX asks the present GPU for its cuDNN and its kind before it takes cuDNN's attention, and there is none."""
-    from jax._src.cudnn import fused_attention_stablehlo as fused
-
-    checks: Any = fused
+    checks = cudnn_checks()
     checks.check_cudnn_version = lambda: 91000
     checks.check_compute_capability = lambda capability: True
     checks.is_cuda_compute_capability_equal = lambda capability: capability == "9.0"

@@ -10,12 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib.version
 import numpy as np
 
 import jaxpipe as jp
 from gpu_parts.report import Row
 from jaxpipe.errors import ConfigError
+from jaxpipe.jax_internals import jaxlib_version
 from jaxpipe.plan import find_device
 
 MEMORY_ASKED = 75e9
@@ -190,7 +190,7 @@ def facts(setting: Setting) -> dict[str, str]:
         "card": "none, compiled for an H100" if setting.compile_only else card,
         "date": time.strftime("%Y-%m-%d"),
         "jax": jax.__version__,
-        "jaxlib": jaxlib.version.__version__,
+        "jaxlib": ".".join(map(str, jaxlib_version())),
         "backend": " ".join(device.client.platform_version.split()),
         "python": platform.python_version(),
         "jaxpipe": jp.__version__,
