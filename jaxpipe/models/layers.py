@@ -68,6 +68,25 @@ def _lay(x_BTD, cut: bool):
     return jax.lax.with_sharding_constraint(x_BTD, NamedSharding(mesh, spec))
 
 
+def tensor_devices() -> int:
+    """How many devices of `TENSOR` the compiler spreads a pipeline's blocks over; 1 outside of a pipeline."""
+    mesh = jax.sharding.get_abstract_mesh()
+    is_left = bool(mesh.manual_axes) and TENSOR not in mesh.manual_axes
+    return mesh.shape.get(TENSOR, 1) if is_left else 1
+
+
+def lay(x, dim: int | None):
+    """Cuts `dim` over `TENSOR`, or makes an array whole on each of its devices, and its gradient likewise.
+
+    Does nothing unless `tensor_devices` are several. Said of both ends of a move, it is a gather or a slice; left to
+    itself XLA may choose a permute, which in a lane that not all devices run would wait forever.
+    """
+    if tensor_devices() == 1:
+        return x
+    spec = PartitionSpec() if dim is None else PartitionSpec(*[None] * dim, TENSOR)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(jax.sharding.get_abstract_mesh(), spec))
+
+
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], *, std: float, dtype: Any) -> jax.Array:
     """Normal numbers with mean 0."""
     return std * jax.random.normal(rngs.params(), shape, dtype)
