@@ -30,6 +30,7 @@ from jaxpipe.models.layers import (
     attend_cached,
     cut,
     enter,
+    gather,
     lay,
     leave,
     linear,
@@ -156,7 +157,7 @@ class Attention(nnx.Module):
         B, T, _ = x_BTD.shape
         per_head = self.num_heads // self.kv_heads
         qkv_BTN, even = self.qkv(x_BTD), self.is_even()
-        qkv_BTN = qkv_BTN if even else lay(lay(qkv_BTN, 2), None)
+        qkv_BTN = qkv_BTN if even else gather(qkv_BTN)
         qkv_BTKGd = qkv_BTN.reshape(B, T, self.kv_heads, per_head + 2, self.head_dim)
         q_BTHd = qkv_BTKGd[..., :per_head, :].reshape(B, T, self.num_heads, self.head_dim)
         k_BTKd, v_BTKd = qkv_BTKGd[..., per_head, :], qkv_BTKGd[..., per_head + 1, :]

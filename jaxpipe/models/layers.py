@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpipe.flax_nnx import nnx
@@ -85,6 +86,23 @@ def lay(x, dim: int | None):
         return x
     spec = PartitionSpec() if dim is None else PartitionSpec(*[None] * dim, TENSOR)
     return jax.lax.with_sharding_constraint(x, NamedSharding(jax.sharding.get_abstract_mesh(), spec))
+
+
+def gather(x_BTN):
+    """Columns that devices of `TENSOR` have a part of each, whole on all; see `lay`.
+
+    What ``remat="none"`` keeps is each device's part. The gradient is gathered in `I` if a backward is split, and W is
+    handed a part of it again.
+    """
+    return lay(_columns(x_BTN), None)
+
+
+@jax.custom_vjp
+def _columns(x_BTN):
+    return lay(x_BTN, 2)
+
+
+_columns.defvjp(lambda x: (lay(x, 2), None), lambda _, dx: (checkpoint_name(lay(dx, 2), "columns"),))
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], *, std: float, dtype: Any) -> jax.Array:
