@@ -132,9 +132,11 @@ def targets(mb: Tree) -> tuple[Any, Any]:
 
 
 def _divisible(cfg: GPTConfig) -> dict[str, int]:
-    """What `tensor` must divide; heads of keys and values it need not, but the columns of `qkv`."""
-    columns = (cfg.num_heads + 2 * cfg.kv_heads) * cfg.head_dim
-    return {"num_heads": cfg.num_heads, "d_ff": cfg.hidden_dim, "(num_heads+2*num_kv_heads)*head_width": columns}
+    """What `tensor` must divide; heads of keys and values it need not, if it divides the columns of `qkv`."""
+    numbers = {"num_heads": cfg.num_heads, "d_ff": cfg.hidden_dim}
+    if cfg.kv_heads < cfg.num_heads:
+        numbers["(num_heads+2*num_kv_heads)*head_width"] = (cfg.num_heads + 2 * cfg.kv_heads) * cfg.head_dim
+    return numbers
 
 
 def _gpt_block(kind: str, cfg: GPTConfig, rngs: nnx.Rngs) -> nnx.Module:
