@@ -66,7 +66,14 @@ def mesh(pipe: int = DEVICES, data: int = 1, fsdp: int = 1, tensor: int = 1) -> 
 
 
 def step(
-    name: str, repeats: int = 1, *, blocks: int = 2, kinds: int = 1, axes: dict | None = None, **options: Any
+    name: str,
+    repeats: int = 1,
+    *,
+    blocks: int = 2,
+    kinds: int = 1,
+    axes: dict | None = None,
+    sizes: dict | None = None,
+    **options: Any,
 ) -> Step:
     """The step of a small model in bfloat16 with float32 weights, no two sizes of its weights and slots equal.
 
@@ -76,13 +83,14 @@ def step(
         blocks: Per stage, where `options` has no `stages`.
         kinds: 1: a GPT; 2: an encoder-decoder, encoder blocks in the first half of the stages.
         axes: Sizes of the mesh's other axes.
+        sizes: More options of the GPT.
         options: Of `Pipeline`; `compiler` holds options of XLA.
     """
     compiler: Any = COMPILER | options.pop("compiler", {})
     schedule = build(name, devices=DEVICES, microbatches=MICROBATCHES, repeats=repeats)
     layers = sum(options.get("stages") or [blocks] * schedule.stages)
     if kinds == 1:
-        model = gpt_model(GPTConfig(num_layers=layers, max_seq_len=LENGTH, **SIZES))
+        model = gpt_model(GPTConfig(num_layers=layers, max_seq_len=LENGTH, **SIZES, **sizes or {}))
     else:
         half = layers // 2
         model = encdec_model(

@@ -1,5 +1,6 @@
 """The door to generation: a model on a mesh that continues prompts, all in one XLA program."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -8,7 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jaxpipe.errors import ConfigError
 from jaxpipe.infer.books import empty_books
@@ -158,9 +159,14 @@ class Generator:
 
     @cached_property
     def cache_bytes(self) -> int:
-        """Bytes of keys and values per device: rooms * V * slots * positions * 2 * width, over `tensor`."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.ring.shapes["rooms"])) // (
-            self.mesh.shape.get("tensor", 1)
+        """Bytes of keys and values per device: rooms * V * slots * positions * 2 * width, over `tensor` if that divides
+        their heads.
+        """
+        rooms = jax.tree.leaves(self.ring.shapes["rooms"])
+        return sum(
+            math.prod(NamedSharding(self.mesh, self.ring.over_tensor(leaf)).shard_shape(leaf.shape))
+            * leaf.dtype.itemsize
+            for leaf in rooms
         )
 
     def generate(

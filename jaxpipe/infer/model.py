@@ -55,7 +55,7 @@ class Decoder:
         d_model: D.
         dtype: Of what passes between blocks.
         longest: Positions that there are; None for any number.
-        heads: Heads of keys and values, which `tensor` must divide.
+        heads: Heads of queries, which `tensor` must divide.
         encoder: Of an encoder-decoder.
     """
 
@@ -118,7 +118,7 @@ def _gpt(cfg: GPTConfig, kernel_first: bool) -> Decoder:
         d_model=cfg.d_model,
         dtype=jnp.dtype(cfg.dtype),
         longest=cfg.max_seq_len if cfg.positions == "learned" else None,
-        heads=cfg.kv_heads,
+        heads=cfg.num_heads,
     )
 
 

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpipe.infer import books as bk
 from jaxpipe.infer.ring import Ring
-from jaxpipe.runtime.mesh import BATCH, MANUAL, PIPE, TENSOR, batch_shards, manual_axes
+from jaxpipe.runtime.mesh import BATCH, MANUAL, PIPE, batch_shards, manual_axes
 from jaxpipe.runtime.tree import Tree
 
 OWN = PartitionSpec(PIPE, BATCH)
@@ -95,9 +95,12 @@ class Programs:
     def shardings(self) -> Tree:
         """How the state rests on the mesh."""
         mesh = self.ring.weights.mesh
-        heads = PartitionSpec(PIPE, BATCH, None, TENSOR if mesh.shape.get(TENSOR, 1) > 1 else None)
         own = jax.tree.map(lambda _: NamedSharding(mesh, OWN), self.ring.shapes)
-        return own | {"rooms": jax.tree.map(lambda _: NamedSharding(mesh, heads), own["rooms"])}
+
+        def room(leaf):
+            return NamedSharding(mesh, PartitionSpec(*OWN, *self.ring.over_tensor(leaf)))
+
+        return own | {"rooms": jax.tree.map(room, self.ring.shapes["rooms"])}
 
     @cached_property
     def _made(self) -> dict[tuple[int, int], Any]:

@@ -439,13 +439,21 @@ class Ring:
             return x
         return lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
 
+    def over_tensor(self, leaf) -> PartitionSpec:
+        """How an array of a room [R, K, S, d] lies over `tensor`: cut by heads, or whole if it does not divide them."""
+        size = self.weights.mesh.shape.get(TENSOR, 1)
+        return PartitionSpec(None, TENSOR) if size > 1 and leaf.shape[1] % size == 0 else PartitionSpec()
+
     def _lay(self, rooms: list) -> list:
-        """Rooms cut over `tensor` by heads."""
+        """Rooms as they lie over `tensor`."""
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.shape.get(TENSOR, 1) == 1:
             return rooms
-        cut = NamedSharding(mesh, PartitionSpec(None, TENSOR))
-        return jax.tree.map(lambda leaf: lax.with_sharding_constraint(leaf, cut), rooms)
+
+        def lay(leaf):
+            return lax.with_sharding_constraint(leaf, NamedSharding(mesh, self.over_tensor(leaf)))
+
+        return jax.tree.map(lay, rooms)
 
 
 def _mark(seen, slots_n, positions_nC, tokens_nC):

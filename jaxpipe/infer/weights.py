@@ -147,10 +147,7 @@ def weights_of(
     tensor = mesh.shape.get(TENSOR, 1)
     if decoder.heads % tensor:
         near = max(n for n in range(1, tensor + 1) if decoder.heads % n == 0)
-        raise ConfigError(
-            f"mesh.tensor={tensor} must divide the model's {decoder.heads} heads of keys and values; "
-            f"try mesh.tensor={near}"
-        )
+        raise ConfigError(f"mesh.tensor={tensor} must divide the model's {decoder.heads} heads; try mesh.tensor={near}")
     kinds = {*decoder.kinds, *(decoder.encoder.kinds if decoder.encoder else ())}
     if set(canonical["blocks"]) != kinds:
         raise PartitionError(f"canonical blocks={sorted(canonical['blocks'])} must be of kinds {sorted(kinds)}")

@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec
 from jaxpipe.jax_internals import cudnn_checks
 from jaxpipe.models.attention_choice import Requested, capability_here, choose, is_present
 from jaxpipe.models.blockwise import blockwise, by_distance
-from jaxpipe.models.fields import TENSOR, wide
+from jaxpipe.models.fields import wide
+from jaxpipe.models.tensor import TENSOR, tensor_devices
 
 ABSENT_CUDNN = 91000
 """The version of cuDNN, 9.10, on machines that programs are only compiled for."""
@@ -84,9 +85,9 @@ def attend(
     if "lengths" in given and (chosen != "cudnn" or masks):
         in_time_BS = jnp.arange(k_BSKd.shape[1])[None] < given.pop("lengths")[:, None]
         given["seen"] = in_time_BS & given["seen"] if "seen" in given else in_time_BS
-    if chosen == "xla":
-        return _whole(q_BTHd, k_BSKd, v_BSKd, given, how)
-    run = {"cudnn": _fused, "blockwise": _by_blocks}[chosen]
+    if chosen == "xla" and k_BSKd.shape[2] % tensor_devices() == 0:
+        return _whole(q_BTHd, k_BSKd, v_BSKd, given, how)  # which the compiler cuts by heads as well
+    run = {"xla": _whole, "cudnn": _fused, "blockwise": _by_blocks}[chosen]
     return on_all_axes(lambda q, k, v, given: run(q, k, v, given, how), q_BTHd, k_BSKd, v_BSKd, given)
 
 

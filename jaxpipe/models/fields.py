@@ -14,10 +14,6 @@ WideDType = Literal["float32", "bfloat16", "float64"]
 """Those with the range of float32 or more: what weights may rest in, lest an optimizer's small numbers become zero."""
 
 
-TENSOR = "tensor"
-"""The mesh axis in annotations."""
-
-
 def wide(dtype: Any) -> Any:
     """Float32, or float64 for float64: what norms, softmax, rotation and logits are computed in."""
     return jnp.promote_types(dtype, jnp.float32)

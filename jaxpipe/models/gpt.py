@@ -25,9 +25,21 @@ from jaxpipe.flax_nnx import nnx
 from jaxpipe.models.attention import attend
 from jaxpipe.models.attention_choice import Requested
 from jaxpipe.models.gpt_config import BYTES, GPT2_TOKENS, PRESETS, GPTConfig, flops_per_token, num_params
-from jaxpipe.models.layers import Rotary, attend_cached, cut, enter, leave, linear, normal, rms_norm
+from jaxpipe.models.layers import (
+    Rotary,
+    attend_cached,
+    cut,
+    enter,
+    gather,
+    lay,
+    leave,
+    linear,
+    normal,
+    rms_norm,
+)
 from jaxpipe.models.moe import MoE
 from jaxpipe.models.products import dot_general
+from jaxpipe.models.tensor import tensor_devices
 
 __all__ = [
     "BLOCKS",
@@ -97,6 +109,9 @@ class Attention(nnx.Module):
     `qkv` is one matrix [D, (H+2K)*d] whose columns are ordered (head of keys, its queries | k | v, dim): a contiguous
     run of columns is a run of whole heads, so that tensor parallelism can cut it. GPT-2's own order is
     (q|k|v, head, dim). `proj` is [H*d, D].
+
+    Where `tensor` divides H and not K, columns are cut wherever they fall, and the product's result is gathered: each
+    device then has its own queries, and all keys and values.
     """
 
     def __init__(self, cfg: GPTConfig, *, rngs: nnx.Rngs):
@@ -114,25 +129,41 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD):
         """[B, T, D] -> [B, T, D]."""
         (B, T, _), positions_1T = x_BTD.shape, jnp.arange(x_BTD.shape[1])[None]
-        q_BTHd, k_BTKd, v_BTKd = self.heads(x_BTD, positions_1T)
+        q_BTHd, k_BTKd, v_BTKd = self.heads(x_BTD, positions_1T, cut=True)
         y_BTHd = attend(q_BTHd, k_BTKd, v_BTKd, causal=True, window=self.window, implementation=self.implementation)
         return self.proj(y_BTHd.reshape(B, T, -1))
 
     def step(self, x_RCD, cache: dict, positions_RC):
         """[R, C, D] -> [R, C, D], and the new tokens' ``{"k", "v"}`` [R, K, C, d], like the cache."""
         (R, C, _) = x_RCD.shape
-        q_RCHd, k_RCKd, v_RCKd = self.heads(x_RCD, positions_RC)
+        q_RCHd, k_RCKd, v_RCKd = self.heads(x_RCD, positions_RC, cut=False)
         new = {"k": k_RCKd.swapaxes(1, 2).astype(cache["k"].dtype), "v": v_RCKd.swapaxes(1, 2).astype(cache["v"].dtype)}
         y_RCHd = attend_cached(q_RCHd, new, cache, positions_RC, window=self.window)
+        y_RCHd = y_RCHd if self.is_even() else lay(y_RCHd, None)  # else XLA would lay the cache as `proj` lies
         return self.proj(y_RCHd.reshape(R, C, -1)), new
 
-    def heads(self, x_BTD, positions_BT):
-        """Queries [B, T, H, d], keys and values [B, T, K, d], normed and rotated."""
+    def is_even(self) -> bool:
+        """Whether each device of `tensor` has heads of keys and values of its own."""
+        return self.kv_heads % tensor_devices() == 0
+
+    def heads(self, x_BTD, positions_BT, *, cut: bool):
+        """Queries [B, T, H, d], keys and values [B, T, K, d], normed and rotated.
+
+        Args:
+            x_BTD: What is projected.
+            positions_BT: Integers; B may be 1.
+            cut: Whether each device of `tensor` has only its own queries where all have all keys and values.
+        """
         B, T, _ = x_BTD.shape
         per_head = self.num_heads // self.kv_heads
-        qkv_BTKGd = self.qkv(x_BTD).reshape(B, T, self.kv_heads, per_head + 2, self.head_dim)
+        qkv_BTN, even = self.qkv(x_BTD), self.is_even()
+        qkv_BTN = qkv_BTN if even else gather(qkv_BTN)
+        qkv_BTKGd = qkv_BTN.reshape(B, T, self.kv_heads, per_head + 2, self.head_dim)
         q_BTHd = qkv_BTKGd[..., :per_head, :].reshape(B, T, self.num_heads, self.head_dim)
         k_BTKd, v_BTKd = qkv_BTKGd[..., per_head, :], qkv_BTKGd[..., per_head + 1, :]
+        if not even:
+            q_BTHd, k_BTKd, v_BTKd = (lay(x, None) for x in (q_BTHd, k_BTKd, v_BTKd))
+            q_BTHd = lay(q_BTHd, 2) if cut else q_BTHd
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHd, k_BTKd = self.q_norm(q_BTHd).astype(v_BTKd.dtype), self.k_norm(k_BTKd).astype(v_BTKd.dtype)
         if self.rotary is not None:

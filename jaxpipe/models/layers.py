@@ -16,11 +16,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpipe.flax_nnx import nnx
 from jaxpipe.models.attention_choice import LONG
-from jaxpipe.models.fields import TENSOR, wide
+from jaxpipe.models.fields import wide
+from jaxpipe.models.tensor import TENSOR, tensor_devices
 
 
 def cut(value: jax.Array, dim: int) -> nnx.Param:
@@ -61,6 +63,35 @@ def _lay(x_BTD, cut: bool):
         return x_BTD
     spec = PartitionSpec(None, TENSOR) if cut else PartitionSpec()
     return jax.lax.with_sharding_constraint(x_BTD, NamedSharding(mesh, spec))
+
+
+def lay(x, dim: int | None):
+    """Cuts `dim` over `TENSOR`, or makes an array whole on each of its devices, and its gradient likewise.
+
+    Does nothing unless `tensor_devices` are several. Said of both ends of a move, it is a gather or a slice; left to
+    itself XLA may choose a permute, which in a lane that not all devices run would wait forever.
+    """
+    if tensor_devices() == 1:
+        return x
+    spec = PartitionSpec() if dim is None else PartitionSpec(*[None] * dim, TENSOR)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(jax.sharding.get_abstract_mesh(), spec))
+
+
+def gather(x_BTN):
+    """Columns that devices of `TENSOR` have a part of each, whole on all; see `lay`.
+
+    What ``remat="none"`` keeps is each device's part. The gradient is gathered in `I` if a backward is split, and W is
+    handed a part of it again.
+    """
+    return lay(_columns(x_BTN), None)
+
+
+@jax.custom_vjp
+def _columns(x_BTN):
+    return lay(x_BTN, 2)
+
+
+_columns.defvjp(lambda x: (lay(x, 2), None), lambda _, dx: (checkpoint_name(lay(dx, 2), "columns"),))
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], *, std: float, dtype: Any) -> jax.Array:

@@ -8,7 +8,7 @@
 
 The analytic time of a part is the sum of three: its matrix products at `DeviceSpec.flops_per_s`, or the time to read
 and write their operands if that is longer; its elementwise work at the memory's bandwidth; and, where `tensor` devices
-share it, their all-reduces, which nothing overlaps.
+share it, their collectives, which nothing overlaps.
 
 Legend: D width, F hidden dims of the MLP, n tokens of a microbatch, t devices on the tensor axis.
 """
@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from jaxpipe.plan.device import DeviceSpec
-from jaxpipe.plan.links import all_reduce_s
-from jaxpipe.plan.shape import DTYPE_BYTES, BlockShape, ModelShape
+from jaxpipe.plan.links import all_reduce_s, gather_s
+from jaxpipe.plan.shape import DTYPE_BYTES, Attention, BlockShape, ModelShape
 
 Remat = Literal["full", "none", "all"]
 
@@ -182,15 +182,20 @@ def _block(block: BlockShape, shape: ModelShape, device: DeviceSpec, rows: int, 
     carry = rows * block.tokens * block.width * size
     reduced = (len(block.attentions) + 1) * all_reduce_s(carry, tensor, 1, device)
     bandwidth = device.traffic_bytes_per_s
-    forward = max(linear + score, operands / bandwidth) + traffic / bandwidth + reduced
+    gathering = [a for a in block.attentions if a.gathers(tensor)]
+    gathered = sum(gather_s(rows * a.projected * size, tensor, 1, device) for a in gathering)
+    returned = sum(_returned_s(a, rows * size, tensor, device) for a in gathering)
+    forward = max(linear + score, operands / bandwidth) + traffic / bandwidth + reduced + gathered
     # [1] Of the elementwise work all is done again for the input gradient, which reads and writes twice as much.
-    inputs = max(linear + 2 * score, operands / bandwidth) + 2 * traffic / bandwidth + reduced
+    inputs = max(linear + 2 * score, operands / bandwidth) + 2 * traffic / bandwidth + reduced + returned
     # [2] Weight gradients are written, read, and added to an accumulator.
     accumulator = params * (2 * size + 2 * max(4, shape.param_bytes))
     weights = max(linear, operands / bandwidth) + accumulator / bandwidth
-    again: dict[Remat, float] = {"full": forward, "none": traffic / bandwidth, "all": 0.0}
+    # [3] Norms of queries and keys need what was gathered both ways in W too.
+    normed = gathered + returned if any(a.norm_params for a in gathering) else 0.0
+    again: dict[Remat, float] = {"full": forward, "none": traffic / bandwidth + gathered, "all": 0.0}
     times: dict[Remat, LaneTimes] = {
-        r: LaneTimes(forward, inputs + more, weights, inputs + more + weights) for r, more in again.items()
+        r: LaneTimes(forward, inputs + more, weights + normed, inputs + more + weights) for r, more in again.items()
     }
     keeps = rows * _kept_bytes(block, size, wide, tensor)
     everything = rows * _all_bytes(block, size, wide, tensor)
@@ -198,14 +203,14 @@ def _block(block: BlockShape, shape: ModelShape, device: DeviceSpec, rows: int, 
     inputs_again = rows * _crossing_again_bytes(block, size, tensor)
     crossing: dict[Remat, float] = {"full": gradients + inputs_again, "none": gradients, "all": gradients}
     unit, scores = rows * block.tokens * block.width * size, rows * _scores(block) * wide / tensor
-    # [3] What XLA allots for blocks of several shapes, rounded. Of 17 such units that a backward needs, tensor
+    # [4] What XLA allots for blocks of several shapes, rounded. Of 17 such units that a backward needs, tensor
     # parallelism leaves 5 whole (Korthikanti et al., 2022, equation 2, without the scores).
     unit *= (5 + 12 / tensor) / 17
     temporaries: dict[Remat, tuple[int, int, int]] = {"full": (18, 10, 2), "none": (13, 6, 2), "all": (10, 6, 1)}
     whole: dict[Remat, float] = {r: n * unit + times * scores for r, (n, _, times) in temporaries.items()}
     split: dict[Remat, float] = {r: n * unit + times * scores for r, (_, n, times) in temporaries.items()}
     if device.cores is None:
-        # [4] What a conditional gives back has memory of its own from its start, in which XLA puts temporaries before.
+        # [5] What a conditional gives back has memory of its own from its start, in which XLA puts temporaries before.
         made = params * min(size, shape.param_bytes)
         for remat in crossing:
             whole[remat] = max(0.0, whole[remat] - made)
@@ -220,6 +225,12 @@ def _block(block: BlockShape, shape: ModelShape, device: DeviceSpec, rows: int, 
     )
 
 
+def _returned_s(attention: Attention, bytes_each: float, tensor: int, device: DeviceSpec) -> float:
+    """Seconds until every device has the gradients of all queries, keys and values where all had the latter two."""
+    queries, keys = (n * bytes_each for n in (attention.queries * attention.inner, attention.keys * attention.kv_inner))
+    return gather_s(queries, tensor, 1, device) + all_reduce_s(2 * keys, tensor, 1, device)
+
+
 def _scores(block: BlockShape) -> int:
     return sum(a.scores for a in block.attentions if not a.fused)
 
@@ -228,11 +239,15 @@ def _traffic_bytes(block: BlockShape, size: int, tensor: int) -> float:
     """What the elementwise work of a forward reads and writes, per row."""
     norms = (len(block.attentions) + 1) * block.tokens * block.width * 2 * size
     residuals = (len(block.attentions) + 1) * block.tokens * block.width * 3 * size
-    heads = sum(2 * size * a.projected + (4 * size * a.rotatable if a.rotary else 0) for a in block.attentions)
+    heads = sum(
+        2 * size * (a.own_projected(tensor) + (a.projected if a.gathers(tensor) else 0))  # gathered, then taken apart
+        + (4 * size * a.own_rotatable(tensor) if a.rotary else 0)
+        for a in block.attentions
+    )
     softmax = 4 * size * _scores(block)
     hidden = block.mlp_tokens * block.mlp.hidden * 2 * size * (block.mlp.matrices - 1)
     moved = 4 * size * (block.tokens + block.mlp.places) * block.width if block.mlp.experts else 0
-    return norms + residuals + (heads + softmax + hidden + moved) / tensor
+    return norms + residuals + heads + (softmax + hidden + moved) / tensor
 
 
 def _product_numbers(block: BlockShape, tensor: int) -> float:
@@ -259,7 +274,7 @@ def _kept_bytes(block: BlockShape, size: int, wide: int, tensor: int) -> float:
 def _all_bytes(block: BlockShape, size: int, wide: int, tensor: int) -> float:
     """What ``remat="all"`` keeps, per row: every value that the backward reads."""
     norms = (len(block.attentions) + 1) * block.tokens * block.width * (2 * wide + size)
-    attention = sum(2 * a.projected * size / tensor for a in block.attentions)
+    attention = sum(2 * a.own_projected(tensor) * size for a in block.attentions)
     hidden = block.mlp_tokens * block.mlp.hidden * 5 * size / tensor
     return norms + attention + hidden + 2 * wide * _scores(block) / tensor + _kept_bytes(block, size, wide, tensor) / 2
 
@@ -270,8 +285,12 @@ def _crossing_bytes(block: BlockShape, size: int, wide: int, tensor: int) -> flo
     Those of queries, keys and values; of the MLP's hidden numbers, from which elementwise work goes on to the matrices
     before; and of what each of the first matrices behind a norm is given.
     """
-    attention = sum(a.projected / tensor * size + a.queries * block.width * size for a in block.attentions)
-    attention += sum(a.rotatable / tensor * (wide - size) for a in block.attentions if not a.fused)
+    attention = sum(size * (a.projected / tensor + a.queries * block.width) for a in block.attentions)
+    # Gathered ones are handed on as the product's columns; else they are kernels' or wide products' results.
+    attention += sum(
+        a.rotatable / tensor * (wide - size) for a in block.attentions if not (a.fused or a.gathers(tensor))
+    )
+    attention += sum(size * a.own_rotatable(tensor) for a in block.attentions if a.gathers(tensor) and a.norm_params)
     given = block.mlp_tokens * block.width * (block.mlp.matrices - 1)
     return attention + size * (block.mlp_tokens * block.mlp.hidden / tensor + given)
 

@@ -129,7 +129,7 @@ def _meshes(problem: Problem) -> Iterator[tuple[int, int, int, int]]:
             continue
         for tensor in space.tensor or _divisors(problem.devices // pipe):
             rest, odd = divmod(problem.devices // pipe, tensor)
-            heads = all(a.heads // a.shared % tensor == 0 for block in blocks for a in block.attentions)
+            heads = all(a.allows(tensor) for block in blocks for a in block.attentions)
             hidden = all(block.mlp.hidden % tensor == 0 for block in blocks)
             if odd or not heads or not hidden or tensor > problem.device.devices_per_host:
                 continue

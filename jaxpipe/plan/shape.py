@@ -59,6 +59,25 @@ class Attention:
         """Numbers in queries, keys and values of a row."""
         return self.rotatable + self.keys * self.kv_inner
 
+    def allows(self, tensor: int) -> bool:
+        """Whether so many devices can share the layer: they share its heads of queries, and the maps' columns."""
+        return self.heads % tensor == 0 and (self.inner + 2 * self.kv_inner) % tensor == 0
+
+    def gathers(self, tensor: int) -> bool:
+        """Whether each of so many devices needs all keys and values, because those have too few heads to share."""
+        return self.heads // self.shared % tensor != 0
+
+    def own_rotatable(self, tensor: int) -> float:
+        """Numbers in queries and keys of a row that each of so many devices has."""
+        return self.queries * self.inner / tensor + self._own_keys(tensor)
+
+    def own_projected(self, tensor: int) -> float:
+        """Numbers in queries, keys and values of a row that each of so many devices has."""
+        return self.own_rotatable(tensor) + self._own_keys(tensor)
+
+    def _own_keys(self, tensor: int) -> float:
+        return self.keys * self.kv_inner / (1 if self.gathers(tensor) else tensor)
+
     def params(self, width: int, bias: bool) -> int:
         """Parameters of the projections and norms.
 

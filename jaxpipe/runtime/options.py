@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from math import gcd
 from typing import Any
 
 from jax.sharding import Mesh
@@ -127,9 +128,11 @@ def check_offload(mesh: Mesh) -> bool:
 def check_tensor(model: Model, mesh: Mesh) -> None:
     """Raises ConfigError where the axis `tensor` does not divide what the model says that it must."""
     tensor = mesh.shape.get(TENSOR, 1)
-    for name, number in model.divisible_by_tensor.items():
+    numbers = model.divisible_by_tensor
+    common = gcd(*numbers.values())
+    for name, number in numbers.items():
         if number % tensor:
-            near = [n for n in range(1, number + 1) if number % n == 0]
+            near = [n for n in range(1, common + 1) if common % n == 0]
             below, above = max(n for n in near if n < tensor), [n for n in near if n > tensor][:1]
             raise ConfigError(
                 f"{name}={number} must be divisible by mesh.tensor={tensor}; "

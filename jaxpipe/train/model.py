@@ -56,7 +56,7 @@ def gpt_model(cfg: GPTConfig) -> Model:
         ),
         tie={"head/kernel": "embed/table"} if cfg.tied else {},
         carry_spec=PartitionSpec(None, "tensor") if cfg.sequence_parallel else None,
-        divisible_by_tensor={"num_kv_heads" if cfg.num_kv_heads else "num_heads": cfg.kv_heads, "d_ff": cfg.hidden_dim},
+        divisible_by_tensor=_divisible(cfg),
     )
 
 
@@ -129,6 +129,14 @@ def targets(mb: Tree) -> tuple[Any, Any]:
     if "mask" in mb:
         return mb["targets"], mb["mask"]
     return mb["targets"], jnp.ones(mb["targets"].shape, jnp.float32)
+
+
+def _divisible(cfg: GPTConfig) -> dict[str, int]:
+    """What `tensor` must divide; heads of keys and values it need not, if it divides the columns of `qkv`."""
+    numbers = {"num_heads": cfg.num_heads, "d_ff": cfg.hidden_dim}
+    if cfg.kv_heads < cfg.num_heads:
+        numbers["(num_heads+2*num_kv_heads)*head_width"] = (cfg.num_heads + 2 * cfg.kv_heads) * cfg.head_dim
+    return numbers
 
 
 def _gpt_block(kind: str, cfg: GPTConfig, rngs: nnx.Rngs) -> nnx.Module:

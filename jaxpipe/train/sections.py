@@ -56,7 +56,7 @@ class MeshConfig:
         pipe: Devices on the pipeline axis, P.
         data: Copies of the pipeline that share the batch.
         fsdp: Devices that share the batch too, and among them what `shard` says.
-        tensor: Devices that share each matrix product; it must divide the model's heads.
+        tensor: Devices that share each matrix product; it must divide the model's `num_heads`.
         shard: ``params``: weights, gradients and optimizer state lie cut over `fsdp`. ``optimizer``: weights rest whole
             (ZeRO-1).
         simulate: Run on this many simulated CPU devices; 0 means real devices.

@@ -226,9 +226,28 @@ def test_a_wrong_option_is_named(options, message):
         Generator(GPT, canonical(GPT), mesh=make_mesh(pipe=2), **options)
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "mesh"),
+    [(2, 1, {"pipe": 2, "tensor": 2}), (4, 2, {"tensor": 4}), (6, 3, {"tensor": 2})],
+)
+def test_key_heads_that_tensor_does_not_divide_are_kept_on_every_device(heads, kv_heads, mesh):
+    cfg = replace(LLAMA, num_heads=heads, num_kv_heads=kv_heads, d_model=8 * heads, num_layers=2, num_experts=0)
+    gen = make(cfg, mesh, rows=2, chunk=8)
+    rooms, slots = len(gen.ring.shapes["rooms"]), gen.slots
+    assert gen.cache_bytes == rooms * slots * LENGTH * kv_heads * 8 * 2 * 4
+    rested = jax.tree.leaves(gen.programs.start()["rooms"])[0]
+    assert rested.addressable_shards[0].data.shape == (1, 1, 2, kv_heads, LENGTH, 8)
+    got = gen.generate(GIVEN[:4], Sampling(max_new_tokens=6))
+    assert [c.tokens for c in got] == [greedy(cfg, prompt, 6) for prompt in GIVEN[:4]]
+    lines = gen.programs.generate.as_text().splitlines()
+    assert sum(" collective-permute(" in line for line in lines) == ("pipe" in mesh)
+    caches = f"[2,{kv_heads},{LENGTH},8]"
+    assert not [line for line in lines if " all-gather(" in line and caches in line]
+
+
 def test_heads_that_tensor_does_not_divide_and_stages_that_do_not_add_up():
-    with pytest.raises(ConfigError, match=r"mesh\.tensor=2 must divide the model's 1 heads"):
-        Generator(LLAMA, canonical(LLAMA), mesh=make_mesh(tensor=2))
+    with pytest.raises(ConfigError, match=r"mesh\.tensor=4 must divide the model's 2 heads; try mesh\.tensor=2"):
+        Generator(LLAMA, canonical(LLAMA), mesh=make_mesh(tensor=4))
     with pytest.raises(PartitionError, match="hold 3 blocks but the model has 4"):
         Generator(GPT, canonical(GPT), mesh=make_mesh(pipe=2), stages=[1, 2])
 

@@ -14,6 +14,7 @@ import jaxpipe as jp
 from jaxpipe.errors import ConfigError
 from jaxpipe.models.encdec_config import EncDecConfig
 from jaxpipe.models.gpt import GPTConfig
+from jaxpipe.runtime.meeting import check_meetings
 from jaxpipe.schedule import build
 from jaxpipe.train.model import encdec_model, gpt_model
 
@@ -34,6 +35,11 @@ MODELS = {
     "llama": lambda: gpt_model(GPTConfig(**SIZES, **LLAMA)),
     "moe": lambda: gpt_model(GPTConfig(**SIZES, num_experts=4, experts_per_token=2, moe_every=1)),
     "encdec": lambda: encdec_model(EncDecConfig(**T5, head_dim=8)),
+    "one key head": lambda: gpt_model(GPTConfig(**SIZES, **LLAMA, num_kv_heads=1, qk_norm=True, qkv_bias=True)),
+    "one key head, split": lambda: gpt_model(GPTConfig(**SIZES, **LLAMA, num_kv_heads=1)),
+    "two key heads": lambda **options: gpt_model(
+        GPTConfig(**SIZES, **LLAMA, **options, num_kv_heads=2, attention="blockwise")
+    ),
 }
 CASES: Any = {
     # model, mesh, sequence cut, schedule, repeats, remat, head
@@ -42,6 +48,9 @@ CASES: Any = {
     "llama, cut vocabulary": ("llama", (2, 1, 2, 2), False, "1f1b", 1, "full", "vocab_parallel"),
     "moe": ("moe", (2, 1, 1, 2), False, "1f1b", 1, "full", "last"),
     "encdec": ("encdec", (2, 1, 1, 2), False, "1f1b", 1, "full", "last"),
+    "one key head": ("one key head", (2, 1, 1, 2), False, "1f1b", 1, "none", "last"),
+    "one key head, split": ("one key head, split", (2, 1, 1, 2), False, "zb_h1", 1, "full", "last"),
+    "two key heads, sequence cut": ("two key heads", (2, 1, 1, 4), True, "zb_h1", 1, "none", "last"),
 }
 
 
@@ -105,8 +114,40 @@ def test_the_loop_holds_megatrons_collectives(step):
         assert found["all-reduce"] == 4
 
 
-def test_heads_that_tensor_does_not_divide():
+def test_key_heads_that_tensor_does_not_divide_are_gathered(step):
+    name, pipe, compiled, _ = step
+    if "key head" not in name:
+        return
+    heads = 4 + 2 * (1 if "one" in name else 2)
+    text = hlo_text(compiled)
+    check_meetings(text)
+    lines = max(loop_bodies(text, inner=True), key=len)
+    assert sum(" collective-permute(" in line for line in lines) == 2
+    assert not any(" all-to-all(" in line for line in lines)
+    gathers = [line for line in lines if " all-gather(" in line and f"[{ROWS},{LENGTH},{4 * heads}]" in line]
+    forwards = [line for line in gathers if "/forward/" in line]
+    # Once forwards and again for the gradients. Where the backward is split, that of weights gathers nothing.
+    assert len(forwards) == 1 and len(gathers) == 2
+    assert not [line for line in lines if " all-gather(" in line and "/weight_gradient/" in line]
+    columns = 4 * heads // pipe.mesh.shape["tensor"]
+    assert any(re.search(rf"= f32\[16,{columns}\]|= f32\[{columns},16\]", line) for line in lines)  # no weight is whole
+    assert not any(re.search(rf"= f32\[(16,{4 * heads}|{4 * heads},16)\]", line) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"num_heads": 4}, "num_heads=4 must be divisible by mesh.tensor=8; try mesh.tensor=4"),
+        ({"d_ff": 12}, "num_heads=4 must be divisible by mesh.tensor=8; try mesh.tensor=4"),
+        ({"num_heads": 8, "d_ff": 12}, "d_ff=12 must be divisible by mesh.tensor=8; try mesh.tensor=4"),
+        (
+            {"num_heads": 8, "num_kv_heads": 1},
+            "(num_heads+2*num_kv_heads)*head_width=20 must be divisible by mesh.tensor=8; try mesh.tensor=4",
+        ),
+    ],
+)
+def test_what_tensor_does_not_divide(sizes, message):
     schedule, mesh = build("1f1b", devices=1, microbatches=2), jp.make_mesh(tensor=8)
     with pytest.raises(ConfigError) as error:
-        jp.Pipeline(gpt_model(GPTConfig(**SIZES | {"num_heads": 4})), schedule=schedule, mesh=mesh)
-    assert str(error.value) == "num_heads=4 must be divisible by mesh.tensor=8; try mesh.tensor=4"
+        jp.Pipeline(gpt_model(GPTConfig(**SIZES | sizes)), schedule=schedule, mesh=mesh)
+    assert str(error.value) == message

@@ -28,6 +28,11 @@ CASES: Any = {
         2,
         {"remat": "full", "blocks": 1, "axes": {"data": 2, "fsdp": 2, "tensor": 2}},
     ),
+    "zb_h1, tensor, one head of keys": (
+        "zb_h1",
+        1,
+        {"remat": "full", "blocks": 1, "axes": {"tensor": 2}, "sizes": {"num_kv_heads": 1, "positions": "rotary"}},
+    ),
 }
 
 
@@ -58,10 +63,14 @@ def test_the_kernel_runs_once_each_way_and_recomputes_only_where_it_is_asked_to(
     assert not re.search(r"f32\[\d+,\d+,96,96\]", step.text)  # no scores
 
 
-def test_it_brings_no_collective_and_leaves_the_hops_asynchronous(step):
+def test_it_brings_no_collective_but_for_shared_keys_and_leaves_the_hops_asynchronous(step):
     assert steady(step)
+    shared = "(num_heads+2*num_kv_heads)*head_width" in step.pipe.model.divisible_by_tensor
     for own, lines in steady(step):
-        assert not any(re.search(COLLECTIVES, line) for line in lines)
+        found = [m[1] for line in lines if (m := re.search(COLLECTIVES, line))]
+        # Columns in F, and again in I; the gradient of queries in I. W has none.
+        assert found == ["all-gather"] * (3 if shared else 0)
+        assert not [line for line in lines if "/weight_gradient/" in line and "all-gather" in line]
         assert all(hop.asynchronous and hop.behind for hop in hops(own))
 
 

@@ -12,6 +12,8 @@ from jaxpipe.cli import main
 from jaxpipe.errors import ConfigError
 from jaxpipe.models import encdec, gpt
 from jaxpipe.plan import Problem, Space, analytic, find_device, report, search
+from jaxpipe.plan.device import LINK_FRACTION
+from jaxpipe.plan.search import options
 from jaxpipe.runtime.sizes import memory_of
 from jaxpipe.schedule import build
 from jaxpipe.train import load
@@ -68,6 +70,31 @@ def test_auto_counts_as_the_attention_that_the_device_takes(device, dtype, seq_l
 
     assert seconds("auto") == seconds(same)
     assert (seconds("auto") < seconds("xla")) == (same != "xla")
+
+
+def test_keys_that_tensor_does_not_divide_count_whole_with_their_collectives():
+    def shape(kv_heads: int):
+        return gpt_shape(replace(CONFIG.model, num_kv_heads=kv_heads, d_model=256, dtype="bfloat16"), 4096, 9.0)
+
+    device = find_device("h100")
+    for kv_heads, gathers in ((1, True), (2, True), (4, False)):
+        (attention,) = shape(kv_heads).blocks["block"].attentions
+        assert attention.allows(4) and attention.gathers(4) == gathers
+        keys = 4096 * kv_heads * 64 / (1 if gathers else 4)
+        assert attention.own_projected(4) == 4096 * 256 / 4 + 2 * keys
+        asked = ask(replace(CONFIG, model=replace(CONFIG.model, num_kv_heads=kv_heads)), device, 4)
+        tensors = {option.tensor for option in options(replace(asked, space=Space(("1f1b",), pipe=(1,))))}
+        assert tensors == {1, 2, 4}
+    cut, whole = (analytic(shape(n), device, rows=1, tensor=4).blocks["block"] for n in (4, 2))
+    lean = replace(device, link_bytes_per_s=1e30, latency_s=0.0)
+    cut_lean, whole_lean = (analytic(shape(n), lean, rows=1, tensor=4).blocks["block"] for n in (4, 2))
+    size, rate = 4096 * 64 * 2, LINK_FRACTION * device.link_bytes_per_s
+    gather = size * (4 + 2 * 2) * 3 / 4 / rate + 2 * device.latency_s
+    back = size * 4 * 3 / 4 / rate + 2 * size * 2 * 2 * 3 / 4 / rate + 6 * device.latency_s
+    for lane, more in (("forward", gather), ("input", gather + back), ("weight", 0.0)):
+        found = [getattr(c.times["none"], lane) for c in (whole, whole_lean, cut, cut_lean)]
+        assert (found[0] - found[1]) - (found[2] - found[3]) == pytest.approx(more, rel=1e-6, abs=1e-12)
+    assert not shape(4).blocks["block"].attentions[0].allows(8)
 
 
 def test_a_plan_says_which_attention_it_counts():
