@@ -105,7 +105,14 @@ def step(
     params = placed(params, pipe.layout.shardings(params))
     compiled = jax.jit(pipe.value_and_grad).lower(params, batch).compile(compiler)
     text = hlo_text(compiled)
-    return Step(pipe, pipe.program(params, batch), text, computations(text), memory_of(compiled))
+    return Step(pipe, traced(pipe.program(params, batch)), text, computations(text), memory_of(compiled))
+
+
+def traced(program: Program) -> Program:
+    """A program that knows what its stages keep, as traced for its own devices: attention depends on them."""
+    split = "I" in program.table.schedule.phases
+    Share.of(program.mesh).trace([branch.stage for branch in program.stages.branches], split)
+    return program
 
 
 @dataclass(frozen=True)
@@ -154,8 +161,7 @@ def train_step(config: Config) -> TrainStep:
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(grid, PartitionSpec()))
     rate = learning_rate(config.optim, steps=train.steps)
     compiled = lower_train_step(pipe, tx, TrainState(count, params, moments), batch, rate, None).compile(COMPILER)
-    program = pipe.program(params, batch)
-    Share.of(grid).trace([branch.stage for branch in program.stages.branches], "I" in pipe.schedule.phases)
+    program = traced(pipe.program(params, batch))
     text = hlo_text(compiled)
     return TrainStep(config, pipe, program, text, computations(text), memory_of(compiled))
 

@@ -17,13 +17,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxpipe.runtime.carry import join, part
 from jaxpipe.runtime.compile import Program
-from jaxpipe.runtime.ends import accumulator_dtype, shared_leaves
+from jaxpipe.runtime.ends import accumulate, accumulator_dtype, shared_leaves
 from jaxpipe.runtime.heads import head_gradients, head_sums
 from jaxpipe.runtime.mesh import AXES, FSDP, TENSOR, manual_axes
 from jaxpipe.runtime.model import Tree
 from jaxpipe.runtime.pool import Pool, key_of
 from jaxpipe.runtime.rest import Rest
 from jaxpipe.runtime.stage import Stage
+from jaxpipe.runtime.wide import wide_gradients
 from jaxpipe.schedule import ModelBytes
 
 
@@ -129,6 +130,17 @@ def _head(program: Program, sums: Tree, head: Tree, carry: Tree) -> Any:
     return head_gradients(program.model.head_loss, head, floating, joined, mb, None, seed, sums)
 
 
+def _weights_alone(stage: Any, *given: Any) -> tuple[Tree, tuple]:
+    """W as a backward that has no input gradient."""
+    return stage.backward_weight(*given), ()
+
+
+def _adding(backward: Callable, sums: Tree, params: Tree, *given: Any) -> tuple[Tree, Any]:
+    """A backward whose weight gradients are added to their sums, as where conditionals commit."""
+    gradients, others = wide_gradients(backward, params, *given)
+    return accumulate(sums, gradients), others
+
+
 def _of_blocks(rests: Sequence[Tree]) -> list[Tree]:
     """How the leaves of blocks lie over `tensor`, without the dim of the devices before theirs."""
     return jax.tree.map(lambda rest: Rest(tensor=None if rest.tensor is None else rest.tensor - 1), list(rests))
@@ -204,14 +216,21 @@ def model_bytes(program: Program, params: Tree) -> ModelBytes:
             kept = _laid(kept, forward.output_shardings[2])
             held |= _shares(kept)
         given = stage.params, stage.carry, kept, stage.context
+
+        def compiled(backward: Callable, shapes: tuple, rests: Tree = rests) -> Any:
+            if program.skip != "branch":
+                return share.compiled(backward, shapes, [rests])
+            lane = partial(_adding, backward)
+            return share.compiled(lane, (head_sums(shapes[0]), *shapes), [rests, rests], adds=True)
+
         arriving = stage.gradient, list(stage.aux)
         if split:
             working.append(share.compiled(stage.backward_input, (*given, *arriving), [rests]))
             crossing = _laid(stage.weight_residuals, working[-1].output_shardings[1])
             held |= _shares(crossing)
-            working.append(share.compiled(stage.backward_weight, (*given, crossing), [rests]))
+            working.append(compiled(partial(_weights_alone, stage), (*given, crossing)))
         else:
-            working.append(share.compiled(stage.backward, (*given, *arriving), [rests]))
+            working.append(compiled(stage.backward, (*given, *arriving)))
     head, rests = jax.eval_shape(ends.head, ends.local), ends.head(ends.rests)
     given = head_sums(head), head, stages.stage.carry
     working.append(share.compiled(partial(_head, program), given, [rests, rests], adds=True))

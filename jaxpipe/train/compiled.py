@@ -163,7 +163,9 @@ def assemble_costs(
         )
     (lane, shapes) = end_lanes(parts)["head"]
     allotted = memory_of(parts.share.compiled(lane, shapes, adds=True))
-    head_bytes = allotted.temp_size_in_bytes + allotted.output_size_in_bytes - allotted.alias_size_in_bytes
+    # What it gives back is on its way, and counts there.
+    given_back = allotted.output_size_in_bytes - allotted.alias_size_in_bytes
+    head_bytes = allotted.temp_size_in_bytes + max(0, given_back - parts.carry_bytes)
     embed_params = sum(leaf.size for leaf in jax.tree.leaves(parts.embed))
     ends_params = embed_params + sum(leaf.size for leaf in jax.tree.leaves(parts.head))
     if config.model.tied:

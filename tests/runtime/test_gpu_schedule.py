@@ -96,7 +96,8 @@ def lanes_of(pipe: jp.Pipeline, phase: Phase) -> int:
 
 
 def test_a_tick_waits_for_the_host_once_per_lane(step):
-    wanted = [lanes_of(step.pipe, phase) for phase in step.pipe.table.phases]
+    phases = step.pipe.table.phases
+    wanted = [lanes_of(step.pipe, phase) for phase in phases if phase.stop - phase.start > 1]  # one tick is no loop
     found = [stops(body) for body in loop_bodies(step.text, hopping=False)]
     assert sorted(n for n in found if n) == sorted(wanted)
     split = "I" in step.pipe.schedule.phases
@@ -129,7 +130,8 @@ def test_masked_lanes_need_no_conditional():
     assert not [line for body in bodies for line in body if " conditional(" in line]
 
 
-def test_an_offloaded_stash_is_in_the_memory_of_the_host():
+def test_an_offloaded_stash_is_in_the_memory_of_the_host(monkeypatch):
+    monkeypatch.setattr("jaxpipe.runtime.pipeline.skip_of", lambda *_: "deferred")  # as with it, so without it
     here, away = (h100.step("1f1b", remat="none", offload=offload) for offload in (False, True))
     slots, stages = here.pipe.table.slots, here.program.stages
     stash = slots.residual * tree_bytes(stages.residuals.shapes) + slots.activation * tree_bytes(stages.stage.carry)
