@@ -203,3 +203,23 @@ def copied_in_loops(step: Step | TrainStep, *, fresh: bool = True) -> list[tuple
 def placed(shapes: Any, shardings: Any) -> Any:
     """Shapes with shardings."""
     return jax.tree.map(lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h), shapes, shardings)
+
+
+def stage_copies(step: Step | TrainStep, lane: str, steady: bool = False) -> int:
+    """How often the code of a stage stands in a program: in each phase once for each choice that devices have.
+
+    Args:
+        step: Compiled.
+        lane: ``f``, ``b`` or ``w``.
+        steady: Count only phases with forwards and backwards.
+    """
+    inside, table = step.program.ends_inside, step.pipe.table
+    found = 0
+    for phase in table.phases:
+        if steady and not (phase.forward and phase.backward):
+            continue
+        rows = table.columns[f"{lane}_repeat"][phase.start : phase.stop]
+        used = {(repeat, place) for row in rows for place, repeat in enumerate(row) if repeat >= 0}
+        last = inside and lane == "f" and phase.head
+        found += len(step.program.stages.choices(used, first=inside and lane != "w", last=last).each)
+    return found

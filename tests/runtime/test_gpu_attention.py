@@ -56,10 +56,10 @@ def steady(step: h100.Step) -> list[tuple[list[str], list[str]]]:
 
 
 def test_the_kernel_runs_once_each_way_and_recomputes_only_where_it_is_asked_to(step):
-    repeats = step.pipe.schedule.repeats
-    full = step.pipe.remats[0] == "full"
-    for _, lines in steady(step):
-        assert kernels(lines) == (repeats * (2 if full else 1), repeats)
+    forward, backward = (h100.stage_copies(step, lane, steady=True) for lane in "fb")
+    again = backward if step.pipe.remats[0] == "full" else 0
+    assert sum(kernels(lines)[0] for _, lines in steady(step)) == forward + again
+    assert sum(kernels(lines)[1] for _, lines in steady(step)) == backward
     assert not re.search(r"f32\[\d+,\d+,96,96\]", step.text)  # no scores
 
 
@@ -69,7 +69,8 @@ def test_it_brings_no_collective_but_for_shared_keys_and_leaves_the_hops_asynchr
     for own, lines in steady(step):
         found = [m[1] for line in lines if (m := re.search(COLLECTIVES, line))]
         # Columns in F, and again in I; the gradient of queries in I. W has none.
-        assert found == ["all-gather"] * (3 if shared else 0)
+        forward, backward = (h100.stage_copies(step, lane, steady=True) for lane in "fb")
+        assert found == ["all-gather"] * (forward + 2 * backward if shared else 0)
         assert not [line for line in lines if "/weight_gradient/" in line and "all-gather" in line]
         assert all(hop.asynchronous and hop.behind for hop in hops(own))
 

@@ -63,22 +63,11 @@ def kernels(text: str, name: str) -> int:
     return text.count(f'custom_call_target="__cudnn${name}"')
 
 
-def stage_copies(step: h100.TrainStep, lane: str) -> int:
-    """How often the code of a stage stands in a program: in each phase once for each choice that devices have."""
-    inside, found = step.program.ends_inside, 0
-    for phase in step.pipe.table.phases:
-        rows = step.pipe.table.columns[f"{lane}_repeat"][phase.start : phase.stop]
-        used = {(repeat, place) for row in rows for place, repeat in enumerate(row) if repeat >= 0}
-        choices = step.program.stages.choices(used, first=inside, last=inside and lane == "f" and phase.head)
-        found += len(choices.each)
-    return found
-
-
 def test_attention_is_the_fused_kernel(step):
     """Each block has its forward kernel in every forward lane, and where it is run again in every backward lane."""
     model, length = step.config.model, step.config.train.seq_len
     blocks = model.num_layers // step.pipe.schedule.stages
-    forward, backward = (stage_copies(step, lane) for lane in "fb")
+    forward, backward = (h100.stage_copies(step, lane) for lane in "fb")
     again = backward if step.config.schedule.remat == "full" else 0
     assert kernels(step.text, "fmhaSoftmax") == (forward + again) * blocks
     assert kernels(step.text, "fmhaSoftmaxBackward") == backward * blocks
