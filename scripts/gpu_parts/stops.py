@@ -1,7 +1,9 @@
 """What a conditional costs: ticks of a few milliseconds with and without.
 
 On a GPU the host reads which branch to take, and the GPU waits. The loop is run as it is (``idle="skip"``), with lanes
-that always run (``idle="mask"``; with one device none is ever idle, so both do the same work), and as a plain scan.
+that always run (``idle="mask"``; with one device they are hardly ever idle, so both do the same work), and as a plain
+scan. The device has two stages, so that every lane chooses: where a lane has one stage and is never idle, XLA may see
+that there is nothing to choose.
 """
 
 import re
@@ -13,7 +15,7 @@ from gpu_parts.tick import TOY, batch_shapes, pipeline, step_arrays, step_shapes
 SHORT = llama.Size(width=2048, heads=16, hidden=5504, vocab=2048, length=1024)
 """About 0.6 teraflop a tick."""
 
-MICROBATCHES = 64
+MICROBATCHES, STAGES = 32, 2
 
 
 def run(setting: Setting, command_buffers: str) -> None:
@@ -25,7 +27,7 @@ def run(setting: Setting, command_buffers: str) -> None:
     """
     size = TOY if setting.quick else SHORT
     microbatches = 4 if setting.quick else MICROBATCHES
-    skip, mask = (pipeline(setting, size, 1, "none", microbatches, idle=idle) for idle in ("skip", "mask"))
+    skip, mask = (pipeline(setting, size, STAGES, "none", microbatches, idle=idle) for idle in ("skip", "mask"))
     shapes = step_shapes(skip, batch_shapes(skip, size))
     programs = {
         "skip": setting.compile(skip.value_and_grad, *shapes),
