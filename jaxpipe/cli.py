@@ -4,14 +4,17 @@ Exit codes: 0 done, 1 failed, 2 bad arguments or config, 3 stopped early by a si
 """
 
 import argparse
+import difflib
+import re
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from jaxpipe import (
     __version__,
     cli_bench,
     cli_checkpoint,
+    cli_config,
     cli_convert,
     cli_eval,
     cli_generate,
@@ -49,8 +52,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return STOPPED
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line, with the nearest word that would do."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the line and exits with 2."""
+        if chosen := re.fullmatch(r"argument ([^:]+): invalid choice: '?(.*?)'? \(choose from (.*)\)", message):
+            known = [word.strip(" '") for word in chosen[3].split(",")]
+            message = f"{chosen[2]!r} is no {chosen[1]}; {_did_you_mean(chosen[2], known)}"
+        elif unknown := re.fullmatch(r"unrecognized arguments: (.*)", message):
+            word = unknown[1].split()[0].partition("=")[0]
+            known = [option for action in self._actions for option in action.option_strings]
+            message = f"unknown argument {unknown[1]}; {_did_you_mean(word, known)}"
+        self.exit(BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+    def parse_args(self, args=None, namespace=None):
+        """As the base class, but a command's own options are suggested for one that it does not know."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            getattr(found, "parser", self).error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found
+
+
+def _did_you_mean(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jaxpipe", description="Pipeline-parallel training for JAX.")
+    parser = Parser(prog="jaxpipe", description="Pipeline-parallel training for JAX.")
     parser.add_argument("--version", action="version", version=f"jaxpipe {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     train = commands.add_parser(
@@ -61,15 +91,33 @@ def _parser() -> argparse.ArgumentParser:
         epilog="exit codes: 0 done, 1 failed or not saved, 2 bad arguments or config, 3 stopped early by Ctrl-C or "
         "SIGTERM: the same command goes on",
     )
+    train.add_argument("--help-config", action=_HelpConfig, nargs=0, help="print every key of a config, and exit")
     train.add_argument("config", metavar="CONFIG", help="TOML file with sections model, data, mesh, schedule, …")
     overrides = "such as train.steps=100 or resume=PATH; the last one wins"
     train.add_argument("overrides", metavar="key=value", nargs="*", help=overrides)
     cli_processes.add_options(train)
     train.set_defaults(run=_train)
     model = (cli_eval, cli_checkpoint, cli_convert, cli_generate, cli_serve)
-    for command in (cli_schedule, cli_bench, cli_plan, cli_profile, *model):
+    for command in (cli_config, cli_schedule, cli_bench, cli_plan, cli_profile, *model):
         command.register(commands)
+    _know_their_options(commands)
     return parser
+
+
+def _know_their_options(commands: "argparse._SubParsersAction[Any]"):
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
+        for action in command._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                _know_their_options(action)
+
+
+class _HelpConfig(argparse.Action):
+    """Prints the keys of a config, as ``--help`` prints options."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        cli_config.print_keys()
+        parser.exit()
 
 
 def _train(options: argparse.Namespace) -> int:

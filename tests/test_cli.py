@@ -166,3 +166,22 @@ def test_help_and_version_need_no_jax():
         done = subprocess.run([sys.executable, "-c", script, flag], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "jaxpipe" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["trian"], "'trian' is no COMMAND; did you mean train? (see jaxpipe --help)"),
+        (["schedule", "zb_v", "--devces", "4"], "unknown argument --devces 4; did you mean --devices?"),
+        (["checkpoint", "lst", "runs"], "'lst' is no ACTION; did you mean ls?"),
+        (["checkpoint", "ls", "runs", "--jsn"], "unknown argument --jsn; did you mean --json?"),
+        (["schedule", "zb_v", "--devices", "four"], "argument --devices: invalid int value: 'four'"),
+        (["qqqq"], "'qqqq' is no COMMAND; there are train, config, schedule"),
+    ],
+)
+def test_wrong_words_exit_2_with_one_line_that_says_which_is_meant(words, line, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2 and not printed.out
+    assert printed.err.count("\n") == 1 and line in printed.err

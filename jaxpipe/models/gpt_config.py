@@ -14,7 +14,7 @@ class GPTConfig:
     """What a GPT is made of.
 
     Attributes:
-        vocab_size: V.
+        vocab_size: V, how many different tokens there are.
         max_seq_len: The longest sequence, in tokens. Learned positions cannot go beyond it; rotary ones can.
         num_layers: Number of blocks.
         num_heads: H, heads of the queries.
@@ -31,7 +31,7 @@ class GPTConfig:
         rotary_original_len: The longest sequence before the stretching.
         sliding_window: W: a token sees itself and the W-1 tokens before it. None: all before it.
         qk_norm: Whether queries and keys of a head go through an RMS norm before they are rotated, as in Qwen3.
-        norm: ``layernorm`` or ``rmsnorm``.
+        norm: ``layernorm`` (mean and variance) or ``rmsnorm`` (the root of the mean square).
         norm_eps: Added to the variance.
         mlp: ``gelu`` (tanh approximation) or ``swiglu``.
         bias: Whether linear layers and layer norms have a bias.

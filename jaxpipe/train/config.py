@@ -105,7 +105,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def from_tables(tables: dict[str, dict[str, Any]]) -> Config:
     """Builds a run from checked sections; what a section leaves out takes its default."""
-    sections = {name: cls(**tables.get(name, {})) for name, cls in _SECTIONS.items()}
+    sections = {name: cls(**tables.get(name, {})) for name, cls in SECTIONS.items()}
     return Config(model=_model(dict(tables.get("model", {})), sections["data"], sections["train"]), **sections)
 
 
@@ -132,7 +132,7 @@ def _model(table: dict[str, Any], data: DataConfig, train: TrainConfig) -> GPTCo
         raise ConfigError(f"model.{error}") from error  # its messages start with the field's name
 
 
-_SECTIONS = {
+SECTIONS = {
     "data": DataConfig,
     "mesh": MeshConfig,
     "gpu": GpuOptions,
@@ -145,9 +145,10 @@ _SECTIONS = {
     "watchdog": WatchdogConfig,
     "metrics": MetricsConfig,
 }
+"""The class of every section but ``[model]``."""
 
 SCHEMA: toml.Schema = {
     "model": {"preset": Literal[tuple(PRESETS)], **toml.fields_of(GPTConfig)},
-    **{name: toml.fields_of(cls) for name, cls in _SECTIONS.items()},
+    **{name: toml.fields_of(cls) for name, cls in SECTIONS.items()},
 }
 """Every section, key and type that a file may hold."""

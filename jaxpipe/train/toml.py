@@ -77,8 +77,7 @@ def check(tables: Mapping[str, Mapping[str, Any]], schema: Schema) -> dict[str, 
             hint = f"did you mean [{near[0]}]?" if near else f"sections are {', '.join(schema)}"
             raise ConfigError(f"unknown section [{section}]; {hint}")
         for key in table:
-            if key not in schema[section]:
-                raise ConfigError(f"unknown key {section}.{key}{_nearest(f'{section}.{key}', schema)}")
+            find(f"{section}.{key}", schema)
     return {
         section: {key: convert(value, schema[section][key], f"{section}.{key}") for key, value in table.items()}
         for section, table in tables.items()
@@ -104,11 +103,23 @@ def override(
         name = name.strip()
         if not equals:
             raise ConfigError(f"override {pair!r} must have the form section.key=value; try {name}=…")
-        section, _, key = name.partition(".")
-        if key not in schema.get(section, {}):
-            raise ConfigError(f"unknown key {name}{_nearest(name, schema)}")
+        section, key = find(name, schema)
         out.setdefault(section, {})[key] = convert(_literal(text, schema[section][key]), schema[section][key], name)
     return out
+
+
+def find(name: str, schema: Schema) -> tuple[str, str]:
+    """Section and key of ``section.key``.
+
+    Raises:
+        ConfigError: There is no such key; the nearest is named, by spelling or by meaning.
+    """
+    section, dot, key = name.partition(".")
+    if not dot and (sections := difflib.get_close_matches(section, schema, n=1)):
+        raise ConfigError(f"unknown key {name}; did you mean the section {sections[0]}?")
+    if key not in schema.get(section, {}):
+        raise ConfigError(f"unknown key {name}{_nearest(name, schema)}")
+    return section, key
 
 
 def fields_of(cls: type) -> dict[str, Any]:
@@ -211,12 +222,45 @@ def _keys(schema: Schema) -> list[str]:
     return [f"{section}.{key}" for section, table in schema.items() for key in table]
 
 
+MEANT = {
+    "optim.clip_norm": "grad_clip gradient_clip max_grad_norm clip_grad_norm clip_gradients gradient_clipping",
+    "optim.learning_rate": "lr max_lr peak_lr base_lr",
+    "optim.final_learning_rate": "min_lr final_lr end_lr lr_min lr_end",
+    "optim.warmup_steps": "warmup warmup_iters lr_warmup",
+    "optim.weight_decay": "wd decay",
+    "train.steps": "max_steps num_steps total_steps max_iters train_iters epochs num_epochs num_train_epochs",
+    "train.batch_size": "global_batch_size per_device_batch_size micro_batch_size batch",
+    "train.seq_len": "seq_length sequence_length context_length max_length block_size",
+    "train.out": "output_dir out_dir save_dir",
+    "schedule.microbatches": "gradient_accumulation_steps grad_accum accumulate num_microbatches",
+    "schedule.remat": "gradient_checkpointing activation_checkpointing recompute checkpoint_activations",
+    "schedule.repeats": "virtual_stages virtual_pipeline num_chunks interleave",
+    "checkpoint.every_steps": "save_steps save_interval save_every",
+    "checkpoint.keep": "save_total_limit max_to_keep",
+    "data.train": "dataset train_files data_path path",
+    "model.dtype": "bf16 fp16 precision compute_dtype mixed_precision",
+    "model.num_layers": "n_layer n_layers num_hidden_layers layers",
+    "model.num_heads": "n_head n_heads num_attention_heads heads",
+    "model.d_model": "n_embd hidden_size hidden_dim width embed_dim",
+    "model.d_ff": "intermediate_size ffn_dim mlp_dim ffn_hidden_size",
+    "model.num_kv_heads": "num_key_value_heads n_kv_heads num_query_groups",
+    "mesh.pipe": "pp pipeline_parallel pipeline_model_parallel_size stages",
+    "mesh.tensor": "tp tensor_parallel tensor_model_parallel_size model",
+    "mesh.data": "dp data_parallel",
+}
+"""What other programs call a key."""
+
+LISTED = ("optim.name", "optim.optimizer", "optim.type", "optim.schedule", "optim.scheduler", "optim.lr_schedule")
+"""Keys that other programs have and no one key here stands for: the whole section is listed."""
+
+
 def _nearest(name: str, schema: Schema) -> str:
-    """The closest known name as a hint: by the whole name (`train.stepz`), then by its last word (`steps`)."""
+    """The closest known name as a hint: by the whole name, by meaning, then by its last word (`steps`)."""
     section, _, word = name.rpartition(".")
     names = _keys(schema)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
-    if not near:
+    meant = [key for key, others in MEANT.items() if key in names and word in others.split()]
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.75) or meant
+    if not near and name not in LISTED:
         by_word = {full.rpartition(".")[2]: full for full in names}
         near = [by_word[match] for match in difflib.get_close_matches(word, by_word, n=1, cutoff=0.75)]
     if near:
