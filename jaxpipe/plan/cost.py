@@ -95,6 +95,8 @@ class ModelCosts:
         alone: How many times as fast a lane is while no other device computes, where devices share cores.
         conditional: Whether lanes are conditionals, as everywhere but on CPU devices (`jaxpipe.runtime.lane`).
         head_chunks: In how many chunks the logits of a microbatch are computed.
+        passes_in_place: Whether XLA passes buffers through every branch of a conditional without a copy, not only
+            through the first.
     """
 
     source: Source
@@ -116,6 +118,7 @@ class ModelCosts:
     conditional: bool = field(default=True)
     embed_params: float = 0.0
     head_chunks: int = 1
+    passes_in_place: bool = True
 
 
 def analytic(shape: ModelShape, device: DeviceSpec, *, rows: int, tensor: int = 1) -> ModelCosts:

@@ -87,7 +87,10 @@ def changes(problem: Problem, plan: Plan) -> Iterator[Change]:
                     problem,
                     device=other,
                     memory_bytes=limit,
-                    costs=lambda rows, tensor, other=other: analytic(problem.shape, other, rows=rows, tensor=tensor),
+                    costs=lambda rows, tensor, other=other: replace(
+                        analytic(problem.shape, other, rows=rows, tensor=tensor),
+                        passes_in_place=problem.costs(rows, tensor).passes_in_place,
+                    ),
                 ),
             )
     twice = _after("twice the batch", replace(problem, batch=2 * problem.batch))

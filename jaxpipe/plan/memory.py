@@ -11,7 +11,8 @@ form of the largest stage of each repeat. While a step runs there are
 
 The last two are the terms of `TickTable.bytes`. The weight gradients that a lane makes lie in memory of their own
 before they are added to the sums, and count as working memory; where lanes are conditionals (`ModelCosts.conditional`),
-so does what I leaves for W, of which only the larger counts: I is done when W begins.
+so does what I leaves for W, of which only the larger counts: I is done when W begins. Conditionals that do not write
+slots themselves (`commits_inside`) need one more slot of a stash, for idle lanes.
 """
 
 from collections import Counter
@@ -163,17 +164,23 @@ def model_bytes(
     )
 
 
-def terms(slots: Slots, placement: Placement, model: ModelBytes, *, conditional: bool) -> dict[str, int]:
+def commits_inside(costs: ModelCosts, blocks: StageBlocks) -> bool:
+    """Whether lanes are conditionals that write slots and add to sums themselves (`jaxpipe.runtime.lane`)."""
+    alike = blocks.repeats == 1 and len(blocks.distinct) == 1
+    return costs.conditional and (costs.passes_in_place or alike)
+
+
+def terms(slots: Slots, placement: Placement, model: ModelBytes, *, scratch: bool) -> dict[str, int]:
     """The program's temporaries, term by term.
 
     Args:
         slots: How many buffers there are.
         placement: Of the schedule.
         model: Sizes of the pieces.
-        conditional: Whether lanes are conditionals, whose idle branches write a slot of their own.
+        scratch: Whether idle lanes write stashes too, into a slot of their own.
     """
     found = temporary_bytes(slots, placement, model)
-    if not conditional:
+    if not scratch:
         found["residual slots"] -= model.residual
         if slots.weight_residual:
             found["weight-residual slots"] -= model.weight_residual
@@ -195,7 +202,8 @@ def memory(
     """
     stored = stored_params(costs, blocks)
     resting = (stored + costs.ends_params / blocks.devices) * costs.param_bytes / fsdp
-    parts = terms(slots, blocks.placement, model, conditional=costs.conditional)
+    scratch = costs.conditional and not commits_inside(costs, blocks)
+    parts = terms(slots, blocks.placement, model, scratch=scratch)
     activations = sum(size for name, size in parts.items() if name in ACTIVATIONS or name.endswith("carries"))
     # [1] Until they are written, the gradients' arrays are room for sums and for weight gradients on their way there.
     # The sums of several repeats are one array where lanes are conditionals, and fit in none of these; smaller things

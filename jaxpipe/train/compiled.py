@@ -21,6 +21,7 @@ from jaxpipe.runtime.arithmetic import dot_flops
 from jaxpipe.runtime.carry import join, part
 from jaxpipe.runtime.ends import accumulator_dtype
 from jaxpipe.runtime.heads import HeadGradients, head_gradients, head_sums
+from jaxpipe.runtime.lane import PASSES_IN_PLACE
 from jaxpipe.runtime.mesh import make_mesh, on_cpu
 from jaxpipe.runtime.model import VocabHead
 from jaxpipe.runtime.sizes import Share, memory_of, tree_bytes
@@ -183,6 +184,7 @@ def assemble_costs(
         ends_params=ends_params,
         head_working_bytes=head_bytes,
         head_chunks=_head_chunks(parts),
+        passes_in_place=PASSES_IN_PLACE,
         stage_working_bytes=base,
         dtype_bytes=leaves[0].dtype.itemsize,
         param_bytes=jax.dtypes.canonicalize_dtype(config.model.param_dtype).itemsize,

@@ -29,6 +29,7 @@ from jaxpipe.plan import (
 from jaxpipe.plan.device import num_cores
 from jaxpipe.plan.price import SPLIT
 from jaxpipe.plan.problem import SCHEDULES
+from jaxpipe.runtime.lane import PASSES_IN_PLACE
 from jaxpipe.schedule.stages import parse_stages
 from jaxpipe.train.config import Config
 from jaxpipe.train.sections import MeshConfig
@@ -157,8 +158,10 @@ def encdec_shape(cfg: EncDecConfig, source_len: int, target_len: int, capability
 
 
 def costing(shape: ModelShape, device: DeviceSpec) -> Costing:
-    """Costs by formula."""
-    return lambda rows, tensor: analytic(shape, device, rows=rows, tensor=tensor)
+    """Costs by formula, of programs that the installed jaxlib compiles."""
+    return lambda rows, tensor: dataclasses.replace(
+        analytic(shape, device, rows=rows, tensor=tensor), passes_in_place=PASSES_IN_PLACE
+    )
 
 
 def ask(

@@ -12,7 +12,7 @@ from jaxpipe.plan import BlockCost, LaneTimes, ModelCosts, Space
 from jaxpipe.train.config import Config
 from jaxpipe.train.planning import gpt_shape
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,11 @@ def read_profile(path: str | Path) -> Profile:
     """
     try:
         table = json.loads(Path(path).read_text(encoding="utf-8"))
-        if table.pop("version") != VERSION:
-            raise KeyError("version")
+        if (version := table.pop("version")) != VERSION:
+            raise ConfigError(
+                f"profile {path} has version {version}, and this jaxpipe reads {VERSION}; try "
+                f"jaxpipe profile CONFIG --out {path}"
+            )
         costs = {int(rows): _costs(cost) for rows, cost in table.pop("costs").items()}
         hops = tuple((size, seconds) for size, seconds in table.pop("hops"))
         return Profile(costs=costs, hops=hops, **table)

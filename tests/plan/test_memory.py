@@ -51,7 +51,7 @@ def test_what_lanes_make_counts_and_gradients_lend_their_room(split, repeats):
     # What I leaves and the weight gradients are never both there: I is done when W begins.
     assert branch.backward - loop.backward == pytest.approx(max(0, branch.weight_residual - made), abs=2)
     slots = SLOTS if split else replace(SLOTS, weight_residual=0)
-    more, less = (sum(terms(slots, "loop", loop, conditional=c).values()) for c in (True, False))
+    more, less = (sum(terms(slots, "loop", loop, scratch=c).values()) for c in (True, False))
     assert more - less == loop.residual + loop.weight_residual
     simulated = memory(slots, loop, replace(costs, conditional=False), blocks, fsdp=1)
     assert simulated.lent == pytest.approx(simulated.weights)
@@ -60,3 +60,16 @@ def test_what_lanes_make_counts_and_gradients_lend_their_room(split, repeats):
     assert found.lent == pytest.approx(lent - (min(made, branch.weight_residual) if split else 0))
     assert found.temporary == found.activations + found.buffers - found.lent
     assert found.total == found.weights + found.optimizer + found.activations + found.buffers
+
+
+@pytest.mark.parametrize("passes", [False, True])
+@pytest.mark.parametrize("counts", [(4, 4), (5, 3), (2,) * 4])
+def test_only_conditionals_that_write_no_slot_keep_one_for_idle_lanes(passes, counts):
+    """Which they do not where a lane has one branch, or XLA passes buffers through all of them."""
+    shape = gpt_shape(CONFIG.model, 64)
+    costs = replace(analytic(shape, find_device("h100"), rows=2), passes_in_place=passes)
+    blocks = stage_blocks(counts, shape.kinds, 2, "loop")
+    sizes = model_bytes(costs, blocks, "none", split=True, gathers=False)
+    found, others = (memory(SLOTS, sizes, c, blocks, fsdp=1) for c in (costs, replace(costs, conditional=False)))
+    scratch = 0 if passes or counts == (4, 4) else sizes.residual + sizes.weight_residual
+    assert found.activations - others.activations == scratch
