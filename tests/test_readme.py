@@ -57,3 +57,32 @@ def test_commands_run_as_written_in_order(tmp_path):
         done = subprocess.run(words, shell=True, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
     assert {"plan.toml", "train.bin", "zb_v.svg", "runs"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def parts(text: str) -> list:
+    """What two languages share: levels of headings, code without its comments, targets of links, sizes of tables."""
+    found: list = []
+    code = False
+    for line in text.splitlines():
+        if line.startswith("```"):
+            code = not code
+            found.append(line)
+        elif code:
+            found.append(re.split(r"\s+#", line)[0])
+        elif line.startswith("#"):
+            found.append(len(line.split()[0]))
+        else:
+            found += [target for target in re.findall(r"\]\(([^)]+)\)", line) if not target.startswith("README")]
+            found += [line.count("|")] * line.startswith("|")
+    return found
+
+
+def test_the_chinese_one_has_the_same_parts():
+    other = (ROOT / "README.zh.md").read_text()
+    assert parts(other) == parts(README)
+    assert len(README.splitlines()) <= 150
+
+
+def test_a_difference_would_be_seen():
+    assert parts(README.replace("train.out=runs/mine", "train.out=runs/yours")) != parts(README)
+    assert parts(README.replace("## Your own model", "### Your own model")) != parts(README)
