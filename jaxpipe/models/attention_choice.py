@@ -65,6 +65,9 @@ def choose(
         biased: Whether anything is added to scores.
         masked: Whether keys are hidden by more than causality and a window.
 
+    Raises:
+        ConfigError: ``cudnn`` is asked for where there is no such kernel.
+
     Example:
         >>> shape = {"head_dim": 128, "queries": 4096, "keys": 4096}
         >>> print(choose("auto", capability=9.0, dtype="bfloat16", **shape))
@@ -72,6 +75,8 @@ def choose(
         >>> print(choose("auto", capability=None, dtype="bfloat16", **shape))
         blockwise: 4096 x 4096 scores are many, and no NVIDIA GPU computes them
     """
+    if requested == "cudnn" and (against := _against_cudnn(capability, jnp.dtype(dtype).name, head_dim, False, False)):
+        raise ConfigError(f"attention='cudnn' cannot be taken: {against}; try attention='auto'")
     if requested != "auto":
         return Choice(requested, "asked for")
     long = queries * keys > LONG

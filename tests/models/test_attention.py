@@ -236,6 +236,20 @@ def test_decoding_is_the_same_for_some_queries_at_a_time(most, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"capability": None}, "no NVIDIA GPU computes them"),
+        ({"capability": 7.5}, "cuDNN has no kernel for compute capability 7.5"),
+        ({"head_dim": 20}, "cuDNN's kernel has no heads of 20 dims"),
+    ],
+)
+def test_a_kernel_that_there_is_not_is_refused_where_it_is_asked_for(given, reason):
+    asked = {"capability": 9.0, "dtype": "bfloat16", **SHORT} | given
+    with pytest.raises(ConfigError, match=rf"attention='cudnn' cannot be taken: {reason}; try attention='auto'"):
+        choose("cudnn", **asked)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         (

@@ -20,7 +20,7 @@ SLOTS = Slots(activation=3, residual=2, gradient=0, weight_residual=2)
 def test_logits_count_up_to_those_computed_at_once(rows, tensor):
     """Devices that share them have each a part, until there is one chunk less for each."""
     model = replace(CONFIG.model, vocab_size=2**17, dtype="bfloat16", attention="cudnn")
-    shape, device = gpt_shape(model, 1024), find_device("h100")
+    shape, device = gpt_shape(model, 1024, 9.0), find_device("h100")
     costs = analytic(shape, device, rows=rows, tensor=tensor)
     logits = rows * 1024 * 2**17 / tensor
     assert costs.head_chunks == max(1, logits / LOGITS_AT_ONCE)
