@@ -1,7 +1,7 @@
 """Where the reference models meet the pipeline: a configuration becomes a model that a pipeline can run.
 
 The loss is here because it belongs to training, not to the model: a GPT's batch is ``{"tokens", "targets"}``, integers
-[B, T], and an optional ``"mask"`` [B, T] of bools or weights.
+[B, T], and an optional ``"mask"`` [B, T] of bools or weights. A target of -100 counts nothing.
 
 Shape legend: B rows, T positions, V vocabulary, L layers.
 """
