@@ -95,7 +95,16 @@ def weighted_loss(losses, ids, weights, vocab_size: int) -> tuple:
 
 
 def counted(ids, weights, dtype):
-    """What every token counts: its weight, or 0 where the target is `IGNORED`."""
+    """What every token counts: its weight, or 0 where the target is `IGNORED`.
+
+    Raises:
+        ConfigError: The weights have another shape than the targets, so that some would count twice or not at all.
+    """
+    if weights.shape != ids.shape:
+        raise ConfigError(
+            f"the weights (mask) of targets have shape {list(weights.shape)} but must have that of the targets; "
+            f"try {list(ids.shape)}"
+        )
     weights = weights.astype(dtype)
     return jnp.where(ids == IGNORED, 0, weights) if jnp.issubdtype(ids.dtype, jnp.signedinteger) else weights
 

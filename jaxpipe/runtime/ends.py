@@ -179,9 +179,14 @@ def check_weight(model: Model, head: Tree, carry: Tree, mb: Tree) -> None:
         )
 
 
-def loss_dtype(model: Model, head: Tree, carry: Tree, mb: Tree) -> Any:
-    """What the head's losses are added up in: float32, or float64 where they are."""
-    loss = jax.eval_shape(lambda *known: jnp.asarray(model.head_loss.apply(*known, None)[0]), head, carry, mb)
+def loss_dtype(model: Model, *known: Any) -> Any:
+    """What the head's losses are added up in: float32, or float64 where they are.
+
+    Args:
+        model: The model.
+        known: Shapes of what the head is called with.
+    """
+    loss = jax.eval_shape(lambda *known: jnp.asarray(model.head_loss.apply(*known)[0]), *known)
     return accumulator_dtype(loss.dtype)
 
 

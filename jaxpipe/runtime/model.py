@@ -178,6 +178,8 @@ class Model:
             elementwise work are shared then, and slots and hops are smaller.
         divisible_by_tensor: What `tensor` must divide for its devices to share work evenly, by name:
             ``{"num_heads": 12}``.
+        batch: What the model reads of a batch that is a dict, by name: whether it must be there. Other names are
+            refused. Empty: anything, and what no function reads is warned of.
 
     Leaves that name no axis in their part's `specs` are whole on each device of `tensor`, and so are leaves of
     embedding and head whose dim it does not divide. ``{"up": PartitionSpec(None, "tensor"), "down":
@@ -194,6 +196,7 @@ class Model:
     aux_weight: float = 1.0
     carry_spec: PartitionSpec = field(default_factory=PartitionSpec)
     divisible_by_tensor: Mapping[str, int] = field(default_factory=dict)
+    batch: Mapping[str, bool] = field(default_factory=dict)
 
     def __post_init__(self):
         object.__setattr__(self, "blocks", tuple(self.blocks))

@@ -11,7 +11,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpipe.errors import ConfigError, ScheduleError
-from jaxpipe.runtime.build import annotations, build_stages, check_kinds, check_params
+from jaxpipe.runtime.batch import check_names, warn_of_unread
+from jaxpipe.runtime.build import annotations, build_stages, check_kinds, check_params, one_of_each
 from jaxpipe.runtime.casts import end_dtypes
 from jaxpipe.runtime.compile import Outcome, Program
 from jaxpipe.runtime.ends import Ends, check_weight, loss_dtype, metric_shapes
@@ -124,6 +125,7 @@ class Pipeline:
         costs = costs or relative_costs(counts, self.remats, schedule)
         self.table = lower(schedule, packing, costs, memory, keeps=[kept != "full" for kept in self.remats])
         kinds, tensor = tuple(block.kind for block in model.blocks), annotations(model, self._cut)
+        self._seen: set[Any] = set()
         self.layout = Layout(mesh, schedule, kinds, counts, scan_blocks, tensor, shard)
 
     @property
@@ -240,6 +242,7 @@ class Pipeline:
 
     def _microbatch(self, batch: Tree) -> Tree:
         """Shapes of one row group."""
+        check_names(self.model, batch)
         leaves = jax.tree.leaves(batch)
         sizes = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
         if len(sizes) != 1 or None in sizes:
@@ -293,6 +296,7 @@ class Pipeline:
         head = jax.eval_shape(ends.head, dict(ends.shapes))
         if stages.stage.aux:
             check_weight(model, head, carry, mb)
+        self._warn_of_unread(params, carry, mb, key)
         skip = "mask" if self.idle == "mask" else skip_of(self.mesh, stages, self.offload)
         return Program(
             model=model,
@@ -304,11 +308,18 @@ class Pipeline:
             skip=skip,
             hops_block=on_cpu(self.mesh),
             metrics=metric_shapes(model, head, carry, mb) if metrics else {},
-            loss_dtype=loss_dtype(model, head, carry, mb),
+            loss_dtype=loss_dtype(model, head, carry, mb, context.group),
             offload=self.offload,
             second_stream=self.second_stream,
             ends_inside=skip == "branch" and PASSES_IN_PLACE,
         )
+
+    def _warn_of_unread(self, params: Tree, carry: Tree, mb: Tree, key: Any) -> None:
+        """Once for batches of a form."""
+        form = jax.tree.structure(mb)
+        if not self.model.batch and form not in self._seen:
+            self._seen.add(form)
+            warn_of_unread(self.model, {**params, "blocks": one_of_each(self.layout, params)}, carry, mb, key)
 
 
 def _with_dtypes(shapes: Tree, dtypes: Tree) -> Tree:

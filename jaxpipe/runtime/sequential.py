@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jaxpipe.errors import ConfigError
 from jaxpipe.runtime import keys
+from jaxpipe.runtime.batch import check_names
 from jaxpipe.runtime.ends import accumulator_dtype, summable
 from jaxpipe.runtime.model import Model, Tree, carry_and_aux, loss_and_metrics, losses_of
 from jaxpipe.runtime.tree import tie, untie
@@ -52,6 +53,7 @@ class Sequential:
             batch: Any batch, arrays or shapes, leaves ``[B, ...]``.
         """
         model = self.model
+        check_names(model, batch)
         embed_key, head_key, block_keys = keys.init_keys(key, len(model.blocks))
         mb = jax.tree.map(lambda x: jnp.zeros((x.shape[0] // self.row_groups, *x.shape[1:]), x.dtype), batch)
         embed = model.embed.init(embed_key, mb)
@@ -70,6 +72,7 @@ class Sequential:
         It is 0 where nothing in the batch counts. With `has_aux`, ``(loss, metrics)``; with `parts`,
         `jaxpipe.runtime.model.Losses` in place of the loss.
         """
+        check_names(self.model, batch)
         groups = jax.tree.map(lambda x: x.reshape(self.row_groups, -1, *x.shape[1:]), batch)
         counts: Counter[str] = Counter()
 
