@@ -236,7 +236,7 @@ class Losses(NamedTuple):
     Attributes:
         total: What is differentiated: `head` plus `aux`.
         head: The mean of the head's losses.
-        aux: What the blocks' aux adds, `Model.aux_weight` included.
+        aux: What the blocks' aux adds, `Model.aux_weight` included; None where they have none.
         means: Other numbers of the blocks' aux, by name: means over the blocks that have them and over row groups.
     """
 
@@ -261,8 +261,9 @@ def losses_of(
     """
     head = mean_of(loss, weight)
     means = {name: total / (row_groups * counts[name]) for name, total in aux.items() if name != "loss"}
-    added = model.aux_weight * aux["loss"] / row_groups if aux else jnp.zeros_like(head)
-    added = jnp.where(weight == 0, 0, added)
+    if not aux:
+        return Losses(head, head, None, means)
+    added = jnp.where(weight == 0, 0, model.aux_weight * aux["loss"] / row_groups)
     return Losses(head + added, head, added, means)
 
 
