@@ -29,6 +29,8 @@ FOREIGN = {
     b"%PDF-": "a PDF document; try its text",
     b"\x89HDF": "an HDF5 file; try its arrays with numpy.save",
     b"SQLite format 3\x00": "an SQLite database; try its texts as JSON lines, under 'text'",
+    b"\x80\x04\x95": "a pickle; try its ids with numpy.save",
+    b"\x80\x05\x95": "a pickle; try its ids with numpy.save",
     b"MMIDIDX\x00\x00": "the index of Megatron-LM's data; try the .bin file beside it",
 }
 """First bytes of files that hold neither texts nor ids as they lie, and what to do."""

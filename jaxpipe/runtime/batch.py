@@ -61,7 +61,11 @@ def warn_of_unread(model: Model, params: Tree, carry: Tree, mb: Tree, key: Any) 
             return
     unread = [path for (path, _), used in zip(leaves, read, strict=True) if not used]
     # What only the shape is taken of is read too: without it the functions fail.
-    unread = [path for path in unread if not _fails(calls, _without(mb, path), key)]
+    makers = [
+        lambda mb, key: jax.eval_shape(model.embed.init, key, mb),
+        lambda mb, key: jax.eval_shape(model.head_loss.init, key, carry, mb),
+    ]
+    unread = [path for path in unread if not _fails([*calls, *makers], _without(mb, path), key)]
     if unread:
         paths = ", ".join(f"batch{jax.tree_util.keystr(path)}" for path in unread)
         warnings.warn(
@@ -94,20 +98,21 @@ def _reads(call: Callable, mb: Tree, key: Any) -> list[bool]:
     return [any(each) for each in zip(*found, strict=True)] if found else [True] * count
 
 
-def _fails(calls: list[Callable], mb: Tree, key: Any) -> bool:
+def _fails(functions: list[Callable], mb: Tree, key: Any) -> bool:
+    """Whether any function cannot be called with a microbatch."""
     try:
-        for call in calls:
-            call(mb, key)
+        for function in functions:
+            function(mb, key)
     except Exception:  # whatever a user's function raises over what is not there
         return True
     return False
 
 
-def _without(mb: Tree, path: tuple) -> Tree:
-    """A microbatch without one leaf; as it is where the leaf is in no dict."""
-    if not isinstance(mb, Mapping):
-        return mb
-    key, *rest = (getattr(step, "key", None) for step in path)
-    if rest:
-        return {name: _without(below, path[1:]) if name == key else below for name, below in mb.items()}
-    return {name: below for name, below in mb.items() if name != key}
+def _without(tree: Tree, path: tuple) -> Tree:
+    """A microbatch without one leaf; outside of dicts None is in its place."""
+    if not path:
+        return None
+    if not isinstance(tree, Mapping):
+        return jax.tree.map_with_path(lambda at, leaf: None if at == path else leaf, tree)
+    below = {name: leaf for name, leaf in tree.items() if name != path[0].key}
+    return below if len(path) == 1 else below | {path[0].key: _without(tree[path[0].key], path[1:])}

@@ -296,9 +296,8 @@ class Pipeline:
         head = jax.eval_shape(ends.head, dict(ends.shapes))
         if stages.stage.aux:
             check_weight(model, head, carry, mb)
-        self._warn_of_unread(params, carry, mb, key)
         skip = "mask" if self.idle == "mask" else skip_of(self.mesh, stages, self.offload)
-        return Program(
+        program = Program(
             model=model,
             table=table,
             layout=self.layout,
@@ -313,6 +312,8 @@ class Pipeline:
             second_stream=self.second_stream,
             ends_inside=skip == "branch" and PASSES_IN_PLACE,
         )
+        self._warn_of_unread(params, carry, mb, key)
+        return program
 
     def _warn_of_unread(self, params: Tree, carry: Tree, mb: Tree, key: Any) -> None:
         """Once for batches of a form."""

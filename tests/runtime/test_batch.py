@@ -169,18 +169,20 @@ def test_leaves_that_nobody_reads_are_told_once(make, read):
 
 
 def test_a_batch_that_is_no_dict_is_looked_through_too():
+    """The second of three leaves is read by nobody; of the third only the shape is, when parameters are made."""
     toy = toy_model(2)
-    embed = replace(
-        toy.embed,
-        init=lambda key, mb: toy.embed.init(key, None),
-        apply=lambda p, mb, key: toy.embed.apply(p, mb[0], key),
+    block = toy.blocks[0]
+
+    def init(key, mb):
+        return toy.embed.init(key, None) | {"extra": jnp.zeros(mb[2].shape[1:])}
+
+    model = replace(
+        toy,
+        embed=jp.Embed(init, lambda p, mb, key: toy.embed.apply(p, mb[0], key) + 0 * p["extra"].sum()),
+        blocks=[replace(block, apply=lambda p, x, mb, key: block.apply(p, x, mb[0], key))] * 2,
+        head_loss=jp.HeadLoss(toy.head_loss.init, lambda p, x, mb, key: toy.head_loss.apply(p, x, mb[0], key)),
     )
-    blocks = [
-        replace(block, apply=lambda p, x, mb, key: toy.blocks[0].apply(p, x, mb[0], key)) for block in toy.blocks[:1]
-    ] * 2
-    head = jp.HeadLoss(toy.head_loss.init, lambda p, x, mb, key: toy.head_loss.apply(p, x, mb[0], key))
-    pipe = pipeline(replace(toy, embed=embed, blocks=blocks, head_loss=head))
-    batch = toy_batch(ROWS), EXTRA
+    pipe, batch = pipeline(model), (toy_batch(ROWS), EXTRA, EXTRA)
     params = jax.eval_shape(pipe.init, jax.random.key(0), batch)
-    with pytest.warns(UserWarning, match=r"reads batch\[1\], which"):
+    with pytest.warns(UserWarning, match=r"^no function of the model reads batch\[1\], which"):
         jax.eval_shape(pipe.value_and_grad, params, batch)

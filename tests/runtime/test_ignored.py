@@ -37,7 +37,7 @@ CASES = [
 
 def both(config: Any, schedule: dict, options: dict, shards: int) -> tuple[jp.Pipeline, Any]:
     """The pipeline on two stages, and the model without one."""
-    model = (gpt_model if isinstance(config, GPTConfig) else encdec_model)(config)
+    model = gpt_model(config) if isinstance(config, GPTConfig) else encdec_model(config)
     plan = build(**schedule, devices=2, microbatches=GROUPS // shards)
     return jp.Pipeline(model, schedule=plan, mesh=jp.make_mesh(2, data=shards), **options), jp.sequential(model, GROUPS)
 

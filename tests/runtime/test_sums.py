@@ -120,7 +120,7 @@ def test_no_collective_adds_up_16_bits_on_cpus(head, shard):
     plan = build("1f1b", devices=2, microbatches=2)
     pipe = jp.Pipeline(model, schedule=plan, mesh=jp.make_mesh(2, fsdp=2, tensor=2), head=head, shard=shard)
     batch = toy_batch(8)
-    batch["mask"] = jnp.asarray(batch["mask"], jnp.bfloat16)
+    batch = batch | {"mask": jnp.asarray(batch["mask"], jnp.bfloat16)}
     params = jax.eval_shape(pipe.init, jax.random.key(0), batch)
     program = jax.make_jaxpr(lambda *given: pipe.value_and_grad(*given, has_aux=True))(params, batch)
     found = reductions(program.jaxpr)

@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import zipfile
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from jaxpipe.train.sections import DataConfig
 IDS = np.random.default_rng(0).integers(0, 50_000, 1000)
 
 
-def corpus(path, source: str = "tokens", vocab_size: int = 50_257, **options):
+def corpus(path, source: Any = "tokens", vocab_size: int = 50_257, **options):
     return open_corpus(DataConfig(source=source, train=(str(path),), **options), vocab_size=vocab_size)
 
 

@@ -77,7 +77,7 @@ def _run(device: Device, state: dict) -> dict:
     return state | sums
 
 
-def _backward(branch: Branch, only: Any, known: Known, dy: list, daux: list, never: Any) -> tuple[list, Tree]:
+def _backward(branch: Branch, only: Any, known: Known, dy: list, daux: dict, never: Any) -> tuple[list, Tree]:
     """B, or I and then W where `only` says so: ``(dx, dparams)``."""
     stage = branch.stage
 
