@@ -11,6 +11,8 @@ from helpers import QUICK, toy_batch, toy_model, tree_allclose
 
 import jaxpipe as jp
 from jaxpipe.models.gpt import GPTConfig
+from jaxpipe.runtime.sweep_loops import Inputs
+from jaxpipe.runtime.sweeps import Sweeps
 from jaxpipe.schedule import build
 from jaxpipe.train.model import gpt_model
 
@@ -136,3 +138,25 @@ def test_a_bfloat16_metric_runs_beside_an_axis_of_the_compiler():
     params = pipe.init(jax.random.key(0), batch)
     metrics = pipe.loss(params, batch, has_aux=True)[1]
     np.testing.assert_array_equal(np.asarray(metrics["r"], float), batch["mask"])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_pipelined_layer_adds_up_no_16_bits_on_cpus(dtype):
+    """Outputs, gradients of what rides along and of what blocks share."""
+
+    def block(params, x, inputs, key):
+        scale = inputs.shared["scale"].astype(dtype)[None]
+        return jnp.where(inputs.resting[:, None], x @ params["w"] + inputs.riding * scale, x)
+
+    mesh = jp.make_mesh(2, data=2, tensor=2)
+    sweeps = Sweeps(block, 2, build("1f1b", devices=2, microbatches=2), mesh)
+    x = jnp.ones((ROWS, 4), dtype)
+
+    def loss(params, x, riding, scale):
+        inputs = Inputs(riding, jnp.ones(ROWS, bool), {"scale": scale})
+        return sweeps(params, x, inputs).astype(jnp.float32).sum()
+
+    given = {"w": jnp.ones((2, 4, 4), dtype)}, x, x, jnp.ones(4, dtype)
+    found = reductions(jax.make_jaxpr(jax.grad(loss, (0, 1, 2, 3)))(*given).jaxpr)
+    assert len(found) >= 4
+    assert all(jnp.dtype(each).itemsize >= 4 for each in found)
