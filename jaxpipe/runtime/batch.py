@@ -19,8 +19,13 @@ from jaxpipe.runtime.model import Model
 from jaxpipe.runtime.tree import Tree, tie
 
 
-def check_names(model: Model, batch: Tree) -> None:
+def check_names(model: Model, batch: Tree, whole: bool = True) -> None:
     """Checks the names in a batch where the model says what it reads.
+
+    Args:
+        model: The model.
+        batch: The batch.
+        whole: Whether all that the model needs must be there; parameters are made from less.
 
     Raises:
         ConfigError: A name that it does not read, or one that it needs and that is not there.
@@ -37,7 +42,7 @@ def check_names(model: Model, batch: Tree) -> None:
             hint = f"try {near[0]!r}, or leave it out" if near else "leave it out"
             raise ConfigError(f"batch[{name!r}] is not read by this model, which reads {names}; {hint}")
     for name, needed in known.items():
-        if needed and name not in batch:
+        if whole and needed and name not in batch:
             given = ", ".join(map(repr, batch)) or "nothing"
             raise ConfigError(f"batch has {given} but this model needs {name!r}; it reads {names}")
 

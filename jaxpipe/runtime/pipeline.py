@@ -148,6 +148,7 @@ class Pipeline:
         Returns:
             The pipeline tree: ``{"embed", "blocks", "head"}``, see `jaxpipe.runtime.relayout`.
         """
+        check_names(self.model, batch, whole=False)
         return init_params(self.model, self.layout, key, self._microbatch(batch))
 
     def value_and_grad(
@@ -242,7 +243,6 @@ class Pipeline:
 
     def _microbatch(self, batch: Tree) -> Tree:
         """Shapes of one row group."""
-        check_names(self.model, batch)
         leaves = jax.tree.leaves(batch)
         sizes = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
         if len(sizes) != 1 or None in sizes:
@@ -280,6 +280,7 @@ class Pipeline:
             random: Whether there will be a key.
             metrics: Whether the head's metrics are wanted.
         """
+        check_names(self.model, batch)
         # What is traced here may depend on the kind of device, as in the loop: attention does.
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             return self._program(shapes_of(params), self._microbatch(batch), table or self.table, random, metrics)

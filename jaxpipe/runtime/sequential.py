@@ -53,7 +53,7 @@ class Sequential:
             batch: Any batch, arrays or shapes, leaves ``[B, ...]``.
         """
         model = self.model
-        check_names(model, batch)
+        check_names(model, batch, whole=False)
         embed_key, head_key, block_keys = keys.init_keys(key, len(model.blocks))
         mb = jax.tree.map(lambda x: jnp.zeros((x.shape[0] // self.row_groups, *x.shape[1:]), x.dtype), batch)
         embed = model.embed.init(embed_key, mb)

@@ -50,6 +50,7 @@ def test_a_reference_model_refuses_what_it_does_not_read(model, name):
 
 def test_what_a_reference_model_needs_is_asked_for_and_nearest_names_are_told():
     pipe = pipeline(gpt_model(PRESETS["tiny"]))
+    params = jax.eval_shape(pipe.init, jax.random.key(0), {"tokens": TOKENS})  # which needs no targets
     batch: Any
     for batch, message in (
         ({"tokens": TOKENS}, "batch has 'tokens' but this model needs 'targets'; it reads 'tokens', 'targets', 'mask'"),
@@ -61,7 +62,7 @@ def test_what_a_reference_model_needs_is_asked_for_and_nearest_names_are_told():
         ),
     ):
         with pytest.raises(ConfigError) as error:
-            pipe.init(jax.random.key(0), batch)
+            jax.eval_shape(pipe.value_and_grad, params, batch)
         assert str(error.value) == message
 
 

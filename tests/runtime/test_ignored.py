@@ -68,14 +68,17 @@ def test_ignored_targets_are_masked_out_everywhere(monkeypatch, config, schedule
     plain = jax.jit(oracle.value_and_grad, compiler_options=QUICK)
     canonical = pipe.to_canonical(params)
 
-    ignored = batch_of(np.where(keep, targets, IGNORED), **more)
-    expected = plain(canonical, batch_of(targets, mask=keep.astype(np.float32), **more))
-    loss, grads = step(params, ignored)
-    tree_allclose((loss, pipe.to_canonical(grads)), expected)
-    tree_allclose(plain(canonical, ignored), expected)
+    def without_a_pipeline(targets: np.ndarray, mask: np.ndarray) -> Any:
+        return plain(canonical, batch_of(targets, mask=np.float32(mask), **more))
 
-    nothing = batch_of(np.full_like(targets, IGNORED), **more)
-    for loss, grads in (step(params, nothing), plain(canonical, nothing)):
+    ignored = np.where(keep, targets, IGNORED)
+    expected = without_a_pipeline(targets, keep)
+    loss, grads = step(params, batch_of(ignored, **more))
+    tree_allclose((loss, pipe.to_canonical(grads)), expected)
+    tree_allclose(without_a_pipeline(ignored, keep | True), expected)
+
+    nothing = np.full_like(targets, IGNORED)
+    for loss, grads in (step(params, batch_of(nothing, **more)), without_a_pipeline(nothing, keep | True)):
         assert loss == 0
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
 
