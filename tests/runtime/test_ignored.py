@@ -69,7 +69,7 @@ def test_ignored_targets_are_masked_out_everywhere(monkeypatch, config, schedule
     canonical = pipe.to_canonical(params)
 
     def without_a_pipeline(targets: np.ndarray, mask: np.ndarray) -> Any:
-        return plain(canonical, batch_of(targets, mask=np.float32(mask), **more))
+        return plain(canonical, batch_of(targets, mask=mask.astype(np.float32), **more))
 
     ignored = np.where(keep, targets, IGNORED)
     expected = without_a_pipeline(targets, keep)
