@@ -20,7 +20,7 @@ from jaxpipe.runtime.initial import init_params
 from jaxpipe.runtime.lane import PASSES_IN_PLACE, skip_of
 from jaxpipe.runtime.logical import logical_optimizer
 from jaxpipe.runtime.mesh import BATCH, PIPE, TENSOR, batch_shards, batch_text, check_axes, on_cpu
-from jaxpipe.runtime.model import Losses, Model, Tree, losses_of, mean_of
+from jaxpipe.runtime.model import Losses, Model, Tree, losses_of
 from jaxpipe.runtime.options import check_offload, check_tensor, stage_counts, stage_remats, vocab_leaves
 from jaxpipe.runtime.relayout import Layout, Shard
 from jaxpipe.runtime.sizes import model_bytes
@@ -183,7 +183,9 @@ class Pipeline:
         losses = self._losses(program, out)
         loss = losses if parts else losses.total
         divisor = out.weight if loss_scale is None else out.weight * scale
-        grads = jax.tree.map(lambda g: mean_of(g, divisor.astype(g.dtype)), out.gradient)
+        # Where nothing counts the sums are zeros, and so is what is left. A choice leaf by leaf would not be in place.
+        divisor = jnp.where(divisor == 0, jnp.inf, divisor)
+        grads = jax.tree.map(lambda g: g / divisor.astype(g.dtype), out.gradient)
         return ((loss, out.metrics) if has_aux else loss), grads
 
     def loss(self, params: Tree, batch: Tree, key=None, *, has_aux: bool = False, parts: bool = False) -> Any:
