@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "runtime": {"errors", "jax_internals", "schedule", "models"},
     "models": {"errors", "jax_internals", "flax_nnx"},
     "nn": {"errors", "jax_internals", "flax_nnx", "schedule", "plan", "runtime"},
-    "train": {"errors", "jax_internals", "flax_nnx", "schedule", "plan", "runtime", "models", "nn"},
+    "data": {"errors"},
+    "train": {"data", "errors", "jax_internals", "flax_nnx", "schedule", "plan", "runtime", "models", "nn"},
     "infer": {"errors", "jax_internals", "flax_nnx", "schedule", "plan", "runtime", "models", "nn", "train"},
 }
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0].removesuffix(".py") in MAY_IMPORT)

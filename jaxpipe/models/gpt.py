@@ -228,7 +228,7 @@ class MoEBlock(Block):
     make_mlp = MoE
 
     def __call__(self, x_BTD):
-        """[B, T, D] -> [B, T, D], both of the compute dtype, and the mixture's auxiliary loss, a scalar."""
+        """[B, T, D] -> [B, T, D], both of the compute dtype, and the mixture's auxiliary scalars."""
         x_BTD = self.attend(x_BTD)
         y_BTD, aux = self.mlp(enter(self.norm2(x_BTD).astype(x_BTD.dtype), self.cut))
         return x_BTD + self.dropout2(leave(y_BTD, self.cut)), aux
@@ -286,8 +286,8 @@ class GPT(nnx.Module):
         x_BTD, total = self.embed(tokens_BT), 0.0
         for block in self.blocks:
             out = block(x_BTD)
-            x_BTD, aux = out if isinstance(block, MoEBlock) else (out, 0.0)
-            total += aux
+            x_BTD, aux = out if isinstance(block, MoEBlock) else (out, {"loss": 0.0})
+            total += aux["loss"]
         return self.head(x_BTD), total
 
 

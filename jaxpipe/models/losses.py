@@ -23,6 +23,9 @@ from jaxpipe.models.products import vocab_logits
 LOGITS_AT_ONCE = 2**26
 """Logits that a device computes at once: 256 MiB in float32, and 128 MiB for their gradient in bfloat16."""
 
+IGNORED = -100
+"""A target that counts nothing, whatever its weight: what PyTorch ignores, and Hugging Face's collators write."""
+
 Entropy = Callable[[Any, Any], tuple[Any, Callable[[Any], Any]]]
 """``(logits [n, V], ids [n]) -> (losses [n], gradient of losses [n] -> gradient of logits [n, V])``."""
 
@@ -37,7 +40,8 @@ def linear_cross_entropy(kernel, features, targets, weights=None, *, chunk: int 
     Args:
         kernel: ``[V, D]``, used in the features' dtype.
         features: ``[..., D]``.
-        targets: Integers ``[...]`` in [0, V); where the weight is 0 anything, elsewhere one out of range gives NaN.
+        targets: Integers ``[...]`` in [0, V). Where one is `IGNORED` (-100) the token's weight is 0. Where the weight
+            is 0 it may be anything; elsewhere one out of range gives NaN.
         weights: What each token counts, ``[...]``; by default 1.
         chunk: Tokens whose logits are computed at once. By default as many as have `LOGITS_AT_ONCE` logits: 512 with
             131,072 words.
@@ -68,7 +72,7 @@ def cross_entropy(logits, ids, weights) -> tuple:
 
     Args:
         logits: ``[..., V]``, any float dtype; computed with in float32 or wider.
-        ids: Targets ``[...]``.
+        ids: Targets ``[...]``, see `linear_cross_entropy`.
         weights: ``[...]``.
     """
     return weighted_loss(token_losses(logits, ids), ids, weights, logits.shape[-1])
@@ -84,10 +88,36 @@ def token_losses(logits, ids):
 
 def weighted_loss(losses, ids, weights, vocab_size: int) -> tuple:
     """``(loss_sum, weight, metrics)`` from the cross entropy of every token."""
-    weights = weights.astype(losses.dtype)
-    losses = jnp.where((ids >= 0) & (ids < vocab_size), losses, jnp.nan)
-    counted = jnp.sum(weights * jnp.where(weights != 0, losses, 0.0))
-    return counted, weights.sum(), {"loss": jnp.where(weights != 0, losses, 0.0)}
+    weights = counted(ids, weights, losses.dtype)
+    losses = jnp.where(in_vocabulary(ids, vocab_size), losses, jnp.nan)
+    losses = jnp.where(weights != 0, losses, 0.0)
+    return jnp.sum(weights * losses), weights.sum(), {"loss": losses}
+
+
+def counted(ids, weights, dtype):
+    """What every token counts: its weight, or 0 where the target is `IGNORED`.
+
+    Raises:
+        ConfigError: The weights have another shape than the targets, so that some would count twice or not at all.
+    """
+    if weights.shape != ids.shape:
+        raise ConfigError(
+            f"the weights (mask) of targets have shape {list(weights.shape)} but must have that of the targets; "
+            f"try {list(ids.shape)}"
+        )
+    weights = weights.astype(dtype)
+    return jnp.where(ids == IGNORED, 0, weights) if jnp.issubdtype(ids.dtype, jnp.signedinteger) else weights
+
+
+def in_vocabulary(ids, vocab_size: int):
+    """Where ids are in [0, V)."""
+    ids = wide_ids(ids)
+    return (ids >= 0) & (ids < vocab_size)
+
+
+def wide_ids(ids):
+    """Ids in 32 bits or more: a dtype of fewer may not hold the vocabulary's size."""
+    return ids if ids.dtype.itemsize >= 4 else ids.astype(jnp.int32)
 
 
 def tokens_at_once(vocab_size: int, devices: int = 1) -> int:

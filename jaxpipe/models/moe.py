@@ -46,15 +46,20 @@ class MoE(nnx.Module):
                 self.gate_bias = cut(jnp.zeros((E, F), dtype), dim=1)
 
     def __call__(self, x_BTD, capacity: int | None = None):
-        """[B, T, D] -> [B, T, D] and the auxiliary loss, a weighted scalar; by default with the config's capacity."""
+        """[B, T, D] -> [B, T, D] and the auxiliary scalars; by default with the config's capacity.
+
+        The scalars are ``loss``, the weighted sum that joins the loss, and without gradients ``balance_loss``,
+        ``z_loss`` and ``drop_rate``, the share of choices that find their expert full.
+        """
         cfg, (B, T, D) = self.cfg, x_BTD.shape
         E, K, C = cfg.num_experts, cfg.experts_per_token, cfg.expert_capacity(T) if capacity is None else capacity
         logits_BTE = self.scores(x_BTD)
         gates_BTK, experts_BTK = choose(jax.nn.softmax(logits_BTE, axis=-1), K)
-        aux = cfg.aux_loss_weight * balance_loss(logits_BTE, experts_BTK)
-        if cfg.router_z_weight:
-            aux += cfg.router_z_weight * z_loss(logits_BTE)
+        balance, z = balance_loss(logits_BTE, experts_BTK), z_loss(logits_BTE)
+        loss = cfg.aux_loss_weight * balance + (cfg.router_z_weight * z if cfg.router_z_weight else 0.0)
         place_BTK = places(experts_BTK, E, C)
+        watched = {"balance_loss": balance, "z_loss": z, "drop_rate": (place_BTK == E * C).mean(dtype=loss.dtype)}
+        aux = {"loss": loss} | jax.lax.stop_gradient(watched)
         y_BPD = self.experts(to_places(x_BTD, place_BTK, E * C).reshape(B, E, C, D)).reshape(B, E * C, D)
         y_BTKD = _take(y_BPD, place_BTK.reshape(B, T * K)).reshape(B, T, K, D)
         return (gates_BTK[..., None] * y_BTKD).sum(2).astype(x_BTD.dtype), aux

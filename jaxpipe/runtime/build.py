@@ -1,15 +1,17 @@
 """From a model and a layout to the lane functions of its stages, by shapes alone; and the checks that need shapes."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxpipe.errors import PartitionError
 from jaxpipe.runtime.carry import has_gradient
 from jaxpipe.runtime.casts import cast_dtypes
 from jaxpipe.runtime.ends import accumulator_dtype, shared_leaves
-from jaxpipe.runtime.model import Block, Model, Tree, carry_and_aux, is_scalar
+from jaxpipe.runtime.model import Block, Model, Tree, carry_and_aux
 from jaxpipe.runtime.relayout import Layout
 from jaxpipe.runtime.rest import check_specs, tensor_dims
 from jaxpipe.runtime.stage import Context, Remat, Run, Stage
@@ -37,17 +39,19 @@ def build_stages(
     schedule = layout.schedule
     kinds = {block.kind: block for block in model.blocks}
     shared = shared_leaves(model, params["embed"])
-    one_block = _one_of_each(layout, params)
+    one_block = one_of_each(layout, params)
     for part in ("embed", "head"):
         check_annotations(model, layout, part, params.get(part, {}))
     for kind in kinds:
         check_annotations(model, layout, f"blocks/{kind}", one_block[kind])
-    has_aux = [
-        check_block(model, kind, tie(one_block[kind], params["embed"], model.block_tie(kind)), carry, context)
-        for kind in kinds
-    ]
-    dtype = accumulator_dtype(jax.tree.leaves(params)[0].dtype)
-    aux = [jax.ShapeDtypeStruct((), dtype)] if any(has_aux) else []
+    aux: dict[str, Any] = {}
+    aux_blocks: Counter[str] = Counter()
+    for kind in kinds:
+        own = tie(one_block[kind], params["embed"], model.block_tie(kind))
+        for name, dtype in check_block(model, kind, own, carry, context).items():
+            dtype = jnp.promote_types(accumulator_dtype(dtype), getattr(aux.get(name), "dtype", jnp.float32))
+            aux[name] = jax.ShapeDtypeStruct((), dtype)
+            aux_blocks[name] += layout.kinds.count(kind)
     casts = {
         kind: _casts(block, one_block[kind], shared, model.block_tie(kind), carry, context)
         for kind, block in kinds.items()
@@ -93,27 +97,33 @@ def build_stages(
         places=places,
         accumulators=accumulators,
         weights=weights,
+        aux_blocks=aux_blocks,
     )
 
 
-def check_block(model: Model, kind: str, params: Tree, carry: Tree, context: Context) -> bool:
-    """Whether the blocks of a kind have an aux loss.
+def check_block(model: Model, kind: str, params: Tree, carry: Tree, context: Context) -> dict[str, Any]:
+    """The dtypes of what the blocks of a kind return as aux, by name.
 
     Raises:
-        PartitionError: It returns another structure, shape or dtype than it was given, or another aux than one number.
+        PartitionError: It returns another structure, shape or dtype than it was given, or another aux than numbers.
     """
     key = jax.eval_shape(lambda: jax.random.key(0))
     number, block = next((n, block) for n, block in enumerate(model.blocks) if block.kind == kind)
     out = jax.eval_shape(block.apply, params, carry, context.mb, key)
     out, aux = carry_and_aux(carry, out)
     pair = isinstance(out, tuple) and len(out) == 2 and jax.tree.structure(out[0]) == jax.tree.structure(carry)
-    if pair and not is_scalar(out[1]):
+    if pair and not aux and isinstance(out[1], Mapping):
+        raise PartitionError(
+            f"block {number} returns an aux of {jax.tree.map(_text, out[1])} but a dict must hold floating-point "
+            "numbers, of which 'loss' joins the loss; try {'loss': …}"
+        )
+    if pair and not aux:
         raise PartitionError(
             f"block {number} returns an aux of {jax.tree.map(_text, out[1])} but it must be one floating-point number; "
             "try its sum or mean"
         )
     check_carry(number, carry, out)
-    return aux is not None
+    return {name: x.dtype for name, x in aux.items()}
 
 
 def check_carry(number: int, carry: Tree, out: Tree) -> None:
@@ -194,7 +204,7 @@ def _text(leaf: Any) -> str:
     return f"{leaf.dtype}{list(leaf.shape)}"
 
 
-def _one_of_each(layout: Layout, params: Tree) -> Mapping[str, Tree]:
+def one_of_each(layout: Layout, params: Tree) -> Mapping[str, Tree]:
     """Shapes of one block of each kind."""
     found: dict[str, Tree] = {}
     for row, trees in zip(layout.positions, params["blocks"], strict=True):

@@ -8,11 +8,34 @@ leaf is cut over it: every device moves its own part only.
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxpipe.runtime.mesh import DATA, FSDP, PIPE, TENSOR
+from jaxpipe.runtime.mesh import DATA, FSDP, PIPE, TENSOR, on_cpu
 from jaxpipe.runtime.rest import Rest
+
+
+def add_up(x, axes: str | Sequence[str], mesh_is_cpu: bool):
+    """The sum over manual axes, in the dtype of x: the one way to add up what may be of any dtype.
+
+    Truth values are counted, and true where any is. On CPUs 16-bit numbers are added up as float32: where some axis is
+    left to the compiler, XLA's CPU backend aborts on a sum of their own.
+
+    Args:
+        x: This device's summand.
+        axes: The axes.
+        mesh_is_cpu: Whether the devices are CPU devices.
+    """
+    return lax.psum(_widened(x, mesh_is_cpu), axes).astype(x.dtype)
+
+
+def _widened(x, mesh_is_cpu: bool):
+    """What is added up in place of x."""
+    if x.dtype == jnp.bool_:
+        return x.astype(jnp.int32)
+    narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+    return x.astype(jnp.float32) if narrow and mesh_is_cpu else x
 
 
 def within_tensor(function: Callable, rest: Rest, leaf):
@@ -57,12 +80,13 @@ def reduce(leaf, rest: Rest, mesh: Mesh, axes: Sequence[str]):
     used = [axis for axis in (PIPE, FSDP, DATA) if axis in axes and mesh.shape[axis] > 1]
 
     def run(leaf):
+        dtype, leaf = leaf.dtype, _widened(leaf, on_cpu(mesh))
         for axis in used:
             dim = {PIPE: rest.pipe, FSDP: rest.fsdp}.get(axis)
             if dim is not None:
                 leaf = lax.psum_scatter(leaf, axis, scatter_dimension=dim, tiled=True)
         # What is scattered already costs less to sum.
         whole = tuple(axis for axis in used if {PIPE: rest.pipe, FSDP: rest.fsdp}.get(axis) is None)
-        return lax.psum(leaf, whole) if whole else leaf
+        return (lax.psum(leaf, whole) if whole else leaf).astype(dtype)
 
     return within_tensor(run, rest, leaf)

@@ -33,7 +33,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxpipe.runtime.clock import Clock
-from jaxpipe.runtime.collect import gather, reduce
+from jaxpipe.runtime.collect import add_up, gather, reduce
 from jaxpipe.runtime.device import Device
 from jaxpipe.runtime.ends import Ends, batch_weight
 from jaxpipe.runtime.lane import Skip
@@ -54,7 +54,7 @@ class Outcome(NamedTuple):
     Attributes:
         loss: Sum of the head's losses.
         weight: Sum of their weights.
-        aux: Sum of the blocks' aux, None if they have none.
+        aux: Sums of what the blocks return as aux, by name; empty if they have none.
         metrics: The head's metrics for the whole batch.
         gradient: Gradient of `loss` plus what `aux` adds, times the loss scale; None if the table has no backwards.
     """
@@ -80,6 +80,7 @@ class Program:
         skip: How lanes are idle.
         hops_block: Whether a hop ends before anything else starts, see `jaxpipe.runtime.tick`.
         metrics: Shapes of the head's metrics of one row group; an empty dict if they are not wanted.
+        loss_dtype: In which the head's losses and weights are added up.
         offload: Whether the stash rests in the host's memory.
         second_stream: Whether the second of a lane's two hops has a stream of its own, see `Pipeline`.
         clock: What notes when lanes run, if anything does.
@@ -95,6 +96,7 @@ class Program:
     skip: Skip
     hops_block: bool = False
     metrics: Tree = field(default_factory=dict)
+    loss_dtype: Any = jnp.float32
     offload: bool = False
     second_stream: bool = False
     clock: Clock | None = None
@@ -134,7 +136,7 @@ class Program:
             out_specs=Outcome(
                 loss=everywhere,
                 weight=everywhere,
-                aux=everywhere if self.stages.stage.aux else None,
+                aux=everywhere,
                 metrics=jax.tree.map(lambda s: rows if s.shape else everywhere, self.metrics),
                 gradient=jax.tree.map(lambda rest: rest.spec(MANUAL), rests) if self.trains else None,
             ),
@@ -143,7 +145,7 @@ class Program:
         )
         places = (jnp.arange(n, dtype=jnp.int32) for n in (self.mesh.shape[PIPE], batch_shards(self.mesh)))
         params = layout.constrain(params, layout.param_spec)
-        out = body(*places, columns, params, batch, key, jnp.asarray(loss_scale, jnp.float32))
+        out = body(*places, columns, params, batch, key, jnp.asarray(loss_scale, self.loss_dtype))
         return out._replace(gradient=layout.constrain(out.gradient, Rest.spec)) if self.trains else out
 
     def _device(self, loop, place, shard, columns: dict, params: Tree, batch: Tree, key, loss_scale) -> Outcome:
@@ -161,7 +163,7 @@ class Program:
             ends=ends,
             seeds=(loss_scale, self._aux_seed(batch, ends) * loss_scale),
         )
-        state = start(device, params)
+        state = start(device)
         if loop is not None:
             state = loop(device, state)
         here = self.windows if loop is None else []
@@ -173,11 +175,11 @@ class Program:
             rows = {name: column[phase.start : phase.stop] for name, column in columns.items()}
             turn = partial(_turn, runner, phase)
             state, _ = lax.scan(turn, state, rows)
-        everywhere = partial(lax.psum, axis_name=MANUAL)
+        everywhere = partial(add_up, axes=MANUAL, mesh_is_cpu=on_cpu(self.mesh))
         return Outcome(
             loss=everywhere(state["loss"]),
             weight=everywhere(state["weight"]),
-            aux=everywhere(state["aux"]) if "aux" in state else None,
+            aux=jax.tree.map(everywhere, state.get("aux", {})),
             metrics=jax.tree.map(self._metric, state["metrics"]) if self.metrics else {},
             gradient=self._reduce(device, state) if self.trains else None,
         )
@@ -218,6 +220,7 @@ class Program:
             hops_block=self.hops_block,
             simulated=on_cpu(self.mesh),
             metrics=self.metrics,
+            loss_dtype=self.loss_dtype,
             offload=self.offload,
             second_stream=self.second_stream,
             clock=self.clock,
@@ -235,9 +238,9 @@ class Program:
     def _metric(self, kept):
         """A metric of the whole local batch, on every device of the pipe; numbers summed over all row groups."""
         if kept.ndim == 0:
-            return lax.psum(kept, MANUAL)
+            return add_up(kept, MANUAL, on_cpu(self.mesh))
         rows = kept[: self.table.schedule.microbatches]
-        return lax.psum(rows.reshape(-1, *rows.shape[2:]), PIPE)
+        return add_up(rows.reshape(-1, *rows.shape[2:]), PIPE, on_cpu(self.mesh))
 
     def weights(self, blocks: Tree) -> list:
         """The stages' weights of this device, whole, in the dtypes that the lanes compute with."""

@@ -53,6 +53,7 @@ class Device:
         hops_block: Whether a hop ends before anything else starts, see `jaxpipe.runtime.tick`.
         seeds: Gradients of the head's loss and of the blocks' `aux`, scalars.
         metrics: Shapes of the head's metrics of one row group if they are wanted, else an empty dict.
+        loss_dtype: In which losses and weights are added up.
         simulated: Whether it is one of several devices that share a CPU.
         offload: Whether the stash (activations, residuals, weight-residuals) rests in the host's memory.
         second_stream: Whether the second of a lane's two hops has a stream of its own, see `Pipeline`.
@@ -76,6 +77,7 @@ class Device:
     skip: Skip
     seeds: tuple[Any, Any]
     metrics: Tree
+    loss_dtype: Any
     hops_block: bool = False
     simulated: bool = False
     offload: bool = False
@@ -117,9 +119,10 @@ class Device:
         return shared_leaves(self.model, self.ends["embed"])
 
     @property
-    def daux(self) -> list:
-        """The gradient of a stage's `aux`."""
-        return [self.seeds[1].astype(s.dtype) for s in self.stages.stage.aux]
+    def daux(self) -> dict:
+        """The gradient of a stage's `aux`: only what joins the loss has one."""
+        shapes = self.stages.stage.aux
+        return {name: self.seeds[1].astype(s.dtype) if name == "loss" else zero(s) for name, s in shapes.items()}
 
     def slots(self, shapes: Tree, count: int, scratch: bool = True) -> Tree:
         """Buffers of `count` slots, and one that idle lanes write."""
@@ -255,6 +258,11 @@ class Device:
         mb = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, microbatch, keepdims=False), self.batch)
         group = keys.group_key(self.key, self.shard * self.table.schedule.microbatches + microbatch)
         return Context(mb, group, self.stages.first_block(repeat, self.place))
+
+
+def zero(shape):
+    """Zeros of a shape."""
+    return jnp.zeros(shape.shape, shape.dtype)
 
 
 def _apart(blocks: list, branch: Branch, own: Tree) -> list:

@@ -11,7 +11,7 @@ from jax import lax
 from jaxpipe.runtime import keys, slots
 from jaxpipe.runtime.carry import join, part
 from jaxpipe.runtime.device import Device
-from jaxpipe.runtime.ends import accumulate
+from jaxpipe.runtime.ends import accumulate, summable
 from jaxpipe.runtime.heads import head_gradients, head_sums
 from jaxpipe.runtime.lane import Commit, Lane
 from jaxpipe.runtime.model import Tree, loss_and_metrics
@@ -52,11 +52,12 @@ def head(device: Device, dtype: Any, like: Tree, given: tuple, entries: dict | N
     carry = partial(join, like, others=others)
     if not device.trains:
         total, weight, metrics = loss_and_metrics(head_loss.apply(params, carry(floating), context.mb, key))
-        return floating, (total.astype(dtype), weight.astype(dtype), metrics if device.metrics else {}, None)
+        metrics = summable(metrics) if device.metrics else {}
+        return floating, (total.astype(dtype), weight.astype(dtype), metrics, None)
     sums = None if entries is None else device.parts.head(entries["ends"])
     seed = seed.astype(dtype)
     made = head_gradients(head_loss, params, floating, carry, context.mb, key, seed, sums, device.wide)
-    metrics = made.metrics if device.metrics else {}
+    metrics = summable(made.metrics) if device.metrics else {}
     return device.whole(made.carry), (made.loss.astype(dtype), made.weight.astype(dtype), metrics, made.sums)
 
 

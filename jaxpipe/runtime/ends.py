@@ -7,6 +7,7 @@ vocabulary (``head="vocab_parallel"``) stay cut, and all devices compute with th
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -178,13 +179,28 @@ def check_weight(model: Model, head: Tree, carry: Tree, mb: Tree) -> None:
         )
 
 
+def loss_dtype(model: Model, *known: Any) -> Any:
+    """What the head's losses are added up in: float32, or float64 where they are.
+
+    Args:
+        model: The model.
+        known: Shapes of what the head is called with.
+    """
+    loss = jax.eval_shape(lambda *known: jnp.asarray(model.head_loss.apply(*known)[0]), *known)
+    return accumulator_dtype(loss.dtype)
+
+
 def metric_shapes(model: Model, head: Tree, carry: Tree, mb: Tree) -> Tree:
-    """Shapes of the head's metrics of one row group.
+    """Shapes of the head's metrics of one row group, numbers in the dtype of their sum.
 
     Raises:
         ConfigError: There are none, or one has neither a row per row of the microbatch nor no dim at all.
     """
-    shapes = jax.eval_shape(lambda *known: loss_and_metrics(model.head_loss.apply(*known, None))[2], head, carry, mb)
+
+    def metrics(*known):
+        return summable(loss_and_metrics(model.head_loss.apply(*known, None))[2])
+
+    shapes = jax.eval_shape(metrics, head, carry, mb)
     rows = jax.tree.leaves(mb)[0].shape[0]
     if not jax.tree.leaves(shapes):
         raise ConfigError(
@@ -197,6 +213,18 @@ def metric_shapes(model: Model, head: Tree, carry: Tree, mb: Tree) -> Tree:
                 f"microbatch's rows first; try [{rows}, …]"
             )
     return shapes
+
+
+def summable(metrics: Tree) -> Tree:
+    """Metrics of one row group, numbers in the dtype in which those of all are added up."""
+    return jax.tree.map(lambda x: jnp.asarray(x, sum_dtype(jnp.result_type(x))) if jnp.ndim(x) == 0 else x, metrics)
+
+
+def sum_dtype(dtype) -> Any:
+    """What numbers are added up in: 32 bits or more, and truth values are counted."""
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return accumulator_dtype(dtype)
+    return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.int32)
 
 
 def accumulator_dtype(dtype):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpipe.models.losses import losses_and_gradients, weighted_loss
+from jaxpipe.models.losses import counted, in_vocabulary, losses_and_gradients, weighted_loss
 from jaxpipe.runtime.ends import accumulate, accumulator_dtype
 from jaxpipe.runtime.model import Tree, VocabHead, loss_and_metrics
 from jaxpipe.runtime.tree import drop_path, get_path, set_path
@@ -108,7 +108,7 @@ def _of_vocabulary(head_loss: VocabHead, head, floating, carry, mb, key, seed, s
 def loss_gradients(features, ids, weights, vocab_size: int, seed):
     """What `weighted_loss` makes of the gradient of its sum: that of every token's loss, in float32 or wider."""
     dtype = jnp.promote_types(features.dtype, jnp.float32)
-    counts = jnp.where((ids >= 0) & (ids < vocab_size), weights.astype(dtype), 0)
+    counts = jnp.where(in_vocabulary(ids, vocab_size), counted(ids, weights, dtype), 0)
     return counts * seed.astype(dtype)
 
 

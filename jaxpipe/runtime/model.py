@@ -9,14 +9,14 @@ pytree of arrays; `key` is a `jax.random` key, or None for deterministic evaluat
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxpipe.errors import PartitionError
-from jaxpipe.models.losses import linear_cross_entropy, num_chunks, tokens_at_once
+from jaxpipe.models.losses import linear_cross_entropy, num_chunks, tokens_at_once, wide_ids
 from jaxpipe.runtime.mesh import TENSOR
 from jaxpipe.runtime.rest import tensor_dims
 from jaxpipe.runtime.tree import Tree, drop_path, get_path
@@ -47,8 +47,8 @@ class Block:
     Attributes:
         init: ``(key, carry) -> params``.
         apply: ``(params, carry, mb, key) -> carry``, or ``-> (carry, aux)`` with a scalar `aux` that joins the loss
-            (see `Model`). Integer leaves of the carry (masks, positions, segment ids) travel along and have no
-            gradient.
+            (see `Model`), or a dict of scalars of which `loss` does and others are only averaged (see `Losses`).
+            Integer leaves of the carry (masks, positions, segment ids) travel along and have no gradient.
         kind: Blocks of equal kind have parameters of equal structure, and the same `apply` and `specs`.
         specs: Which dims lie cut over the mesh axis `tensor`: partition specs by path, see `Model`.
     """
@@ -67,8 +67,9 @@ class HeadLoss:
         init: ``(key, carry, mb) -> params``.
         apply: ``(params, carry, mb, key) -> (loss_sum, weight)``, two scalars, or ``-> (loss_sum, weight, metrics)``.
             The loss of a batch is the sum of `loss_sum` over all row groups divided once by the sum of `weight`, so
-            that any mask gives the unpipelined mean. `weight` is a constant for differentiation. `metrics` is a tree of
-            arrays for ``value_and_grad(…, has_aux=True)``: leaves ``[rows, …]`` come back for the whole batch
+            that any mask gives the unpipelined mean; where nothing in the batch counts, the loss is 0 and so is its
+            gradient. `weight` is a constant for differentiation. `metrics` is a tree of arrays for
+            ``value_and_grad(…, has_aux=True)``: leaves ``[rows, …]`` come back for the whole batch
             ``[B, …]``, scalars summed over row groups.
         specs: Which dims lie cut over the mesh axis `tensor`: partition specs by path, see `Model`.
     """
@@ -115,8 +116,9 @@ class VocabHead:
         init: ``(key, carry, mb) -> params``.
         kernel: Path of the matrix in `params`, a leaf ``[V, D]``.
         features: ``(params without the kernel, carry, mb, key) -> [rows, ..., D]``, in the dtype of the product.
-        targets: ``mb -> (ids, weights)``: integers ``[rows, ...]`` in [0, V), and a float each. Where the weight is 0
-            the target may be anything; elsewhere one out of range gives NaN.
+        targets: ``mb -> (ids, weights)``: integers ``[rows, ...]`` in [0, V), and a float each. A target
+            of -100 has weight 0 (`jaxpipe.models.losses.IGNORED`). Where the weight is 0 the target may be anything;
+            elsewhere one out of range gives NaN.
         specs: Which dims lie cut over the mesh axis `tensor`: partition specs by path, see `Model`.
         chunk: Tokens of a microbatch whose logits are computed at once. None: by the size of the vocabulary, see
             `jaxpipe.models.losses.LOGITS_AT_ONCE`.
@@ -154,6 +156,7 @@ class VocabHead:
 
 def look_up(table, ids):
     """Rows of a table, NaN where an id is out of range."""
+    ids = wide_ids(ids)
     return jnp.take(table, jnp.where(ids < 0, len(table), ids), axis=0, mode="fill")
 
 
@@ -175,6 +178,8 @@ class Model:
             elementwise work are shared then, and slots and hops are smaller.
         divisible_by_tensor: What `tensor` must divide for its devices to share work evenly, by name:
             ``{"num_heads": 12}``.
+        batch: What the model reads of a batch that is a dict, by name: whether it must be there. Other names are
+            refused. Empty: anything, and what no function reads is warned of.
 
     Leaves that name no axis in their part's `specs` are whole on each device of `tensor`, and so are leaves of
     embedding and head whose dim it does not divide. ``{"up": PartitionSpec(None, "tensor"), "down":
@@ -191,6 +196,7 @@ class Model:
     aux_weight: float = 1.0
     carry_spec: PartitionSpec = field(default_factory=PartitionSpec)
     divisible_by_tensor: Mapping[str, int] = field(default_factory=dict)
+    batch: Mapping[str, bool] = field(default_factory=dict)
 
     def __post_init__(self):
         object.__setattr__(self, "blocks", tuple(self.blocks))
@@ -224,17 +230,64 @@ class Model:
         return {to.removeprefix(user): source.removeprefix("embed/") for to, source in pairs}
 
 
-def carry_and_aux(carry: Tree, out: Any) -> tuple[Tree, Any]:
-    """What a block returned, as ``(carry, aux)``; `aux` is None for a block that has none.
+class Losses(NamedTuple):
+    """What the loss of a batch is made of.
+
+    Attributes:
+        total: What is differentiated: `head` plus `aux`.
+        head: The mean of the head's losses.
+        aux: What the blocks' aux adds, `Model.aux_weight` included; None where they have none.
+        means: Other numbers of the blocks' aux, by name: means over the blocks that have them and over row groups.
+    """
+
+    total: Any
+    head: Any
+    aux: Any
+    means: dict[str, Any]
+
+
+def losses_of(
+    model: "Model", loss, weight, aux: Mapping[str, Any], row_groups: int, counts: Mapping[str, int]
+) -> Losses:
+    """The loss of a batch from its sums; it is 0 where nothing in the batch counts.
+
+    Args:
+        model: The model.
+        loss: Sum of the head's losses.
+        weight: Sum of what they count.
+        aux: Sums of the blocks' aux by name.
+        row_groups: Over how many row groups.
+        counts: Over how many blocks, by name.
+    """
+    head = mean_of(loss, weight)
+    means = {name: total / (row_groups * counts[name]) for name, total in aux.items() if name != "loss"}
+    if not aux:
+        return Losses(head, head, None, means)
+    added = jnp.where(weight == 0, 0, model.aux_weight * aux["loss"] / row_groups)
+    return Losses(head + added, head, added, means)
+
+
+def mean_of(total, weight):
+    """A sum over a batch divided by its weight; 0 where nothing in the batch counts."""
+    nothing = weight == 0
+    # The divisor, too, so that nothing that is not finite comes back through the division.
+    return jnp.where(nothing, 0, total / jnp.where(nothing, 1, weight))
+
+
+def carry_and_aux(carry: Tree, out: Any) -> tuple[Tree, dict[str, Any]]:
+    """What a block returned, as ``(carry, aux)``; `aux` is empty for a block that has none.
 
     Args:
         carry: What the block was given.
         out: What it returned.
     """
     pair = isinstance(out, tuple) and len(out) == 2
-    if pair and jax.tree.structure(out) != jax.tree.structure(carry) and is_scalar(out[1]):
-        return out
-    return out, None
+    if pair and jax.tree.structure(out) != jax.tree.structure(carry):
+        if is_scalar(out[1]):
+            return out[0], {"loss": out[1]}
+        if isinstance(out[1], Mapping) and "loss" in out[1] and all(map(is_scalar, out[1].values())):
+            return out[0], dict(out[1])
+    return out, {}
 
 
 def is_scalar(value: Any) -> bool:

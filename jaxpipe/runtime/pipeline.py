@@ -11,15 +11,16 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpipe.errors import ConfigError, ScheduleError
-from jaxpipe.runtime.build import annotations, build_stages, check_kinds, check_params
+from jaxpipe.runtime.batch import check_names, warn_of_unread
+from jaxpipe.runtime.build import annotations, build_stages, check_kinds, check_params, one_of_each
 from jaxpipe.runtime.casts import end_dtypes
 from jaxpipe.runtime.compile import Outcome, Program
-from jaxpipe.runtime.ends import Ends, check_weight, metric_shapes
+from jaxpipe.runtime.ends import Ends, check_weight, loss_dtype, metric_shapes
 from jaxpipe.runtime.initial import init_params
 from jaxpipe.runtime.lane import PASSES_IN_PLACE, skip_of
 from jaxpipe.runtime.logical import logical_optimizer
 from jaxpipe.runtime.mesh import BATCH, PIPE, TENSOR, batch_shards, batch_text, check_axes, on_cpu
-from jaxpipe.runtime.model import Model, Tree
+from jaxpipe.runtime.model import Losses, Model, Tree, losses_of
 from jaxpipe.runtime.options import check_offload, check_tensor, stage_counts, stage_remats, vocab_leaves
 from jaxpipe.runtime.relayout import Layout, Shard
 from jaxpipe.runtime.sizes import model_bytes
@@ -124,6 +125,7 @@ class Pipeline:
         costs = costs or relative_costs(counts, self.remats, schedule)
         self.table = lower(schedule, packing, costs, memory, keeps=[kept != "full" for kept in self.remats])
         kinds, tensor = tuple(block.kind for block in model.blocks), annotations(model, self._cut)
+        self._seen: set[Any] = set()
         self.layout = Layout(mesh, schedule, kinds, counts, scan_blocks, tensor, shard)
 
     @property
@@ -146,10 +148,11 @@ class Pipeline:
         Returns:
             The pipeline tree: ``{"embed", "blocks", "head"}``, see `jaxpipe.runtime.relayout`.
         """
+        check_names(self.model, batch, whole=False)
         return init_params(self.model, self.layout, key, self._microbatch(batch))
 
     def value_and_grad(
-        self, params: Tree, batch: Tree, key=None, *, has_aux: bool = False, loss_scale: Any = None
+        self, params: Tree, batch: Tree, key=None, *, has_aux: bool = False, loss_scale: Any = None, parts: bool = False
     ) -> tuple[Any, Tree]:
         """The mean loss of the batch and its gradient, in one pass of the pipeline. Wrap it in `jax.jit`.
 
@@ -160,9 +163,10 @@ class Pipeline:
             has_aux: Also return the head's metrics (see `HeadLoss`): ``((loss, metrics), grads)``.
             loss_scale: A number that backwards start from instead of 1, for half precision; gradients are divided by it
                 when they have been added up in float32. Where the scale was too large they are not finite.
+            parts: Return `jaxpipe.runtime.model.Losses`, what the loss is made of, in place of the loss.
 
         Returns:
-            The loss (a float32 scalar) and a tree like `params` of float32 gradients.
+            The loss (a float32 scalar, or float64 where the head's is) and a tree like `params` of float32 gradients.
 
         Raises:
             ConfigError: B does not divide.
@@ -176,12 +180,15 @@ class Pipeline:
         program = self.program(params, batch, self.table, key is not None, has_aux)
         scale = 1.0 if loss_scale is None else loss_scale
         out = program(params, batch, key, scale)
-        loss = self._mean(program, out)
+        losses = self._losses(program, out)
+        loss = losses if parts else losses.total
         divisor = out.weight if loss_scale is None else out.weight * scale
+        # Where nothing counts the sums are zeros, and so is what is left. A choice leaf by leaf would not be in place.
+        divisor = jnp.where(divisor == 0, jnp.inf, divisor)
         grads = jax.tree.map(lambda g: g / divisor.astype(g.dtype), out.gradient)
         return ((loss, out.metrics) if has_aux else loss), grads
 
-    def loss(self, params: Tree, batch: Tree, key=None, *, has_aux: bool = False) -> Any:
+    def loss(self, params: Tree, batch: Tree, key=None, *, has_aux: bool = False, parts: bool = False) -> Any:
         """The mean loss of the batch: forward only, with no buffer that grows with the microbatches.
 
         Args:
@@ -189,21 +196,23 @@ class Pipeline:
             batch: Leaves ``[B, ...]``.
             key: A `jax.random` key for dropout, or None for deterministic.
             has_aux: Also return the head's metrics: ``(loss, metrics)``.
+            parts: As in `value_and_grad`.
         """
-        return self._loss(params, batch, _typed(key), has_aux)
+        return self._loss(params, batch, _typed(key), has_aux, parts)
 
     @cached_property
     def _loss(self):
-        def loss(params, batch, key, has_aux):
+        def loss(params, batch, key, has_aux, parts):
             program = self.program(params, batch, self._forward_table, key is not None, has_aux)
             out = program(params, batch, key)
-            return (self._mean(program, out), out.metrics) if has_aux else self._mean(program, out)
+            losses = self._losses(program, out)
+            loss = losses if parts else losses.total
+            return (loss, out.metrics) if has_aux else loss
 
-        return jax.jit(loss, static_argnums=3)
+        return jax.jit(loss, static_argnums=(3, 4))
 
-    def _mean(self, program: Program, out: Outcome):
-        mean = out.loss / out.weight
-        return mean if out.aux is None else mean + self.model.aux_weight * out.aux / program.row_groups
+    def _losses(self, program: Program, out: Outcome) -> Losses:
+        return losses_of(self.model, out.loss, out.weight, out.aux, program.row_groups, program.stages.aux_blocks)
 
     @cached_property
     def _forward_table(self):
@@ -273,6 +282,7 @@ class Pipeline:
             random: Whether there will be a key.
             metrics: Whether the head's metrics are wanted.
         """
+        check_names(self.model, batch)
         # What is traced here may depend on the kind of device, as in the loop: attention does.
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             return self._program(shapes_of(params), self._microbatch(batch), table or self.table, random, metrics)
@@ -290,7 +300,7 @@ class Pipeline:
         if stages.stage.aux:
             check_weight(model, head, carry, mb)
         skip = "mask" if self.idle == "mask" else skip_of(self.mesh, stages, self.offload)
-        return Program(
+        program = Program(
             model=model,
             table=table,
             layout=self.layout,
@@ -300,10 +310,20 @@ class Pipeline:
             skip=skip,
             hops_block=on_cpu(self.mesh),
             metrics=metric_shapes(model, head, carry, mb) if metrics else {},
+            loss_dtype=loss_dtype(model, head, carry, mb, context.group),
             offload=self.offload,
             second_stream=self.second_stream,
             ends_inside=skip == "branch" and PASSES_IN_PLACE,
         )
+        self._warn_of_unread(params, carry, mb, key)
+        return program
+
+    def _warn_of_unread(self, params: Tree, carry: Tree, mb: Tree, key: Any) -> None:
+        """Once for batches of a form."""
+        form = jax.tree.structure(mb)
+        if not self.model.batch and form not in self._seen:
+            self._seen.add(form)
+            warn_of_unread(self.model, {**params, "blocks": one_of_each(self.layout, params)}, carry, mb, key)
 
 
 def _with_dtypes(shapes: Tree, dtypes: Tree) -> Tree:

@@ -4,6 +4,7 @@ It shares nothing with the compiled loop but the model's functions, the row grou
 numbers mean something.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,9 @@ import jax.numpy as jnp
 
 from jaxpipe.errors import ConfigError
 from jaxpipe.runtime import keys
-from jaxpipe.runtime.model import Model, Tree, carry_and_aux, loss_and_metrics
+from jaxpipe.runtime.batch import check_names
+from jaxpipe.runtime.ends import accumulator_dtype, summable
+from jaxpipe.runtime.model import Model, Tree, carry_and_aux, loss_and_metrics, losses_of
 from jaxpipe.runtime.tree import tie, untie
 
 
@@ -50,6 +53,7 @@ class Sequential:
             batch: Any batch, arrays or shapes, leaves ``[B, ...]``.
         """
         model = self.model
+        check_names(model, batch, whole=False)
         embed_key, head_key, block_keys = keys.init_keys(key, len(model.blocks))
         mb = jax.tree.map(lambda x: jnp.zeros((x.shape[0] // self.row_groups, *x.shape[1:]), x.dtype), batch)
         embed = model.embed.init(embed_key, mb)
@@ -62,50 +66,56 @@ class Sequential:
         head = untie(model.head_loss.init(head_key, carry, mb), model.head_tie)
         return {"embed": embed, "blocks": stacked, "head": head}
 
-    def loss(self, canonical: Tree, batch: Tree, key=None, *, has_aux: bool = False) -> Any:
+    def loss(self, canonical: Tree, batch: Tree, key=None, *, has_aux: bool = False, parts: bool = False) -> Any:
         """The mean loss of the batch: the sum over row groups divided once by the sum of the weights, plus aux.
 
-        With `has_aux`, ``(loss, metrics)``.
+        It is 0 where nothing in the batch counts. With `has_aux`, ``(loss, metrics)``; with `parts`,
+        `jaxpipe.runtime.model.Losses` in place of the loss.
         """
-        dtype = jnp.promote_types(jnp.float32, jax.tree.leaves(canonical)[0].dtype)
+        check_names(self.model, batch)
         groups = jax.tree.map(lambda x: x.reshape(self.row_groups, -1, *x.shape[1:]), batch)
+        counts: Counter[str] = Counter()
 
-        def one_group(totals, group):
+        def one_group(group):
             number, mb = group
-            *sums, metrics = self._group_loss(canonical, mb, keys.group_key(key, number), dtype)
-            return tuple(a + b for a, b in zip(totals, sums, strict=True)), metrics
+            loss, weight, aux, metrics = self._group_loss(canonical, mb, keys.group_key(key, number), counts)
+            return jax.tree.map(_wide, (loss, weight, aux)), summable(metrics)
 
-        zero = jnp.zeros((), dtype)
-        (loss, weight, aux), metrics = jax.lax.scan(one_group, (zero,) * 3, (jnp.arange(self.row_groups), groups))
-        mean = loss / weight + self.model.aux_weight * aux / self.row_groups
-        return (mean, jax.tree.map(_whole_batch, metrics)) if has_aux else mean
+        sums, metrics = jax.lax.map(one_group, (jnp.arange(self.row_groups), groups))
+        loss, weight, aux = jax.tree.map(lambda x: x.sum(0), sums)
+        losses = losses_of(self.model, loss, weight, aux, self.row_groups, counts)
+        loss = losses if parts else losses.total
+        return (loss, jax.tree.map(_whole_batch, metrics)) if has_aux else loss
 
     def value_and_grad(self, canonical: Tree, batch: Tree, key=None, *, has_aux: bool = False) -> Any:
         """The mean loss and its gradient, a canonical tree; with `has_aux`, ``((loss, metrics), gradient)``."""
         loss = partial(self.loss, has_aux=has_aux)
         return jax.value_and_grad(loss, has_aux=has_aux)(canonical, batch, key)
 
-    def _group_loss(self, canonical: Tree, mb: Tree, group, dtype) -> tuple[Any, Any, Any, Tree]:
+    def _group_loss(self, canonical: Tree, mb: Tree, group, counts: Counter[str]) -> tuple[Any, Any, dict, Tree]:
+        """The sums of a row group; in `counts`, how many blocks return each name of aux."""
         model = self.model
+        counts.clear()
         carry = model.embed.apply(canonical["embed"], mb, keys.embed_key(group))
-        total = jnp.zeros((), dtype)
+        totals: dict[str, Any] = {}
         for kind, first, numbers in self._runs():
             block, ties = model.blocks[numbers[0]], model.block_tie(kind)
             at = slice(first, first + len(numbers))
             stacked = jax.tree.map(lambda leaf, at=at: leaf[at], canonical["blocks"][kind])
 
-            def one_block(state, layer, block=block, ties=ties):
-                carry, total = state
+            def one_block(carry, layer, block=block, ties=ties):
                 own, number = layer
                 own = tie(own, canonical["embed"], ties)
                 carry, aux = carry_and_aux(carry, block.apply(own, carry, mb, keys.block_key(group, number)))
-                return (carry, total if aux is None else total + aux.astype(dtype)), None
+                return carry, jax.tree.map(_wide, aux)
 
-            (carry, total), _ = jax.lax.scan(one_block, (carry, total), (stacked, jnp.asarray(numbers)))
+            carry, aux = jax.lax.scan(one_block, carry, (stacked, jnp.asarray(numbers)))
+            totals |= {name: totals.get(name, 0) + x.sum() for name, x in aux.items()}
+            counts.update(dict.fromkeys(aux, len(numbers)))
         head = tie(canonical["head"], canonical["embed"], model.head_tie)
         out = model.head_loss.apply(head, carry, mb, keys.head_key(group, len(model.blocks)))
         loss, weight, metrics = loss_and_metrics(out)
-        return loss, jax.lax.stop_gradient(weight), total, metrics
+        return loss, jax.lax.stop_gradient(weight), totals, metrics
 
     def _runs(self) -> Iterator[tuple[str, int, list[int]]]:
         """The blocks in runs of one kind: the kind, the place of the first among its kind, and their numbers."""
@@ -115,6 +125,11 @@ class Sequential:
             yield kind, kinds[: numbers[0]].count(kind), numbers
 
 
+def _wide(number):
+    """A number in the dtype in which such are added up."""
+    return jnp.asarray(number, accumulator_dtype(jnp.result_type(number)))
+
+
 def _whole_batch(metric):
     """A metric ``[groups, rows, ...]`` as ``[B, ...]``; one number per group is summed."""
-    return metric.sum(0) if metric.ndim == 1 else metric.reshape(-1, *metric.shape[2:])
+    return metric.sum(0, dtype=metric.dtype) if metric.ndim == 1 else metric.reshape(-1, *metric.shape[2:])

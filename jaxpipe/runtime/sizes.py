@@ -223,7 +223,7 @@ def model_bytes(program: Program, params: Tree) -> ModelBytes:
             lane = partial(_adding, backward)
             return share.compiled(lane, (head_sums(shapes[0]), *shapes), [rests, rests], adds=True)
 
-        arriving = stage.gradient, list(stage.aux)
+        arriving = stage.gradient, dict(stage.aux)
         if split:
             working.append(share.compiled(stage.backward_input, (*given, *arriving), [rests]))
             crossing = _laid(stage.weight_residuals, working[-1].output_shardings[1])

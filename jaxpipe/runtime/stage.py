@@ -6,7 +6,7 @@ through the loop; what it keeps is decided in `jaxpipe.runtime.residuals`, where
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Literal
 
@@ -69,8 +69,8 @@ class Run:
 class Stage:
     """The lane functions of a stage.
 
-    Gradients of a carry are lists of its floating-point leaves (`jaxpipe.runtime.carry`); `aux` is a list of one scalar
-    where any block of the model has one, else an empty list.
+    Gradients of a carry are lists of its floating-point leaves (`jaxpipe.runtime.carry`); `aux` is a dict of the sums
+    of what the blocks return as aux, with all names that any block of the model has.
 
     Attributes:
         runs: The blocks.
@@ -88,12 +88,12 @@ class Stage:
     params: Tree
     carry: Tree
     context: Context
-    aux: Sequence[jax.ShapeDtypeStruct] = ()
+    aux: Mapping[str, jax.ShapeDtypeStruct] = field(default_factory=dict)
     walls: bool = False
 
-    def run(self, params: Tree, carry: Tree, context: Context) -> tuple[Tree, list]:
+    def run(self, params: Tree, carry: Tree, context: Context) -> tuple[Tree, dict]:
         """The blocks, one after the other: the output carry and `aux`."""
-        total = [jnp.zeros(s.shape, s.dtype) for s in self.aux]
+        total = {name: jnp.zeros(s.shape, s.dtype) for name, s in self.aux.items()}
         number = context.first_block
         never = jnp.minimum(number, 0)
         for run, own in zip(self.runs, params["blocks"], strict=True):
@@ -102,7 +102,7 @@ class Stage:
                 own = tie(own, params["shared"], run.ties)
                 key = keys.block_key(context.group, number)
                 carry, aux = carry_and_aux(carry, self._remembering(run.apply)(own, carry, context.mb, key))
-                return total if aux is None else [total[0] + aux.astype(total[0].dtype)], carry
+                return total | {name: total[name] + x.astype(total[name].dtype) for name, x in aux.items()}, carry
 
             if run.count is None:
                 total, carry = one(total, carry, number, own)
@@ -133,7 +133,7 @@ class Stage:
             return []
         return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in self._cut.kept]  # pyright: ignore
 
-    def forward(self, params: Tree, carry: Tree, context: Context) -> tuple[Tree, list, list]:
+    def forward(self, params: Tree, carry: Tree, context: Context) -> tuple[Tree, dict, list]:
         """Runs the stage.
 
         Returns:
@@ -147,10 +147,11 @@ class Stage:
         first_aux = len(floating)
         first_other = first_aux + len(self.aux)
         y = join(self.carry, outs[:first_aux], outs[first_other : cut.num_outputs])
-        return y, outs[first_aux:first_other], outs[cut.num_outputs :]
+        aux = dict(zip(sorted(self.aux), outs[first_aux:first_other], strict=True))  # as JAX orders the keys
+        return y, aux, outs[cut.num_outputs :]
 
     def backward(
-        self, params: Tree, carry: Tree, residuals: list, context: Context, dy: list, daux: list
+        self, params: Tree, carry: Tree, residuals: list, context: Context, dy: list, daux: dict
     ) -> tuple[Tree, list]:
         """Gradients of the weights and of the input.
 
@@ -177,7 +178,7 @@ class Stage:
         return self._split.crossing
 
     def backward_input(
-        self, params: Tree, carry: Tree, residuals: list, context: Context, dy: list, daux: list
+        self, params: Tree, carry: Tree, residuals: list, context: Context, dy: list, daux: dict
     ) -> tuple[list, list]:
         """The I half of `backward`: ``(dcarry, weight residuals)``."""
         outs = jaxpr_as_fun(self._split.inputs)(*jax.tree.leaves((params, carry, residuals, context, dy, daux)))
@@ -203,7 +204,7 @@ class Stage:
     @property
     def backward_shapes(self) -> tuple:
         """Shapes of the arguments of `backward` and `backward_input`."""
-        return self.params, self.carry, self.residuals, self.context, self.gradient, list(self.aux)
+        return self.params, self.carry, self.residuals, self.context, self.gradient, dict(self.aux)
 
     @property
     def backward_weight_shapes(self) -> tuple:
@@ -218,7 +219,7 @@ class Stage:
             run = partial(self._run_parts, others, context)
             (y, aux), vjp, other = jax.vjp(run, params, floating, has_aux=True)
             leaves, found["tree"] = jax.tree.flatten(vjp)
-            return [*y, *aux, *other], leaves
+            return [*y, *jax.tree.leaves(aux), *other], leaves
 
         floating, others = part(self.carry)
         closed = jax.make_jaxpr(traced)(self.params, floating, others, self.context)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxpipe.runtime import end_lanes, slots, vocab_lanes
 from jaxpipe.runtime.carry import join, part
 from jaxpipe.runtime.device import Device, Gradients
+from jaxpipe.runtime.ends import accumulate
 from jaxpipe.runtime.lane import Commit, Lane
 from jaxpipe.runtime.model import Tree
 from jaxpipe.runtime.stages import Choice
@@ -67,7 +68,7 @@ def forward_lane(device: Device, state: dict, row: dict, arrived: Any, head: boo
         return y, made
 
     def commit(state: dict, made: dict) -> dict:
-        out = {"aux": state["aux"] + aux[0].astype(state["aux"].dtype)} if (aux := made["aux"]) else {}
+        out = {"aux": accumulate(state["aux"], aux)} if (aux := made["aux"]) else {}
         for name in ("activation", "residual"):
             if name in made:
                 out[name] = device.keep(state[name], row[f"f_{name}"], made[name])
@@ -77,7 +78,7 @@ def forward_lane(device: Device, state: dict, row: dict, arrived: Any, head: boo
             out["gradient"] = slots.put(state["gradient"], row["h_gradient"], made["gradient"])
         return out
 
-    shapes: dict[str, Any] = {"aux": list(stages.stage.aux)}
+    shapes: dict[str, Any] = {"aux": dict(stages.stage.aux)}
     shapes |= {"residual": list(stages.residuals.shapes)} if device.trains else {}
     uses = {"aux": bool(stages.stage.aux), "residual": device.trains, "activation": device.embeds_inside}
     updates = [name for name, used in uses.items() if used]

@@ -10,7 +10,7 @@ position, like the weights. Elsewhere in *accumulators*: one for each position o
 repeat.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -103,6 +103,7 @@ class Stages:
         places: By repeat and position, its accumulator.
         accumulators: The gradient sums.
         weights: By repeat and position, shapes of the weights as the lanes see them, without the device dim.
+        aux_blocks: How many blocks of the model return each name of aux.
     """
 
     schedule: Schedule
@@ -112,6 +113,7 @@ class Stages:
     places: tuple[tuple[int, ...], ...]
     accumulators: Sequence[Accumulator] = field(repr=False)
     weights: Sequence[Sequence[Tree]] = field(repr=False)
+    aux_blocks: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def stage(self) -> Stage:

@@ -17,8 +17,9 @@ from jax.sharding import PartitionSpec
 from jaxpipe.runtime import slots
 from jaxpipe.runtime.build import build_stages
 from jaxpipe.runtime.carry import join, part
+from jaxpipe.runtime.collect import add_up
 from jaxpipe.runtime.compile import Program
-from jaxpipe.runtime.device import Device
+from jaxpipe.runtime.device import Device, zero
 from jaxpipe.runtime.ends import Ends, accumulator_dtype
 from jaxpipe.runtime.lane import skip_of
 from jaxpipe.runtime.mesh import BATCH, MANUAL, PIPE, batch_shards, manual_axes, on_cpu
@@ -26,7 +27,7 @@ from jaxpipe.runtime.model import Block, Embed, HeadLoss, Model, Tree
 from jaxpipe.runtime.relayout import Layout
 from jaxpipe.runtime.stage import Context, Remat
 from jaxpipe.runtime.stage_lanes import backward_kinds, backward_lane, forward_lane, weight_lane
-from jaxpipe.runtime.tick import block_sums, hops, sides, zero
+from jaxpipe.runtime.tick import block_sums, hops, sides
 from jaxpipe.schedule import Schedule, TickTable
 
 KIND = "block"
@@ -206,7 +207,7 @@ class Loops:
         state = _loop(table, columns, state, tick, backwards=False)
         stashed = ("activation", "residual") if device.trains else ()
         stash = jax.tree.map(lambda leaf: leaf[None, None], {name: state[name] for name in stashed})
-        return _whole_batch(state["out"]), stash
+        return _whole_batch(state["out"], device.simulated), stash
 
     def _backward(self, device: Device, columns: dict, stash: dict, dy: list) -> tuple[list, list, dict]:
         """Gradients of the blocks, the carry's floating-point leaves and what is shared."""
@@ -228,8 +229,12 @@ class Loops:
             return weight_lane(device, state, row) if phase.weight else state
 
         state = _loop(table, columns, self._start_backward(device, stash), tick, backwards=True)
-        shared = jax.tree.map(lambda leaf: lax.psum(leaf, MANUAL), state["ends"]["embed"]["shared"])
-        return self.program.block_gradients(device, state["blocks"]), _whole_batch(state["out"]), shared
+        shared = jax.tree.map(lambda leaf: add_up(leaf, MANUAL, device.simulated), state["ends"]["embed"]["shared"])
+        return (
+            self.program.block_gradients(device, state["blocks"]),
+            _whole_batch(state["out"], device.simulated),
+            shared,
+        )
 
     def _start_backward(self, device: Device, stash: dict) -> dict:
         """The state before the first tick of the backward loop."""
@@ -316,14 +321,11 @@ def _owns(schedule: Schedule, stage: int) -> Callable[[Device, dict], Any]:
     return lambda device, row: (device.place == where) & (row["b_repeat"] == repeat)
 
 
-def _whole_batch(slots: Tree) -> Tree:
+def _whole_batch(slots: Tree, simulated: bool) -> Tree:
     """Slots ``[M + 1, rows, ...]`` that one device of the pipe filled and the others left zero, as ``[B, ...]``."""
 
     def join_rows(leaf):
         rows = leaf[:-1].reshape(-1, *leaf.shape[2:])
-        # XLA for CPUs cannot add up half precision over devices, and none can add up truth values.
-        wide = jnp.int32 if rows.dtype == jnp.bool_ else jnp.promote_types(rows.dtype, jnp.float32)
-        floating = jnp.issubdtype(rows.dtype, jnp.inexact)
-        return lax.psum(rows.astype(wide) if floating or rows.dtype == jnp.bool_ else rows, PIPE).astype(rows.dtype)
+        return add_up(rows, PIPE, simulated)
 
     return jax.tree.map(join_rows, slots)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from jaxpipe.runtime import end_lanes, vocab_lanes
 from jaxpipe.runtime.carry import part
-from jaxpipe.runtime.device import Device
+from jaxpipe.runtime.device import Device, zero
 from jaxpipe.runtime.end_lanes import start_metrics
 from jaxpipe.runtime.ends import accumulator_dtype
 from jaxpipe.runtime.mesh import TENSOR
@@ -34,15 +34,15 @@ STEP = {"left": 1, "right": -1}
 """What arrives from a side was sent this way round."""
 
 
-def start(device: Device, params: Tree) -> dict:
+def start(device: Device) -> dict:
     """The loop's state before the first tick."""
     table, stages, counts = device.table, device.stages, device.table.slots
     stage = stages.stage
     carry, gradient = (jax.tree.map(zero, shapes) for shapes in (stage.carry, stage.gradient))
-    number = jnp.zeros((), accumulator_dtype(jax.tree.leaves(params)[0].dtype))
+    number = jnp.zeros((), device.loss_dtype)
     state = {"loss": number, "weight": number}
     state |= {"y": carry} if device.hops_block else {"rf": dict.fromkeys(sides(device, "f"), carry)}
-    state |= {"aux": number} if stage.aux else {}
+    state |= {"aux": jax.tree.map(zero, stage.aux)} if stage.aux else {}
     state |= {"metrics": start_metrics(device)} if device.metrics else {}
     state |= {"clock": jnp.int32(0)} if device.clock else {}
     state["activation"] = device.stash(stage.carry, counts.activation)
@@ -131,10 +131,6 @@ def hops(device: Device, values: Tree, sides: list[str]) -> dict[str, Tree]:
         second = device.second_stream and (shares_stages or any(other != "own" for other in arrived))
         arrived[side] = values if side == "own" else hop(values, schedule.devices, ring, STEP[side], second)
     return arrived
-
-
-def zero(shape):
-    return jnp.zeros(shape.shape, shape.dtype)
 
 
 def _accumulators(params: Tree, rows: tuple[int, ...] = ()) -> Tree:

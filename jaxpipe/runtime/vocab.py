@@ -7,7 +7,8 @@ count for nothing. Where P divides V, leaves rest like this and nothing moves.
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpipe.models.losses import Entropy
+from jaxpipe.models.losses import Entropy, in_vocabulary
+from jaxpipe.runtime.collect import add_up
 from jaxpipe.runtime.mesh import PIPE
 
 
@@ -44,18 +45,7 @@ def give_rows(rows, dim: int | None, shape: tuple[int, ...], devices: int):
     return lax.all_gather(rows, PIPE, tiled=True)[: shape[0]]
 
 
-def pipe_sum(x, widen: bool):
-    """The sum over the pipe.
-
-    Args:
-        x: This device's summand.
-        widen: Add 16-bit numbers up as float32: XLA's CPU backend aborts on their own sum.
-    """
-    wide = jnp.promote_types(x.dtype, jnp.float32) if widen else x.dtype
-    return lax.psum(x.astype(wide), PIPE).astype(x.dtype)
-
-
-def look_up_rows(rows, ids, first, size: int, widen: bool):
+def look_up_rows(rows, ids, first, size: int, simulated: bool):
     """Rows of the whole table, looked up by all devices together; NaN where an id is out of range.
 
     Args:
@@ -63,13 +53,13 @@ def look_up_rows(rows, ids, first, size: int, widen: bool):
         ids: Integers of any shape.
         first: The id of this device's first row.
         size: V.
-        widen: See `pipe_sum`.
+        simulated: Whether the devices are CPU devices.
     """
     local = ids - first
     here = (local >= 0) & (local < len(rows))
     found = jnp.take(rows, jnp.clip(local, 0, len(rows) - 1), axis=0)
-    found = pipe_sum(jnp.where(here[..., None], found, 0), widen)
-    return jnp.where(((ids >= 0) & (ids < size))[..., None], found, jnp.nan)
+    found = add_up(jnp.where(here[..., None], found, 0), PIPE, simulated)
+    return jnp.where(in_vocabulary(ids, size)[..., None], found, jnp.nan)
 
 
 def add_rows(rows, ids, first, gradient):

@@ -15,14 +15,16 @@ from jax import lax
 from jaxpipe.models.losses import losses_and_gradients, losses_only, weighted_loss
 from jaxpipe.runtime import keys
 from jaxpipe.runtime.carry import join, part
+from jaxpipe.runtime.collect import add_up
 from jaxpipe.runtime.device import Device
 from jaxpipe.runtime.end_lanes import run_head
-from jaxpipe.runtime.ends import accumulator_dtype, add_below
+from jaxpipe.runtime.ends import accumulator_dtype, add_below, summable
 from jaxpipe.runtime.heads import add, loss_gradients
 from jaxpipe.runtime.lane import Commit, Lane
+from jaxpipe.runtime.mesh import PIPE
 from jaxpipe.runtime.model import Tree
 from jaxpipe.runtime.tree import drop_path, get_path, set_path
-from jaxpipe.runtime.vocab import add_rows, look_up_rows, pipe_sum, sliced_entropy
+from jaxpipe.runtime.vocab import add_rows, look_up_rows, sliced_entropy
 
 
 def embed_lane(device: Device, arrived: Tree, row: dict) -> Tree:
@@ -66,7 +68,7 @@ def head_lane(device: Device, state: dict, row: dict, y: Tree) -> tuple[dict, li
 
         shape = jax.eval_shape(features, rest, floating)
         zeros = jnp.zeros(shape.shape, shape.dtype)
-        seen = pipe_sum(lax.cond(last, lambda: features(rest, floating), lambda: zeros), device.simulated)
+        seen = add_up(lax.cond(last, lambda: features(rest, floating), lambda: zeros), PIPE, device.simulated)
         ids, weights = head.targets(context.mb)
         entropy = sliced_entropy(len(kernel), device.place * len(kernel), size)
         chunks = head.chunks(ids.size, len(kernel))
@@ -79,11 +81,11 @@ def head_lane(device: Device, state: dict, row: dict, y: Tree) -> tuple[dict, li
             losses = losses_only(kernel, seen, ids, chunks, entropy)
         total, weight, metrics = weighted_loss(losses, ids, weights, size)
         counts = last.astype(dtype)
-        metrics = jax.tree.map(lambda m: m * counts.astype(m.dtype), metrics) if device.metrics else {}
+        metrics = jax.tree.map(lambda m: m * counts.astype(m.dtype), summable(metrics)) if device.metrics else {}
         made = total.astype(dtype) * counts, weight.astype(dtype) * counts, metrics
         if not device.trains:
             return floating, (*made, None)
-        dseen = pipe_sum(dseen, device.simulated)
+        dseen = add_up(dseen, PIPE, device.simulated)
 
         def back():
             return jax.vjp(features, rest, floating)[1](dseen)
@@ -113,7 +115,7 @@ def embed_gradient_lane(device: Device, state: dict, row: dict, dx: list) -> dic
             return jax.vjp(finish, rest, rows)[1](dx)
 
         drest, drows = lax.cond(first, back, lambda: jax.tree.map(jnp.zeros_like, (rest, rows)))
-        return (), (drest, jax.tree.map(lambda x: pipe_sum(x, device.simulated), drows))
+        return (), (drest, jax.tree.map(lambda x: add_up(x, PIPE, device.simulated), drows))
 
     def commit(state, kept):
         drest, drows = kept

@@ -3,6 +3,7 @@
 What is cheap to get wrong is looked at first; nothing is compiled and no weights exist when this is done.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -36,6 +37,7 @@ class Assembly:
         val: Validation batches by index.
         plan: What a step is predicted to take; None where nothing can be predicted.
         attention: Which attention the config's GPT takes and why; empty for another model.
+        data_warnings: What is odd about the data.
     """
 
     config: Config
@@ -44,6 +46,7 @@ class Assembly:
     val: Batches
     plan: Plan | None = None
     attention: str = ""
+    data_warnings: Sequence[str] = ()
 
     @property
     def on_cpu(self) -> bool:
@@ -83,7 +86,7 @@ class Assembly:
             *([f"attention  {self.attention}"] if self.attention else []),
             f"data       {tokens[0]:,} {config.data.unit}s to train on, {tokens[1]:,} to validate on",
         ]
-        return "\n".join(lines + [f"warning    {warning}" for warning in _warnings(config)])
+        return "\n".join(lines + [f"warning    {warning}" for warning in (*_warnings(config), *self.data_warnings)])
 
 
 def _warnings(config: Config) -> list[str]:
@@ -141,6 +144,7 @@ def assemble(config: Config, model: Model | None = None) -> Assembly:
         val=Batches(corpus.val, seed=0, **shape),
         plan=found.plan,
         attention=attention,
+        data_warnings=corpus.warnings(config.train.seq_len),
     )
 
 

@@ -2,19 +2,20 @@
 
 A corpus is a training and a validation part, each a list of segments; a segment is one long array of ids with a name
 for messages. Text is one segment, since its files may be short; each token file is a segment of its own, mapped and
-never read whole. Text becomes tokens at every start, in memory, file by file, with the tokenizer's token for the end of
-a text between files, if it has one.
+never read whole. Text becomes tokens at every start, in memory, text by text, with the tokenizer's token for the end of
+a text behind each; where it has none, and for bytes, a text begins on a line of its own.
 """
 
 import hashlib
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 
 import numpy as np
 
+from jaxpipe.data.files import ids_of, texts_of, wider_ids
 from jaxpipe.errors import DataError
 from jaxpipe.train.sections import DataConfig
 from jaxpipe.train.tokenizer import Tokenizer, load_tokenizer
@@ -30,7 +31,7 @@ class Segment:
 
     Attributes:
         name: What messages call it.
-        ids: Token ids ``[N]``, an unsigned integer type, in memory or mapped from a file.
+        ids: Token ids ``[N]``, an integer type, in memory or mapped from a file.
     """
 
     name: str
@@ -43,6 +44,31 @@ class Corpus:
 
     train: tuple[Segment, ...]
     val: tuple[Segment, ...]
+
+    def warnings(self, seq_len: int) -> list[str]:
+        """What is allowed and yet hardly meant.
+
+        Args:
+            seq_len: Tokens of a row.
+        """
+        found = []
+        segments = {segment.name: segment for segment in (*self.val, *self.train)}
+        for name, segment in segments.items():
+            if wider := wider_ids(segment.ids):
+                kind = segment.ids.dtype.name
+                found.append(
+                    f'{name}: every second id is 0, as where {wider} is read as {kind}; try data.dtype="{wider}"'
+                )
+        for part, what in ((self.train, "train on"), (self.val, "validate on")):
+            short = [segment for segment in part if len(segment.ids) <= seq_len]
+            if short:
+                tokens = sum(len(segment.ids) for segment in short)
+                found.append(
+                    f"{len(short)} of {len(part)} token files to {what} are left out with {tokens:,} tokens, being "
+                    f"shorter than train.seq_len+1={seq_len + 1}: {short[0].name}{', …' if short[1:] else ''}; "
+                    "try a lower train.seq_len, or one file of them all"
+                )
+        return found
 
 
 def open_corpus(config: DataConfig, *, vocab_size: int) -> Corpus:
@@ -71,8 +97,10 @@ def open_corpus(config: DataConfig, *, vocab_size: int) -> Corpus:
 
 def check_ids(segment: Segment, ids: np.ndarray, vocab_size: int):
     """Raises a DataError if `ids`, a part of `segment`, holds an id that the vocabulary does not."""
-    if np.iinfo(ids.dtype).max < vocab_size or not ids.size:
+    if not ids.size or (ids.dtype.kind == "u" and np.iinfo(ids.dtype).max < vocab_size):
         return
+    if (smallest := int(ids.min())) < 0:
+        raise DataError(f"{segment.name}: token id {smallest} must be at least 0; try another data.dtype")
     largest = int(ids.max())
     if largest >= vocab_size:
         raise DataError(
@@ -102,8 +130,9 @@ def _stdlib(config: DataConfig, root: Path) -> Corpus:
 def _open(config: DataConfig, patterns: Sequence[str]) -> tuple[Segment, ...]:
     files = [path for pattern in patterns for path in _matches(pattern)]
     if config.source == "text":
-        return (_text(config, ", ".join(patterns), [(str(path), path.read_bytes()) for path in files]),)
-    return tuple(_map(path, np.dtype(config.dtype).newbyteorder("<")) for path in files)
+        texts = [(str(path), text) for path in files for text in texts_of(path)]
+        return (_text(config, ", ".join(patterns), texts),)
+    return tuple(Segment(str(path), ids_of(path, config.dtype)) for path in files)
 
 
 def _matches(pattern: str) -> list[Path]:
@@ -117,9 +146,11 @@ def _text(config: DataConfig, name: str, texts: Sequence[tuple[str, bytes]]) -> 
     """Texts, each with a name for messages, as one segment."""
     if not any(text for _, text in texts):
         raise DataError(f"{name} holds no text; it must hold at least train.seq_len+1 {config.unit}s")
-    if not config.tokenizer:
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
+    if tokenizer is None or tokenizer.eos_id is None:
+        texts = list(_on_own_lines(texts))
+    if tokenizer is None:
         return Segment(name, np.frombuffer(b"".join(text for _, text in texts), np.uint8))
-    tokenizer = load_tokenizer(config.tokenizer)
     return Segment(name, np.concatenate([_encode(tokenizer, *each) for each in texts]))
 
 
@@ -133,15 +164,12 @@ def _encode(tokenizer: Tokenizer, name: str, text: bytes) -> np.ndarray:
     return np.array(ids, np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
 
 
-def _map(path: Path, dtype: np.dtype) -> Segment:
-    size = path.stat().st_size
-    if not size:
-        raise DataError(f"{path} is empty; a token file must hold at least train.seq_len+1 ids")
-    if size % dtype.itemsize:
-        raise DataError(
-            f"{path} has {size} bytes, no whole number of {dtype.itemsize}-byte ids; try another data.dtype"
-        )
-    return Segment(str(path), np.memmap(path, dtype=dtype, mode="r"))
+def _on_own_lines(texts: Sequence[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
+    """Texts, each with its name, of which all but the last end in a newline; empty ones are left out."""
+    texts = [(name, text) for name, text in texts if text]
+    for name, text in texts[:-1]:
+        yield name, text if text.endswith(b"\n") else text + b"\n"
+    yield texts[-1]
 
 
 def _hold_out(segments: tuple[Segment, ...], fraction: float) -> Corpus:

@@ -85,8 +85,9 @@ def evaluate(
     if config.mesh.simulate:
         simulate_devices(config.mesh.simulate)
     config = _fitting(config, len(jax.devices()), report)
-    # Auxiliary losses steer the training; they are no part of how well tokens are predicted.
-    run = assemble(config, replace(gpt_model(config.model), aux_weight=0.0))
+    run = assemble(config, gpt_model(config.model))
+    for warning in run.data_warnings:
+        report.note(f"warning    {warning}")
     params: Any = run.pipe.init(jax.random.key(0), run.val[0])
     layout = StateLayout(run.pipe.layout, {"params": params}, params)
     for leaf in jax.tree.leaves(params):
@@ -98,7 +99,8 @@ def evaluate(
     count = min(count, batches) if batches else count
 
     def measure(batch):
-        return float(run.pipe.loss(params, jax.device_put(batch, run.pipe.batch_sharding)))
+        # Auxiliary losses steer the training; they are no part of how well tokens are predicted.
+        return float(run.pipe.loss(params, jax.device_put(batch, run.pipe.batch_sharding), parts=True).head)
 
     loss, tokens = mean_loss(run.val, count, measure)
     bytes_per_token = bytes_per_token or _bytes_per_token(config, run.val)

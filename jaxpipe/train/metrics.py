@@ -1,12 +1,15 @@
 """Numbers of a run as JSON lines: one object per line, written at once, readable while the run goes on.
 
-A training line has ``step``, ``loss`` (nats per token), ``lr``, ``grad_norm`` (before clipping), ``step_time_s`` (mean
-since the last line) and ``tokens_per_s``; a validation line has ``step`` and ``val_loss``. Step n means: after n
-optimizer steps, except that ``loss`` and ``grad_norm`` are those the n-th step started from. ``data_time_s`` is the
-part of the step time that the host spent on making the batch, ``mfu`` the model's arithmetic over what the devices
-could do in that time. With a measured profile (``schedule.profile``) ``bubble`` is the share of the step time in which
-a device did none of the work that the profile says it has: schedule, hops, batches and disturbances. A line with
-``event`` tells what happened: ``resumed``, ``skipped``, ``rolled back``, ``spike``.
+A training line has ``step``, ``loss`` (cross entropy in nats per token), ``lr``, ``grad_norm`` (before clipping),
+``step_time_s`` (mean since the last line) and ``tokens_per_s``; a validation line has ``step`` and ``val_loss``, what
+`jaxpipe eval` measures too. Step n means: after n optimizer steps, except that ``loss`` and ``grad_norm`` are those the
+n-th step started from. With experts a training line has ``aux_loss``, what their auxiliary losses add to the loss that
+is minimized, and as means over layers ``balance_loss`` and ``z_loss``, before their weights, and ``drop_rate``, the
+share of choices of an expert that found it full. ``data_time_s`` is the part of the step time that the host spent on
+making the batch, ``mfu`` the model's arithmetic over what the devices could do in that time. With a measured profile
+(``schedule.profile``) ``bubble`` is the share of the step time in which a device did none of the work that the profile
+says it has: schedule, hops, batches and disturbances. A line with ``event`` tells what happened: ``resumed``,
+``skipped``, ``rolled back``, ``spike``.
 """
 
 import json

@@ -1,13 +1,14 @@
 """Where the reference models meet the pipeline: a configuration becomes a model that a pipeline can run.
 
 The loss is here because it belongs to training, not to the model: a GPT's batch is ``{"tokens", "targets"}``, integers
-[B, T], and an optional ``"mask"`` [B, T] of bools or weights.
+[B, T], and an optional ``"mask"`` [B, T] of bools or weights. A target of -100 counts nothing.
 
 Shape legend: B rows, T positions, V vocabulary, L layers.
 """
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -39,7 +40,7 @@ def gpt_model(cfg: GPTConfig) -> Model:
         >>> len(model.blocks), model.tie
         (4, {'head/kernel': 'embed/table'})
     """
-    return nnx_model(
+    model = nnx_model(
         embed=vocab_embed(
             lambda rngs: gpt.Embed(cfg, rngs=rngs),
             table="table",
@@ -58,6 +59,7 @@ def gpt_model(cfg: GPTConfig) -> Model:
         carry_spec=PartitionSpec(None, "tensor") if cfg.sequence_parallel else None,
         divisible_by_tensor=_divisible(cfg),
     )
+    return replace(model, batch={"tokens": True, "targets": True, "mask": False})
 
 
 def encdec_model(cfg: EncDecConfig) -> Model:
@@ -74,7 +76,7 @@ def encdec_model(cfg: EncDecConfig) -> Model:
         >>> [block.kind for block in encdec_model(PRESETS["tiny"]).blocks]
         ['encoder', 'encoder', 'decoder', 'decoder']
     """
-    return nnx_model(
+    model = nnx_model(
         embed=vocab_embed(
             lambda rngs: encdec.Embed(cfg, rngs=rngs),
             table="table",
@@ -96,6 +98,8 @@ def encdec_model(cfg: EncDecConfig) -> Model:
         block_call=lambda module, carry, mb: module(carry, mb.get("encoder_mask")),
         divisible_by_tensor={"num_heads": cfg.num_heads, "d_ff": cfg.d_ff},
     )
+    needed = dict.fromkeys(("encoder_tokens", "tokens", "targets"), True)
+    return replace(model, batch=needed | {"encoder_mask": False, "mask": False})
 
 
 def gpt_logits(cfg: GPTConfig, canonical: Tree, tokens_BT) -> jax.Array:

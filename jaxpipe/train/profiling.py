@@ -138,7 +138,7 @@ def _turns(place: Any, turns: Any, turn: Callable[[Any, Any], Any], state: Any) 
 
 def _lane_times(stage: Stage, clock: _Clock) -> LaneTimes:
     params, carry, context = (arrays(shapes) for shapes in (stage.params, stage.carry, stage.context))
-    gradient, aux = arrays(stage.gradient, 1), arrays(list(stage.aux), 2)
+    gradient, aux = arrays(stage.gradient, 1), arrays(dict(stage.aux), 2)
     residuals, crossing = list(stage.residuals), list(stage.weight_residuals)
     _, _, kept = jax.jit(stage.forward)(params, carry, context)
     _, crossed = jax.jit(stage.backward_input)(params, carry, kept, context, gradient, aux)

@@ -14,6 +14,8 @@ LEFT, BOTTOM, TOP = 64, 24, 12
 COLORS = ("#1f77b4", "#ff7f0e")
 CURVES = (
     ("Loss", ("loss", "val_loss")),
+    ("Auxiliary losses of experts: what they add to the loss, and the router's", ("aux_loss", "z_loss")),
+    ("Share of choices that found their expert full", ("drop_rate",)),
     ("Gradient norm", ("grad_norm",)),
     ("Learning rate", ("lr",)),
     ("Tokens per second", ("tokens_per_s",)),

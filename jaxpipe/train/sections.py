@@ -18,11 +18,11 @@ class DataConfig:
 
     Attributes:
         source: ``stdlib``: the Python files of the running interpreter's standard library; ``text``: text files.
-            ``tokens``: headerless files of token ids.
+            ``tokens``: files of token ids, without a header, of `numpy.save` or of llm.c. Text files may be JSON lines.
         train: Paths or globs of the training files (``text`` and ``tokens``).
         val: Paths or globs of the validation files. Empty: a part of the training data is held out.
         val_fraction: How much is held out: of the files for ``stdlib``, else of the tokens, at the end.
-        dtype: Integer type of ``tokens`` files, little-endian.
+        dtype: Integer type of ``tokens`` files without a header, little-endian.
         tokenizer: Folder with a tokenizer.json that makes tokens of text; empty: one token per byte. With ``tokens``:
             the one that made them, for samples and bits per byte (extra ``hf``).
     """
@@ -31,7 +31,7 @@ class DataConfig:
     train: tuple[str, ...] = ()
     val: tuple[str, ...] = ()
     val_fraction: float = 0.1
-    dtype: Literal["uint16", "uint32"] = "uint16"
+    dtype: Literal["uint16", "uint32", "int32", "int64"] = "uint16"
     tokenizer: str = ""
 
     @property

@@ -76,18 +76,21 @@ def lower_train_step(
         skip_nonfinite: Where loss or gradient are not finite, keep parameters and optimizer as they are.
 
     Returns:
-        The step, yet to be compiled. Its metrics are scalars on the device: ``loss``, ``grad_norm`` before clipping,
-        and ``lr``.
+        The step, yet to be compiled. Its metrics are scalars on the device: ``loss``, the head's alone, ``grad_norm``
+        before clipping, and ``lr``; where blocks have an aux loss ``aux_loss``, what it adds, and by their names the
+        other numbers that blocks return.
     """
 
     def train_step(state: TrainState, batch):
         step_key = None if key is None else jax.random.fold_in(key, state.step)
-        loss, grads = pipe.value_and_grad(state.params, batch, step_key, loss_scale=loss_scale)
+        losses, grads = pipe.value_and_grad(state.params, batch, step_key, loss_scale=loss_scale, parts=True)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        metrics = {"loss": losses.head, "grad_norm": optax.tree.norm(grads)}
+        if losses.aux is not None:
+            metrics |= {"aux_loss": losses.aux, **losses.means}
         if skip_nonfinite:
-            good = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
+            good = jnp.isfinite(losses.total) & jnp.isfinite(metrics["grad_norm"])
             new, old = (params, opt_state), (state.params, state.opt_state)
             params, opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
         if rate is not None:
@@ -99,5 +102,5 @@ def lower_train_step(
 
 
 def make_eval_step(pipe, params, batch) -> Callable:
-    """Compiles ``(params, batch) -> loss``, without dropout."""
-    return jax.jit(lambda params, batch: pipe.loss(params, batch)).lower(params, batch).compile()
+    """Compiles ``(params, batch) -> loss``, the head's alone, without dropout."""
+    return jax.jit(lambda params, batch: pipe.loss(params, batch, parts=True).head).lower(params, batch).compile()

@@ -72,9 +72,8 @@ class Track:
             NonFiniteError: The loss or the gradient norm is not finite, and the run shall end.
             RollBack: Likewise, and it shall go back.
         """
-        names = [
-            name for name in ("loss", "grad_norm", "lr") if name in metrics
-        ]  # a compiled program sorts its outputs
+        first = [name for name in ("loss", "grad_norm", "lr") if name in metrics]
+        names = [*first, *sorted(metrics.keys() - set(first))]  # a compiled program sorts its outputs
         values = {name: float(metrics[name]) for name in names}
         for name in ("loss", "grad_norm"):
             if self._health.is_bad(f"{name} at step {step}", values[name], self._last_good()):

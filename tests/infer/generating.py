@@ -35,7 +35,7 @@ ENCDEC = EncDecConfig(
 def canonical(cfg: Any) -> Tree:
     """Random parameters, far from their neutral start."""
     model = gpt_model(cfg) if isinstance(cfg, GPTConfig) else encdec_model(cfg)
-    batch = {name: jnp.zeros((1, 8), int) for name in ("tokens", "targets", "encoder_tokens")}
+    batch = {name: jnp.zeros((1, 8), int) for name, needed in model.batch.items() if needed}
     shapes = jax.eval_shape(sequential(model).init, jax.random.key(0), batch)
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(0.1, 0.4, x.shape), x.dtype), shapes)

@@ -44,7 +44,7 @@ def make_moe(cfg: GPTConfig, random_like) -> MoE:
 
 
 def numpy_moe(moe: MoE, cfg: GPTConfig, x):
-    """Every token on its own, in float64: ``(y, aux, choices dropped)``."""
+    """Every token on its own, in float64: ``(y, aux)``."""
     p = {path[0]: np.asarray(v.get_value(), np.float64) for path, v in nnx.to_flat_state(nnx.state(moe, nnx.Param))}
     x = np.asarray(x, np.float64)
     num, most = cfg.num_experts, cfg.experts_per_token
@@ -80,7 +80,9 @@ def numpy_moe(moe: MoE, cfg: GPTConfig, x):
             z += math.log(np.exp(logits).sum()) ** 2
     tokens = x.shape[0] * x.shape[1]
     balance = num * (chosen / (tokens * most) @ (mean / tokens))
-    return y, cfg.aux_loss_weight * balance + cfg.router_z_weight * z / tokens, dropped
+    loss = cfg.aux_loss_weight * balance + cfg.router_z_weight * z / tokens
+    drop_rate = dropped / (tokens * most)
+    return y, {"loss": loss, "balance_loss": balance, "z_loss": z / tokens, "drop_rate": drop_rate}
 
 
 @CONFIGS
@@ -89,10 +91,12 @@ def test_the_mixture_equals_one_in_numpy(cfg, factor, random_like):
     cfg = replace(cfg, capacity_factor=factor)
     moe = make_moe(cfg, random_like)
     y, aux = nnx.jit(lambda moe, x: moe(x))(moe, X)
-    expected_y, expected_aux, dropped = numpy_moe(moe, cfg, X)
+    expected_y, expected = numpy_moe(moe, cfg, X)
     np.testing.assert_allclose(y, expected_y, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(aux, expected_aux, rtol=1e-5)
-    assert dropped == 0 if factor == 4.0 else factor > 1 or dropped > 0
+    assert aux.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_allclose(aux[name], expected[name], rtol=1e-5)
+    assert expected["drop_rate"] == 0 if factor == 4.0 else factor > 1 or expected["drop_rate"] > 0
 
 
 def test_float64_is_float64_throughout(random_like):
@@ -100,9 +104,10 @@ def test_float64_is_float64_throughout(random_like):
         cfg = replace(MIXTRAL_LIKE, dtype="float64", param_dtype="float64")
         moe, x = make_moe(cfg, random_like), X.astype("float64")
         y, aux = nnx.jit(lambda moe, x: moe(x))(moe, x)
-        expected_y, expected_aux, _ = numpy_moe(moe, cfg, x)
+        expected_y, expected = numpy_moe(moe, cfg, x)
         np.testing.assert_allclose(y, expected_y, rtol=1e-12, atol=1e-12)
-        np.testing.assert_allclose(aux, expected_aux, rtol=1e-12)
+        for name in expected:
+            np.testing.assert_allclose(aux[name], expected[name], rtol=1e-12)
 
 
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
@@ -227,7 +232,7 @@ def test_bfloat16_experts_keep_their_carry_and_a_float32_router():
     params = jax.eval_shape(block.init, jax.random.key(0), carry)
     out, aux = jax.eval_shape(block.apply, params, carry, BATCH, jax.random.key(0))
     assert (out.shape, out.dtype) == (carry.shape, carry.dtype)
-    assert (aux.shape, aux.dtype) == ((), jnp.float32)
+    assert {(x.shape, str(x.dtype)) for x in aux.values()} == {((), "float32")}
     scores = jax.eval_shape(lambda x: MoE(cfg, rngs=nnx.Rngs(0)).scores(x), carry)
     assert scores.dtype == jnp.float32
 

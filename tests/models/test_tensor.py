@@ -54,10 +54,11 @@ CASES: Any = {
 }
 
 
-def batch_of(rows: int) -> dict[str, np.ndarray]:
-    """Random tokens."""
-    tokens = np.random.default_rng(rows).integers(0, 32, (3, rows, LENGTH), dtype=np.int32)
-    return dict(zip(("tokens", "targets", "encoder_tokens"), tokens, strict=True))
+def batch_of(rows: int, model: jp.Model) -> dict[str, np.ndarray]:
+    """Random tokens, for all that the model needs."""
+    needed = [name for name, is_needed in model.batch.items() if is_needed]
+    tokens = np.random.default_rng(rows).integers(0, 32, (len(needed), rows, LENGTH), dtype=np.int32)
+    return dict(zip(needed, tokens, strict=True))
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -71,7 +72,7 @@ def step(request):
         remat=remat,
         head=head,
     )
-    batch = batch_of(ROWS * MICROBATCHES * mesh[2])
+    batch = batch_of(ROWS * MICROBATCHES * mesh[2], pipe.model)
     params = pipe.init(jax.random.key(0), batch)
     args = params, jax.device_put(batch, pipe.batch_sharding), jax.random.key(1)
     return request.param, pipe, jax.jit(pipe.value_and_grad, compiler_options=QUICK).lower(*args).compile(), args

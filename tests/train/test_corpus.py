@@ -55,7 +55,7 @@ def test_stdlib_split_is_the_same_every_time():
 def test_text_files_join_in_sorted_order(text_files):
     config = DataConfig(source="text", train=(f"{text_files}/*.txt",), val=(f"{text_files}/a.txt",))
     corpus = open_corpus(config, vocab_size=256)
-    assert read(corpus.train) == b"0123456789" * 10 + b"abcdefghij" * 10
+    assert read(corpus.train) == b"0123456789" * 10 + b"\n" + b"abcdefghij" * 10
     assert read(corpus.val) == b"0123456789" * 10
 
 

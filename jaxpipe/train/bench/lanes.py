@@ -12,6 +12,7 @@ from jaxpipe.runtime.carry import join, part
 from jaxpipe.runtime.compile import Outcome, Program
 from jaxpipe.runtime.device import Device
 from jaxpipe.runtime.end_lanes import embed_gradient_lane, embed_lane, head_lane
+from jaxpipe.runtime.ends import accumulate
 from jaxpipe.runtime.model import Tree
 from jaxpipe.runtime.stages import Branch, Stages
 from jaxpipe.runtime.wall import wall
@@ -56,7 +57,7 @@ def _run(device: Device, state: dict) -> dict:
             y, aux, residuals = branch.stage.forward(weights, x, context)
             x, y, aux, residuals = _apart(never, (x, y, aux, residuals))
             if aux:
-                state = state | {"aux": state["aux"] + aux[0].astype(state["aux"].dtype)}
+                state = state | {"aux": accumulate(state["aux"], aux)}
             dy = part(y)[0]
             if repeat == schedule.repeats - 1:
                 last = device.place == schedule.device_of(schedule.stages - 1)
@@ -76,7 +77,7 @@ def _run(device: Device, state: dict) -> dict:
     return state | sums
 
 
-def _backward(branch: Branch, only: Any, known: Known, dy: list, daux: list, never: Any) -> tuple[list, Tree]:
+def _backward(branch: Branch, only: Any, known: Known, dy: list, daux: dict, never: Any) -> tuple[list, Tree]:
     """B, or I and then W where `only` says so: ``(dx, dparams)``."""
     stage = branch.stage
 
