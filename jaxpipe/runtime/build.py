@@ -37,7 +37,7 @@ def build_stages(
     schedule = layout.schedule
     kinds = {block.kind: block for block in model.blocks}
     shared = shared_leaves(model, params["embed"])
-    one_block = _one_of_each(layout, params)
+    one_block = one_of_each(layout, params)
     for part in ("embed", "head"):
         check_annotations(model, layout, part, params.get(part, {}))
     for kind in kinds:
@@ -194,7 +194,7 @@ def _text(leaf: Any) -> str:
     return f"{leaf.dtype}{list(leaf.shape)}"
 
 
-def _one_of_each(layout: Layout, params: Tree) -> Mapping[str, Tree]:
+def one_of_each(layout: Layout, params: Tree) -> Mapping[str, Tree]:
     """Shapes of one block of each kind."""
     found: dict[str, Tree] = {}
     for row, trees in zip(layout.positions, params["blocks"], strict=True):

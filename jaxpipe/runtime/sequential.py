@@ -4,6 +4,7 @@ It shares nothing with the compiled loop but the model's functions, the row grou
 numbers mean something.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,9 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpipe.errors import ConfigError
+from jaxpipe.errors import ConfigError, whole_number
 from jaxpipe.runtime import keys
-from jaxpipe.runtime.model import Model, Tree, carry_and_aux, loss_and_metrics
+from jaxpipe.runtime.contract import Part, check_new, explained
+from jaxpipe.runtime.inputs import batch_rows, check_canonical, some_key, typed_key
+from jaxpipe.runtime.model import Model, Tree, carry_and_aux, check_model, loss_and_metrics
 from jaxpipe.runtime.tree import tie, untie
 
 
@@ -30,9 +33,7 @@ def sequential(model: Model, row_groups: int = 1) -> "Sequential":
     Raises:
         ConfigError: `row_groups` is below 1.
     """
-    if row_groups < 1:
-        raise ConfigError(f"row_groups={row_groups} must be at least 1; try 1")
-    return Sequential(model, row_groups)
+    return Sequential(check_model(model), whole_number("row_groups", row_groups))
 
 
 @dataclass(frozen=True)
@@ -48,25 +49,45 @@ class Sequential:
         Args:
             key: A `jax.random` key.
             batch: Any batch, arrays or shapes, leaves ``[B, ...]``.
+
+        Raises:
+            ConfigError: No key, a batch that is no tree of arrays, or one that lacks what the model reads.
+            PartitionError: A model that breaks its contract.
         """
-        model = self.model
+        model, key, rows = self.model, some_key(key), batch_rows(batch) // self.row_groups
         embed_key, head_key, block_keys = keys.init_keys(key, len(model.blocks))
-        mb = jax.tree.map(lambda x: jnp.zeros((x.shape[0] // self.row_groups, *x.shape[1:]), x.dtype), batch)
-        embed = model.embed.init(embed_key, mb)
-        carry = model.embed.apply(embed, mb, None)
+        mb = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), batch)
+
+        def make_ends(mb):
+            embed = model.embed.init(embed_key, mb)
+            carry = model.embed.apply(embed, mb, None)
+            return embed, carry, model.head_loss.init(head_key, carry, mb)
+
+        with explained(lambda: [Part("init", lambda _, __, mb, ___: make_ends(mb))], mb):
+            embed, carry, head = make_ends(mb)
+        check_new(model, key, embed, carry, head)
         layers: dict[str, list] = {}
         for block, block_key in zip(model.blocks, block_keys, strict=True):
             params = untie(block.init(block_key, carry), model.block_tie(block.kind))
             layers.setdefault(block.kind, []).append(params)
         stacked = {kind: jax.tree.map(lambda *x: jnp.stack(x), *trees) for kind, trees in layers.items()}
-        head = untie(model.head_loss.init(head_key, carry, mb), model.head_tie)
-        return {"embed": embed, "blocks": stacked, "head": head}
+        return {"embed": embed, "blocks": stacked, "head": untie(head, model.head_tie)}
 
     def loss(self, canonical: Tree, batch: Tree, key=None, *, has_aux: bool = False) -> Any:
         """The mean loss of the batch: the sum over row groups divided once by the sum of the weights, plus aux.
 
         With `has_aux`, ``(loss, metrics)``.
+
+        Raises:
+            ConfigError: A batch that is no tree of arrays, does not divide into row groups or lacks what the model
+                reads; or no key.
+            PartitionError: A tree that is not canonical, or a model that breaks its contract.
         """
+        check_canonical(Counter(block.kind for block in self.model.blocks), canonical)
+        rows, key = batch_rows(batch), typed_key(key)
+        if rows % self.row_groups:
+            near = max(1, round(rows / self.row_groups)) * self.row_groups
+            raise ConfigError(f"batch size {rows} must be a multiple of row_groups={self.row_groups}; try {near}")
         dtype = jnp.promote_types(jnp.float32, jax.tree.leaves(canonical)[0].dtype)
         groups = jax.tree.map(lambda x: x.reshape(self.row_groups, -1, *x.shape[1:]), batch)
 
@@ -76,7 +97,12 @@ class Sequential:
             return tuple(a + b for a, b in zip(totals, sums, strict=True)), metrics
 
         zero = jnp.zeros((), dtype)
-        (loss, weight, aux), metrics = jax.lax.scan(one_group, (zero,) * 3, (jnp.arange(self.row_groups), groups))
+        numbered = jnp.arange(self.row_groups), groups
+        first = jax.tree.map(lambda x: x[0], groups)
+        with explained(
+            lambda: [Part("loss", lambda c, _, mb, __: self._group_loss(c, mb, None, dtype), canonical)], first
+        ):
+            (loss, weight, aux), metrics = jax.lax.scan(one_group, (zero,) * 3, numbered)
         mean = loss / weight + self.model.aux_weight * aux / self.row_groups
         return (mean, jax.tree.map(_whole_batch, metrics)) if has_aux else mean
 

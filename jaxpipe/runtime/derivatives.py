@@ -1,0 +1,112 @@
+"""What JAX's transformations make of a pipeline: `Pipeline.loss` with a derivative, programs that have none.
+
+The compiled loop holds its own backwards and is never differentiated. So the loss has a rule: where a derivative is
+asked for, the program of `Pipeline.value_and_grad` runs in place of the forward-only one, and the loss changes by the
+inner product of its gradient with the change of the parameters. That is linear, which is all that both modes need.
+A second derivative would have to go through the loop and is refused.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero, linear_call
+
+from jaxpipe.errors import ConfigError
+from jaxpipe.runtime.carry import has_gradient
+from jaxpipe.runtime.tree import Tree
+
+
+def without_derivative(run: Callable) -> Callable:
+    """A program that runs as it is and refuses to be differentiated, in either mode.
+
+    Raises:
+        ConfigError: When it is differentiated.
+    """
+
+    @jax.custom_jvp
+    def guarded(*args):
+        return run(*args)
+
+    def refuse(primals, tangents):
+        raise ConfigError(
+            "Pipeline.value_and_grad cannot be differentiated, and so Pipeline.loss has no second derivative "
+            "(jax.hessian, jax.jvp of jax.grad); try jax.grad of Pipeline.loss for the first, "
+            "jaxpipe.sequential(model).loss for the second"
+        )
+
+    guarded.defjvp(refuse, symbolic_zeros=True)
+    return guarded
+
+
+def with_gradient(value: Callable, value_and_grad: Callable, has_aux: bool) -> Callable:
+    """A loss that JAX differentiates with respect to its parameters, in either mode.
+
+    Args:
+        value: ``(params, batch, key) -> loss``, or with `has_aux` ``-> (loss, metrics)``.
+        value_and_grad: The same beside the gradient: ``-> (value, gradient)``.
+        has_aux: Whether there are metrics. They have no derivative: reverse mode refuses to go back through them, in
+            forward mode it is NaN.
+
+    Returns:
+        The function ``(params, batch, key)``.
+    """
+    loss = jax.custom_jvp(value)
+
+    def rule(primals, tangents):
+        params, batch, key = primals
+        dparams, dbatch, _ = tangents
+        _refuse_batch(dbatch)
+        out, gradient = value_and_grad(params, batch, key)
+        moved = [(g, t) for g, t in zip(*map(_leaves, (gradient, dparams)), strict=True) if not _is_zero(t)]
+        dtype = (out[0] if has_aux else out).dtype
+        slope = sum((_inner(g, t, dtype) for g, t in moved), jnp.zeros((), dtype))
+        return out, ((slope, _unknown(out[1], [t for _, t in moved])) if has_aux else slope)
+
+    loss.defjvp(rule, symbolic_zeros=True)
+    return loss
+
+
+def _inner(gradient, tangent, dtype):
+    """How much a loss changes with a leaf; JAX's gradient of a complex one is made for the real part."""
+    return jnp.sum(jnp.real(gradient * tangent.astype(gradient.dtype)), dtype=dtype)
+
+
+def _unknown(metrics: Tree, tangents: list) -> Tree:
+    """The derivative of the metrics: nobody knows it."""
+    floating = [leaf for leaf in jax.tree.leaves(metrics) if has_gradient(leaf)]
+
+    def nobody_knows(_, tangents):
+        return [jnp.full(leaf.shape, jnp.nan, leaf.dtype) for leaf in floating]
+
+    def refuse(_, cotangents):
+        raise ConfigError(
+            "the metrics of Pipeline.loss(…, has_aux=True) have no gradient, only the loss has; try "
+            "jax.grad(…, has_aux=True), or what they measure as part of head_loss.apply's loss_sum"
+        )
+
+    made = iter(linear_call(nobody_knows, refuse, (), tangents) if floating and tangents else [])
+
+    def one(leaf):
+        return next(made) if has_gradient(leaf) else jnp.zeros(leaf.shape, jax.dtypes.float0)
+
+    return jax.tree.map(one, metrics)
+
+
+def _refuse_batch(tangents: Tree) -> None:
+    """Raises ConfigError where a derivative with respect to the batch is asked for."""
+    for path, tangent in jax.tree.leaves_with_path(tangents, is_leaf=_is_zero):
+        if not _is_zero(tangent):
+            raise ConfigError(
+                f"Pipeline.loss has no gradient with respect to batch{jax.tree_util.keystr(path)}, only to its "
+                "parameters; try jax.lax.stop_gradient, or what is learnt as a parameter of the embedding"
+            )
+
+
+def _is_zero(tangent: Any) -> bool:
+    return isinstance(tangent, SymbolicZero)
+
+
+def _leaves(tree: Tree) -> list:
+    return jax.tree.leaves(tree, is_leaf=_is_zero)
