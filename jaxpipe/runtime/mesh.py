@@ -157,11 +157,12 @@ def _listed(noun: str, numbers: Sequence[int]) -> str:
 def _check_number(sizes: Sequence[int], given: Sequence) -> None:
     """Raises ConfigError where the devices are too few, or where processes would be left over."""
     need, have = math.prod(sizes), len(given)
-    asked = " * ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True) if size > 1) or "pipe=1"
+    names = zip(AXES, sizes, strict=True)
+    asked = " * ".join(f"mesh.{name}={size}" for name, size in names if size > 1) or "mesh.pipe=1"
     if need > have:
         near = _nearest(sizes, have)
         raise ConfigError(
-            f"mesh {asked} needs {need} devices but there {'is' if have == 1 else 'are'} {have} "
+            f"{asked} needs {need} devices but there {'is' if have == 1 else 'are'} {have} "
             f"({given[0].platform}); try {f'{near} or ' if near else ''}mesh.simulate={need} "
             "to simulate them on the CPU"
         )
@@ -170,7 +171,7 @@ def _check_number(sizes: Sequence[int], given: Sequence) -> None:
         grow = have // need
         near = f"mesh.data={sizes[1] * grow}" if need * grow == have else (_nearest(sizes, have) or f"mesh.pipe={have}")
         raise ConfigError(
-            f"mesh {asked} uses {need} devices but the {processes} processes have {have}, and none may be left over; "
+            f"{asked} uses {need} devices but the {processes} processes have {have}, and none may be left over; "
             f"try {near}"
         )
 

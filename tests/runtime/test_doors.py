@@ -26,7 +26,7 @@ def test_too_few_devices():
     with pytest.raises(ConfigError) as error:
         jp.make_mesh(16)
     assert one_line(error) == (
-        "mesh pipe=16 needs 16 devices but there are 8 (cpu); try mesh.pipe=8 or mesh.simulate=16 to simulate them "
+        "mesh.pipe=16 needs 16 devices but there are 8 (cpu); try mesh.pipe=8 or mesh.simulate=16 to simulate them "
         "on the CPU"
     )
 
@@ -34,15 +34,15 @@ def test_too_few_devices():
 @pytest.mark.parametrize(
     ("sizes", "asked", "near"),
     [
-        ({"pipe": 2, "data": 8}, "pipe=2 * data=8 needs 16", "mesh.pipe=1"),
-        ({"pipe": 3, "fsdp": 3, "tensor": 1}, "pipe=3 * fsdp=3 needs 9", "mesh.pipe=2"),
-        ({"tensor": 9}, "tensor=9 needs 9", "mesh.tensor=8"),
+        ({"pipe": 2, "data": 8}, "mesh.pipe=2 * mesh.data=8 needs 16", "mesh.pipe=1"),
+        ({"pipe": 3, "fsdp": 3, "tensor": 1}, "mesh.pipe=3 * mesh.fsdp=3 needs 9", "mesh.pipe=2"),
+        ({"tensor": 9}, "mesh.tensor=9 needs 9", "mesh.tensor=8"),
     ],
 )
 def test_a_product_of_axes_that_is_too_large_names_both_numbers_and_the_nearest(sizes, asked, near):
     with pytest.raises(ConfigError) as error:
         jp.make_mesh(**sizes)
-    assert f"mesh {asked} devices but there are 8 (cpu); try {near} or mesh.simulate=" in one_line(error)
+    assert f"{asked} devices but there are 8 (cpu); try {near} or mesh.simulate=" in one_line(error)
 
 
 @dataclass
@@ -60,7 +60,7 @@ def test_processes_may_not_be_left_over():
     with pytest.raises(ConfigError) as error:
         jp.make_mesh(pipe=4, devices=devices)
     assert one_line(error) == (
-        "mesh pipe=4 uses 4 devices but the 2 processes have 8, and none may be left over; try mesh.data=2"
+        "mesh.pipe=4 uses 4 devices but the 2 processes have 8, and none may be left over; try mesh.data=2"
     )
 
 
