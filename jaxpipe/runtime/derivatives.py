@@ -17,9 +17,20 @@ from jaxpipe.errors import ConfigError
 from jaxpipe.runtime.carry import has_gradient
 from jaxpipe.runtime.tree import Tree
 
+TWICE = (
+    "Pipeline.value_and_grad cannot be differentiated, and so Pipeline.loss has no second derivative "
+    "(jax.hessian, jax.jvp of jax.grad); try jax.grad of Pipeline.loss for the first, "
+    "jaxpipe.sequential(model).loss for the second"
+)
+"""What is said of the second derivative of a loss."""
 
-def without_derivative(run: Callable) -> Callable:
+
+def without_derivative(run: Callable, refusal: str = TWICE) -> Callable:
     """A program that runs as it is and refuses to be differentiated, in either mode.
+
+    Args:
+        run: The program, a function of arrays.
+        refusal: What to say.
 
     Raises:
         ConfigError: When it is differentiated.
@@ -30,11 +41,7 @@ def without_derivative(run: Callable) -> Callable:
         return run(*args)
 
     def refuse(primals, tangents):
-        raise ConfigError(
-            "Pipeline.value_and_grad cannot be differentiated, and so Pipeline.loss has no second derivative "
-            "(jax.hessian, jax.jvp of jax.grad); try jax.grad of Pipeline.loss for the first, "
-            "jaxpipe.sequential(model).loss for the second"
-        )
+        raise ConfigError(refusal)
 
     guarded.defjvp(refuse, symbolic_zeros=True)
     return guarded
