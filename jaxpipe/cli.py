@@ -25,6 +25,7 @@ from jaxpipe import (
     cli_serve,
 )
 from jaxpipe.errors import JaxpipeError
+from jaxpipe.reader import ends_unread
 
 if TYPE_CHECKING:
     from jaxpipe.train.processes import Crew
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 3
 
 
+@ends_unread
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command `jaxpipe`.
 
@@ -39,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words after the command's name; by default the process's own.
 
     Returns:
-        The exit code. Wrong input ends in one line on standard error, never in a traceback.
+        The exit code. Wrong input ends in one line on standard error, never in a traceback; output that nobody reads
+        any more ends the command without a word.
     """
     options = _parser().parse_args(arguments)
     try:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
     from jaxpipe.infer import Handle, Sampling
     from jaxpipe.infer.load import Loaded
 
-DONE, FAILED = 0, 1
+DONE = 0
 
 EXAMPLES = """examples:
   jaxpipe generate runs/quickstart --prompt "def main(" --stream
@@ -22,7 +21,7 @@ EXAMPLES = """examples:
   echo "Dear Sir" | jaxpipe generate gpt2/ --prompt - --max-new-tokens 200
   jaxpipe generate runs/quickstart --prompt "import " --simulate 4 --pipe 4
 
-exit codes: 0 done, 1 the reader of the output left, 2 bad arguments or no such model"""
+exit codes: 0 done, 2 bad arguments or no such model"""
 
 
 def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -64,11 +63,7 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(f"--stream writes one answer but {len(texts) * options.n} are asked for; leave it out")
     loaded = cli_generator.load(options)
     prompts = [_encode(text, options.chat, loaded) for text in texts]
-    try:
-        _answer(options, loaded, texts, prompts)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
-        return FAILED
+    _answer(options, loaded, texts, prompts)
     return DONE
 
 

@@ -75,11 +75,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command. Every wrong input is a `JaxpipeError`."""
-    try:
-        _run(options)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads, such as less, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _run(options)
     return 0
 
 

@@ -1,8 +1,11 @@
 """Errors that users see.
 
 Every message states the rule, the received value and the nearest valid choice, in one line. They are
-raised at the door (constructors, `build`, the config reader); engines behind the door trust their input.
+raised where input enters (constructors, `build`, the config reader); what lies behind trusts its input.
 """
+
+import operator
+from typing import Any
 
 
 class JaxpipeError(ValueError):
@@ -35,3 +38,41 @@ class QueueFullError(JaxpipeError):
 
 class VersionError(JaxpipeError):
     """Installed versions of JAX and Flax that do not work together."""
+
+
+def whole_number(name: str, value: Any, least: int = 1, error: type[JaxpipeError] = ConfigError) -> int:
+    """A count that a user gave, as Python's own integer; NumPy's are taken too.
+
+    Args:
+        name: As the user writes it.
+        value: What was given.
+        least: The smallest that is allowed.
+        error: What to raise.
+
+    Raises:
+        JaxpipeError: It is no whole number, or below `least`.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        raise error(f"{name}={value!r} must be a whole number of at least {least}; try {least}")
+    return number
+
+
+def one_of_type(name: str, value: Any, kind: type | tuple[type, ...], near: str, error: type[JaxpipeError]) -> None:
+    """Raises unless a value is of a type.
+
+    Args:
+        name: As the user writes it.
+        value: What was given.
+        kind: The type, or several.
+        near: What to write instead.
+        error: What to raise.
+    """
+    if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        found = repr(value) if value is None or isinstance(value, str | int | float) else f"a {type(value).__name__}"
+        wanted = " or ".join(one.__name__ for one in kinds)
+        raise error(f"{name} is {found} but must be a {wanted}; try {near}")

@@ -83,7 +83,7 @@ def test_too_few_devices_exits_2_and_says_how_to_simulate_them(folder):
     code, _, err = finish(start("train", "small.toml"))
     assert code == 2
     assert len(err.splitlines()) == 1
-    assert err.startswith("jaxpipe: error: mesh pipe=2 needs 2 devices but there is 1 (cpu); try ")
+    assert err.startswith("jaxpipe: error: mesh.pipe=2 needs 2 devices but there is 1 (cpu); try ")
     assert "mesh.simulate=2" in err
 
 
@@ -100,6 +100,40 @@ def test_ctrl_c_exits_3_with_metrics_and_curves(folder):
     assert "the same command goes on" in out
     assert (folder / "run" / "loss.png").exists()
     assert len((folder / "run" / "metrics.jsonl").read_text().splitlines()) >= 4
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["schedule", "--list"],
+        ["schedule", "zb_v", "--devices", "4", "--microbatches", "99", "--json"],
+        ["schedule", "1f1b", "--devices", "4", "--microbatches", "999"],
+    ],
+)
+def test_a_reader_that_has_left_ends_a_command_without_a_word(arguments):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxpipe", *arguments], stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_reader_that_leaves_stops_a_run_which_is_saved(folder):
+    process = start("train", "small.toml", "mesh.simulate=2", "train.steps=100000", "train.eval_every=0")
+    assert process.stdout is not None and process.stderr is not None
+    for line in process.stdout:
+        if line.startswith("step      3/"):
+            break
+    process.stdout.close()
+    with process.stderr:
+        err = process.stderr.read()
+    assert process.wait(timeout=300) == 3
+    assert not any(word in err for word in ("Traceback", "Broken", "Exception"))
+    assert len(list((folder / "run" / "checkpoints").iterdir())) >= 1
 
 
 def test_a_loss_that_is_not_finite_exits_1(folder, capsys):
@@ -127,7 +161,18 @@ BAD = {
     "no override": (["small.toml", "train.steps"], "must have the form section.key=value"),
     "wrong type": (["small.toml", "train.steps=few"], "train.steps='few' must be a whole number"),
     "batch": (["small.toml", "train.batch_size=6"], "train.batch_size=6 must be divisible by"),
-    "layers": (["small.toml", "model.num_layers=5"], "5"),
+    "layers": (
+        ["small.toml", "model.num_layers=3", "mesh.pipe=2", "mesh.simulate=2"],
+        "model.num_layers=3 must be a multiple of mesh.pipe=2 * schedule.repeats=",
+    ),
+    "few microbatches": (
+        ["small.toml", "schedule.name=dualpipe_v", "schedule.microbatches=2", "mesh.pipe=2", "schedule.repeats=2"],
+        "schedule.microbatches=2 must be at least 2*mesh.pipe=4 for dualpipe_v; try 4",
+    ),
+    "attention": (
+        ["small.toml", "model.attention=flash"],
+        "model.attention='flash' must be one of 'auto', 'xla', 'cudnn', 'blockwise'; try 'auto'",
+    ),
     "schedule": (["small.toml", "schedule.name=interleaved"], "interleaved_1f1b"),
     "missing text": (["small.toml", "data.train=nowhere.txt"], "'nowhere.txt' matches no file"),
     "empty text": (["small.toml", "data.train=empty.txt"], "empty.txt holds no text"),

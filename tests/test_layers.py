@@ -15,13 +15,14 @@ MAY_IMPORT = {
     "errors": set(),
     "jax_internals": set(),
     "flax_nnx": {"errors"},
+    "reader": set(),
     "schedule": {"errors"},
     "plan": {"errors", "schedule"},
     "runtime": {"errors", "jax_internals", "schedule", "models"},
     "models": {"errors", "jax_internals", "flax_nnx"},
     "nn": {"errors", "jax_internals", "flax_nnx", "schedule", "plan", "runtime"},
     "data": {"errors"},
-    "train": {"data", "errors", "jax_internals", "flax_nnx", "schedule", "plan", "runtime", "models", "nn"},
+    "train": {"data", "errors", "reader", "jax_internals", "flax_nnx", "schedule", "plan", "runtime", "models", "nn"},
     "infer": {"errors", "jax_internals", "flax_nnx", "schedule", "plan", "runtime", "models", "nn", "train"},
 }
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0].removesuffix(".py") in MAY_IMPORT)

@@ -9,6 +9,7 @@ What is only ever used in the dtype of the computation is cast once, here.
 On CPUs the kernels of blocks rest turned, [out, in], as products with few rows are fastest: `jaxpipe.infer.few_rows`.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +18,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxpipe.errors import ConfigError, PartitionError
+from jaxpipe.errors import ConfigError
 from jaxpipe.infer.model import Decoder
 from jaxpipe.plan.chain import Chain
 from jaxpipe.plan.partition import partition
 from jaxpipe.runtime.casts import cast_dtypes
+from jaxpipe.runtime.inputs import check_canonical
 from jaxpipe.runtime.mesh import PIPE, TENSOR, settled
 from jaxpipe.runtime.options import stage_counts
 from jaxpipe.runtime.relayout import Layout
@@ -148,9 +150,7 @@ def weights_of(
     if decoder.heads % tensor:
         near = max(n for n in range(1, tensor + 1) if decoder.heads % n == 0)
         raise ConfigError(f"mesh.tensor={tensor} must divide the model's {decoder.heads} heads; try mesh.tensor={near}")
-    kinds = {*decoder.kinds, *(decoder.encoder.kinds if decoder.encoder else ())}
-    if set(canonical["blocks"]) != kinds:
-        raise PartitionError(f"canonical blocks={sorted(canonical['blocks'])} must be of kinds {sorted(kinds)}")
+    check_canonical(Counter([*decoder.kinds, *(decoder.encoder.kinds if decoder.encoder else ())]), canonical)
     schedule = build("inference", devices=mesh.shape[PIPE], microbatches=mesh.shape[PIPE], repeats=repeats)
     if stages is None:
         stages = _balanced(decoder, canonical, schedule.stages)

@@ -1,6 +1,7 @@
 """The rules that the fields of every model's config obey, written once: choices, least values, dtypes by name."""
 
 import difflib
+from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_type_hints
 
 import jax.numpy as jnp
@@ -12,6 +13,12 @@ DType = Literal["float32", "bfloat16", "float16", "float64"]
 
 WideDType = Literal["float32", "bfloat16", "float64"]
 """Those with the range of float32 or more: what weights may rest in, lest an optimizer's small numbers become zero."""
+
+
+def nearest(value: Any, choices: Sequence[str]) -> str:
+    """What to suggest for a value that is none of the choices: one that is spelled alike, else the one that decides."""
+    found = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.6 if "auto" in choices else 0.0)
+    return found[0] if found else "auto"
 
 
 def wide(dtype: Any) -> Any:
@@ -37,7 +44,7 @@ def check_fields(cfg: Any, **least: int) -> None:
     for name, hint in get_type_hints(type(cfg)).items():
         value, choices = getattr(cfg, name), get_args(hint)
         if str in map(type, choices) and value not in choices:
-            near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)[0]
+            near = nearest(value, choices)
             raise ConfigError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}; try {near!r}")
         if hint is int and value < (bound := least.get(name, 1)):
             raise ConfigError(f"{name}={value} must be at least {bound}; try {bound}")

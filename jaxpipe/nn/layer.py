@@ -5,13 +5,15 @@ from typing import Any
 
 import jax
 
-from jaxpipe.errors import ConfigError
+from jaxpipe.errors import ConfigError, whole_number
 from jaxpipe.runtime.carry import part
 from jaxpipe.runtime.mesh import PIPE, check_axes, make_mesh
 from jaxpipe.runtime.model import Tree
+from jaxpipe.runtime.options import stage_counts
 from jaxpipe.runtime.stage import Remat
 from jaxpipe.runtime.sweeps import Inputs, Sweeps
 from jaxpipe.schedule import Schedule, build
+from jaxpipe.schedule.ir import check_schedule
 
 INPUTS = ("split", "shared", "constant")
 """``split``: rows like x, with gradients; ``shared``: the same for all rows; ``constant``: split, no gradients."""
@@ -49,7 +51,8 @@ def make_sweeps(
     """
     mesh = make_mesh(pipe=1) if mesh is None else mesh
     check_axes(mesh)
-    devices = mesh.shape[PIPE]
+    devices, repeats = mesh.shape[PIPE], whole_number("repeats", repeats)
+    microbatches = microbatches if microbatches is None else whole_number("microbatches", microbatches)
     if schedule is None:
         if microbatches is None and devices > 1:
             raise ConfigError(
@@ -57,13 +60,16 @@ def make_sweeps(
             )
         name = "circular" if repeats > 1 else "gpipe"
         schedule = build(name, devices=devices, microbatches=microbatches or 1, repeats=repeats)
-    elif microbatches not in (None, schedule.microbatches) or repeats not in (1, schedule.repeats):
+    else:
+        check_schedule(schedule)
+    if microbatches not in (None, schedule.microbatches) or repeats not in (1, schedule.repeats):
         raise ConfigError(
             f"microbatches={microbatches} and repeats={repeats} must agree with the schedule's "
             f"{schedule.microbatches} and {schedule.repeats}; try leaving them out"
         )
-    kept: Any = remat if isinstance(remat, str) or callable(remat) else tuple(remat)
-    stages = stages if stages is None or isinstance(stages, str) else tuple(stages)
+    # Options of a layer are hashed.
+    kept: Any = tuple(remat) if isinstance(remat, list) else remat
+    stages = stages if stages is None or isinstance(stages, str) else stage_counts(stages, num_layers, schedule)
 
     def block(params: Tree, x: Tree, inputs: Inputs, key: Any) -> Tree:
         found = {**inputs.riding, **inputs.resting, **inputs.shared}
@@ -98,6 +104,8 @@ def check_inputs(declared: Sequence[str]) -> tuple[str, ...]:
     Raises:
         ConfigError: An unknown word.
     """
+    if isinstance(declared, str):
+        raise ConfigError(f"inputs={declared!r} must be a sequence of words; try inputs=({declared!r},)")
     for kind in declared:
         if kind not in INPUTS:
             raise ConfigError(f"inputs={tuple(declared)} must be of {', '.join(map(repr, INPUTS))}; try 'split'")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import core
 from flax import linen as nn
 
-from jaxpipe.errors import ConfigError
+from jaxpipe.errors import ConfigError, whole_number
 from jaxpipe.nn.layer import check_inputs, make_sweeps, sort_inputs
 from jaxpipe.nn.linen_part import LinenPart, call_with_flag
 from jaxpipe.runtime.mesh import PIPE
@@ -82,8 +82,7 @@ class Pipelined(nn.Module):
                 fit.
             PartitionError: The blocks do not divide into stages, or one changes the shape or dtype of x.
         """
-        if self.num_layers < 1:
-            raise ConfigError(f"num_layers={self.num_layers} must be at least 1; try 1")
+        whole_number("num_layers", self.num_layers)
         if isinstance(self.streams, str):
             raise ConfigError(f"streams={self.streams!r} must be a sequence of names; try streams=({self.streams!r},)")
         initial = self.is_initializing()

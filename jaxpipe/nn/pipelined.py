@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxpipe.errors import ConfigError
+from jaxpipe.errors import ConfigError, one_of_type, whole_number
 from jaxpipe.flax_nnx import nnx
 from jaxpipe.jax_internals import Tracer
 from jaxpipe.nn.layer import check_inputs, make_sweeps, sort_inputs
@@ -82,8 +82,13 @@ class Pipelined(nnx.Module):
         call: Callable[..., Tree] = _call,
         rngs: nnx.Rngs,
     ):
-        if num_layers < 1:
-            raise ConfigError(f"num_layers={num_layers} must be at least 1; try 1")
+        num_layers = whole_number("num_layers", num_layers)
+        one_of_type("rngs", rngs, nnx.Rngs, "nnx.Rngs(0)", ConfigError)
+        if isinstance(block, nnx.Module):
+            raise ConfigError(
+                f"block is a {type(block).__name__} but must be a factory, for every block has parameters of its own; "
+                "try lambda rngs: …"
+            )
         part = NNXPart("block", block, call)
         self.part = part
         self.inputs = check_inputs(inputs)

@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 
 from jaxpipe.runtime import keys
 from jaxpipe.runtime.build import check_annotations, check_params
+from jaxpipe.runtime.contract import Part, check_new, explained
 from jaxpipe.runtime.model import Model
 from jaxpipe.runtime.relayout import Layout, Position
 from jaxpipe.runtime.tree import Tree, untie
@@ -24,21 +25,28 @@ def init_params(model: Model, layout: Layout, key: Any, mb: Tree) -> Tree:
         mb: Shapes of one row group.
 
     Raises:
-        PartitionError: A parameter that is not floating-point.
+        ConfigError: The model reads what the batch does not have.
+        PartitionError: A parameter that is not floating-point, or a model that breaks its contract.
     """
     mb = _zeros(mb)
     embed_key, head_key, block_keys = keys.init_keys(key, len(model.blocks))
 
-    def make_ends():
+    def make_whole(mb):
         embed = model.embed.init(embed_key, mb)
         carry = model.embed.apply(embed, mb, None)
-        head = untie(model.head_loss.init(head_key, carry, mb), model.head_tie)
-        return {"embed": embed, "head": head}, carry
+        return embed, carry, model.head_loss.init(head_key, carry, mb)
 
-    ends, carry = jax.eval_shape(make_ends)
+    def make_ends():
+        embed, _, head = make_whole(mb)
+        return {"embed": embed, "head": untie(head, model.head_tie)}
+
+    with explained(lambda: [Part("init", lambda _, __, mb, ___: make_whole(mb))], mb):
+        embed, carry, head = jax.eval_shape(make_whole, mb)
+    check_new(model, key, embed, carry, head)
+    ends = jax.eval_shape(make_ends)
     for part, tree in ends.items():
         check_annotations(model, layout, part, tree)
-    params = jax.jit(lambda: make_ends()[0], out_shardings=layout.shardings(ends))()
+    params = jax.jit(make_ends, out_shardings=layout.shardings(ends))()
     make = _block_maker(model, layout, block_keys, _zeros(carry))
     blocks = [
         [make(position, (repeat, p)) for p, position in enumerate(row)] for repeat, row in enumerate(layout.positions)

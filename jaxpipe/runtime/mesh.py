@@ -2,14 +2,16 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from typing import Any, Never
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from jaxpipe.errors import ConfigError
+from jaxpipe.errors import ConfigError, one_of_type, whole_number
 from jaxpipe.jax_internals import Tracer
 from jaxpipe.schedule import Schedule
 
@@ -18,13 +20,26 @@ DATA = "data"
 FSDP = "fsdp"
 TENSOR = "tensor"
 AXES = (PIPE, DATA, FSDP, TENSOR)
+NEAR = {
+    "expert": FSDP,
+    "ep": FSDP,
+    "model": TENSOR,
+    "tp": TENSOR,
+    "stage": PIPE,
+    "pp": PIPE,
+    "dp": DATA,
+    "batch": DATA,
+}
+"""The axis here that does what others call by other names; the weights of experts lie cut over `fsdp`."""
 BATCH = (DATA, FSDP)
 """The axes that share the batch: row groups are numbered over them, `data` first."""
 MANUAL = (PIPE, DATA, FSDP)
 """The axes that the compiled loop handles itself; `tensor` is left to the compiler where it has several devices."""
 
 
-def make_mesh(pipe: int = 1, data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices=None) -> Mesh:
+def make_mesh(
+    pipe: int = 1, data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices: Any = None, **others: Never
+) -> Mesh:
     """Makes a mesh with the axes ``pipe``, ``data``, ``fsdp`` and ``tensor``.
 
     `tensor` is innermost (neighbouring devices, the fastest links), then `fsdp` and `data`; `pipe` is outermost and so
@@ -36,18 +51,22 @@ def make_mesh(pipe: int = 1, data: int = 1, fsdp: int = 1, tensor: int = 1, *, d
         fsdp: Devices that share the batch too, and among them weights, gradients and optimizer state.
         tensor: Devices that share one stage; what is sharded over them is left to the compiler.
         devices: The devices to use, in order; by default the first that JAX has.
+        others: Nothing: there are no other axes.
 
     Returns:
         A mesh of ``pipe * data * fsdp * tensor`` devices, all axes of type Auto.
 
     Raises:
-        ConfigError: A size below 1, more devices asked for than there are, or with several processes fewer.
+        ConfigError: A size below 1, an axis that there is not, more devices asked for than there are, or with several
+            processes fewer.
     """
-    sizes = (pipe, data, fsdp, tensor)
-    for name, size in zip(AXES, sizes, strict=True):
-        if not isinstance(size, int) or size < 1:
-            raise ConfigError(f"mesh.{name}={size!r} must be a whole number of at least 1; try 1")
-    given = jax.devices() if devices is None else list(devices)
+    for name, size in others.items():
+        near = NEAR.get(name) or get_close_matches(name, AXES, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"mesh.{name}={size!r} is no axis; there are {', '.join(AXES)}; try {near}={size!r}")
+    sizes = tuple(
+        whole_number(f"mesh.{name}", size) for name, size in zip(AXES, (pipe, data, fsdp, tensor), strict=True)
+    )
+    given = jax.devices() if devices is None else _listed_devices(devices)
     _check_number(sizes, given)
     need = math.prod(sizes)
     if devices is None and need == len(given) and given[0].platform != "cpu":
@@ -57,8 +76,21 @@ def make_mesh(pipe: int = 1, data: int = 1, fsdp: int = 1, tensor: int = 1, *, d
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def _listed_devices(devices: Any) -> list:
+    """The devices that a user gave.
+
+    Raises:
+        ConfigError: They are none, or something else.
+    """
+    given = list(np.asarray(devices, object).flat) if isinstance(devices, Iterable) else [devices]
+    if not given or not all(hasattr(device, "process_index") for device in given):
+        raise ConfigError(f"devices={devices!r} must be a sequence of JAX's devices; try jax.devices()[:2]")
+    return given
+
+
 def check_axes(mesh: Mesh) -> None:
-    """Raises ConfigError for a mesh without the axes that the loop handles."""
+    """Raises ConfigError for anything but a mesh, or for one without the axes that the loop handles."""
+    one_of_type("mesh", mesh, Mesh, "jaxpipe.make_mesh(pipe=2)", ConfigError)
     for axis in MANUAL:
         if axis not in mesh.shape:
             raise ConfigError(f"mesh axes={tuple(mesh.shape)} must hold {axis!r}; try jaxpipe.make_mesh(pipe=…)")
@@ -98,6 +130,7 @@ def describe(mesh: Mesh, schedule: Schedule | None = None) -> str:
         pipe 0     stages 0, 2   process 0   devices 0, 1
         pipe 1     stages 1, 3   process 0   devices 2, 3
     """
+    check_axes(mesh)
     processes = {device.process_index for device in mesh.devices.flat}
     sizes = " × ".join(f"{name}={size}" for name, size in mesh.shape.items())
     plural = "" if len(processes) == 1 else "es"
@@ -124,11 +157,12 @@ def _listed(noun: str, numbers: Sequence[int]) -> str:
 def _check_number(sizes: Sequence[int], given: Sequence) -> None:
     """Raises ConfigError where the devices are too few, or where processes would be left over."""
     need, have = math.prod(sizes), len(given)
-    asked = " * ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True) if size > 1) or "pipe=1"
+    names = zip(AXES, sizes, strict=True)
+    asked = " * ".join(f"mesh.{name}={size}" for name, size in names if size > 1) or "mesh.pipe=1"
     if need > have:
         near = _nearest(sizes, have)
         raise ConfigError(
-            f"mesh {asked} needs {need} devices but there {'is' if have == 1 else 'are'} {have} "
+            f"{asked} needs {need} devices but there {'is' if have == 1 else 'are'} {have} "
             f"({given[0].platform}); try {f'{near} or ' if near else ''}mesh.simulate={need} "
             "to simulate them on the CPU"
         )
@@ -137,7 +171,7 @@ def _check_number(sizes: Sequence[int], given: Sequence) -> None:
         grow = have // need
         near = f"mesh.data={sizes[1] * grow}" if need * grow == have else (_nearest(sizes, have) or f"mesh.pipe={have}")
         raise ConfigError(
-            f"mesh {asked} uses {need} devices but the {processes} processes have {have}, and none may be left over; "
+            f"{asked} uses {need} devices but the {processes} processes have {have}, and none may be left over; "
             f"try {near}"
         )
 
@@ -210,8 +244,7 @@ def simulate_devices(count: int) -> None:
     Raises:
         ConfigError: `count` is below 1, or JAX's devices were already in use with another number of them.
     """
-    if not isinstance(count, int) or count < 1:
-        raise ConfigError(f"mesh.simulate={count!r} must be a whole number of at least 1; try 4")
+    count = whole_number("mesh.simulate", count)
     if count > 1:
         os.environ.setdefault("NPROC", str(max(2 * count, os.cpu_count() or 1)))
     try:

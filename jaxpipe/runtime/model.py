@@ -7,7 +7,7 @@ Words: `mb` is the batch cut to one row group (every leaf ``[rows, ...]``); `car
 pytree of arrays; `key` is a `jax.random` key, or None for deterministic evaluation.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxpipe.errors import PartitionError
+from jaxpipe.errors import ConfigError, PartitionError, one_of_type
 from jaxpipe.models.losses import linear_cross_entropy, num_chunks, tokens_at_once, wide_ids
 from jaxpipe.runtime.mesh import TENSOR
 from jaxpipe.runtime.rest import tensor_dims
@@ -199,7 +199,18 @@ class Model:
     batch: Mapping[str, bool] = field(default_factory=dict)
 
     def __post_init__(self):
-        object.__setattr__(self, "blocks", tuple(self.blocks))
+        given = self.blocks
+        blocks = tuple(given) if isinstance(given, Iterable) else (given,)
+        for number, block in enumerate(blocks):
+            if given is block or not all(hasattr(block, name) for name in ("init", "apply", "kind")):
+                where = "blocks" if given is block else f"blocks[{number}]"
+                raise PartitionError(
+                    f"{where} is a {type(block).__name__} but blocks must be a list of jaxpipe.Block, one per layer; "
+                    "try [Block(init, apply)] * num_layers"
+                )
+        object.__setattr__(self, "blocks", blocks)
+        if not isinstance(self.tie, Mapping):
+            raise PartitionError(f"tie={self.tie!r} must map paths to paths; try {{'head/kernel': 'embed/table'}}")
         if not self.blocks:
             raise PartitionError("blocks=[] must hold at least one block; try one per transformer layer")
         if not {axis for axis in self.carry_spec if axis} <= {"tensor"}:
@@ -228,6 +239,17 @@ class Model:
     def _ties(self, user: str) -> dict[str, str]:
         pairs = ((to, source) for to, source in self.tie.items() if to.startswith(user))
         return {to.removeprefix(user): source.removeprefix("embed/") for to, source in pairs}
+
+
+def check_model(model: Any) -> Model:
+    """A model as it is.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    near = "jaxpipe.nn.from_nnx, nnx_model or linen_model for a module of Flax's"
+    one_of_type("model", model, Model, near, ConfigError)
+    return model
 
 
 class Losses(NamedTuple):
@@ -292,14 +314,49 @@ def carry_and_aux(carry: Tree, out: Any) -> tuple[Tree, dict[str, Any]]:
 
 def is_scalar(value: Any) -> bool:
     """Whether a value is one floating-point number."""
-    return (
-        jax.tree.structure(value) == jax.tree.structure(0)
-        and jnp.shape(value) == ()
-        and jnp.issubdtype(jnp.result_type(value), jnp.floating)
-    )
+    return is_number(value) and jnp.issubdtype(jnp.result_type(value), jnp.floating)
 
 
-def loss_and_metrics(out: tuple) -> tuple[Any, Any, Tree]:
-    """What a head returned, as ``(loss_sum, weight, metrics)``; no metrics are an empty dict."""
+def is_number(value: Any) -> bool:
+    """Whether a value is one number, of any real type."""
+    one = isinstance(value, int | float) or (hasattr(value, "dtype") and getattr(value, "shape", None) == ())
+    return one and any(jnp.issubdtype(jnp.result_type(value), kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
+
+
+def loss_and_metrics(out: Any) -> tuple[Any, Any, Tree]:
+    """What a head returned, as ``(loss_sum, weight, metrics)``; no metrics are an empty dict.
+
+    Raises:
+        PartitionError: It returned anything but two or three values, of which the first two are scalars.
+    """
+    rule = "head_loss.apply must return (loss_sum, weight) or (loss_sum, weight, metrics), two scalars first, but"
+    if not isinstance(out, tuple | list) or len(out) not in (2, 3):
+        raise PartitionError(f"{rule} returns {_text(out)}; {_advice(out)}")
     loss, weight, *rest = out
-    return loss, weight, rest[0] if rest else {}
+    if not is_scalar(loss):
+        near = "its sum over the rows" if getattr(loss, "shape", ()) else "a floating-point number"
+        raise PartitionError(f"{rule} loss_sum is {_text(loss)}; try {near}")
+    if not is_number(weight):
+        raise PartitionError(f"{rule} weight is {_text(weight)}; try what the loss was summed over, as one number")
+    return loss, jnp.asarray(weight), rest[0] if rest and rest[0] is not None else {}
+
+
+def _text(value: Any) -> str:
+    """What a function of the user's returned, in a few words."""
+    if isinstance(value, Mapping):
+        return f"a dict of {', '.join(map(repr, value)) or 'nothing'}"
+    if isinstance(value, tuple | list):
+        return f"{len(value)} values" if len(value) != 1 else "1 value"
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype}{list(value.shape)}"
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _advice(out: Any) -> str:
+    """How a head that returned this might return what it must."""
+    if isinstance(out, Mapping):
+        pairs = [name for name in out if "loss" in str(name)][:1] or ["loss_sum"]
+        return f"try return out[{pairs[0]!r}], weight, metrics"
+    if getattr(out, "shape", None) == ():
+        return "try (loss_sum, weight), with the number of tokens or rows that the loss is a sum over"
+    return "try (loss.sum(), 1.0 * loss.size)"

@@ -1,5 +1,6 @@
 """What a user may write for the options of a `Pipeline`, and what is meant by it."""
 
+import operator
 import warnings
 from collections.abc import Sequence
 from math import gcd
@@ -40,10 +41,11 @@ def stage_counts(stages: Sequence[int] | str | None, blocks: int, schedule: Sche
     if isinstance(stages, str):
         counts = even_stages(blocks, schedule.stages) if stages == "even" else parse_stages(stages, schedule.stages)
     else:
-        counts = tuple(stages)
-    if len(counts) != schedule.stages or any(not isinstance(n, int) or n < 0 for n in counts):
+        counts = _whole(stages)
+    if counts is None or len(counts) != schedule.stages or min(counts, default=0) < 0:
+        given = stages if counts is None else list(counts)
         raise PartitionError(
-            f"stages={list(counts)} must hold one number of blocks for each of devices={schedule.devices} * "
+            f"stages={given!r} must hold one number of blocks for each of devices={schedule.devices} * "
             f"repeats={schedule.repeats} = {schedule.stages} stages; try {list(even_stages(blocks, schedule.stages))}"
         )
     if sum(counts) != blocks:
@@ -54,20 +56,31 @@ def stage_counts(stages: Sequence[int] | str | None, blocks: int, schedule: Sche
     return counts
 
 
+def _whole(numbers: Any) -> tuple[int, ...] | None:
+    """A sequence of whole numbers, of NumPy's too, as Python's; None if it is anything else."""
+    try:
+        each = list(numbers)
+        return None if any(isinstance(n, bool) for n in each) else tuple(map(operator.index, each))
+    except TypeError:
+        return None
+
+
 def stage_remats(remat: Remat | Sequence[Remat], stages: int) -> tuple[Remat, ...]:
     """What each stage keeps, in stage order.
 
     Raises:
         ConfigError: An unknown value, or a sequence of another length.
     """
-    one = isinstance(remat, str) or callable(remat)
-    each: tuple[Any, ...] = (remat,) * stages if one else tuple(remat)  # pyright: ignore
+    each: tuple[Any, ...] = (remat,) * stages
+    if isinstance(remat, Sequence) and not isinstance(remat, str):
+        each = tuple(remat)
     if len(each) != stages:
         raise ConfigError(f"remat={list(each)} must hold one value for each of {stages} stages; try 'full' for all")
     for value in each:
         if value not in REMATS and not callable(value):
+            near = "'none'" if value is None or value is False else "'full'"
             raise ConfigError(
-                f"remat={value!r} must be one of {', '.join(REMATS)} or a policy of jax.checkpoint; try 'full'"
+                f"remat={value!r} must be one of {', '.join(REMATS)} or a policy of jax.checkpoint; try {near}"
             )
     return each
 

@@ -1,33 +1,41 @@
 """The door: checks what the user gives, fixes the program, delegates."""
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
-from functools import cached_property
+from contextlib import AbstractContextManager
+from functools import cached_property, partial
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpipe.errors import ConfigError, ScheduleError
+from jaxpipe.jax_internals import Tracer
 from jaxpipe.runtime.batch import check_names, warn_of_unread
 from jaxpipe.runtime.build import annotations, build_stages, check_kinds, check_params, one_of_each
 from jaxpipe.runtime.casts import end_dtypes
 from jaxpipe.runtime.compile import Outcome, Program
+from jaxpipe.runtime.contract import check_passed, explained, parts_of
+from jaxpipe.runtime.derivatives import with_gradient, without_derivative
 from jaxpipe.runtime.ends import Ends, check_weight, loss_dtype, metric_shapes
 from jaxpipe.runtime.initial import init_params
+from jaxpipe.runtime.inputs import batch_rows, check_canonical, check_parameters, some_key, typed_key
 from jaxpipe.runtime.lane import PASSES_IN_PLACE, skip_of
 from jaxpipe.runtime.logical import logical_optimizer
 from jaxpipe.runtime.mesh import BATCH, PIPE, TENSOR, batch_shards, batch_text, check_axes, on_cpu
-from jaxpipe.runtime.model import Losses, Model, Tree, losses_of
+from jaxpipe.runtime.model import Losses, Model, Tree, check_model, losses_of
 from jaxpipe.runtime.options import check_offload, check_tensor, stage_counts, stage_remats, vocab_leaves
 from jaxpipe.runtime.relayout import Layout, Shard
 from jaxpipe.runtime.sizes import model_bytes
 from jaxpipe.runtime.stage import Context, Remat
-from jaxpipe.runtime.tree import shapes_of
+from jaxpipe.runtime.tree import shapes_of, tie
 from jaxpipe.schedule import Costs, ModelBytes, Schedule, TickTable, lower
 from jaxpipe.schedule.costs import relative_costs
+from jaxpipe.schedule.ir import check_schedule
 
 
 class Pipeline:
@@ -93,6 +101,8 @@ class Pipeline:
         second_stream: bool = False,
         shard: Shard = "params",
     ):
+        check_model(model)
+        check_schedule(schedule)
         if idle not in ("skip", "mask"):
             raise ConfigError(f"idle={idle!r} must be 'skip' or 'mask'; try 'skip'")
         check_axes(mesh)
@@ -148,8 +158,9 @@ class Pipeline:
         Returns:
             The pipeline tree: ``{"embed", "blocks", "head"}``, see `jaxpipe.runtime.relayout`.
         """
+        key, mb = some_key(key), self._microbatch(batch)
         check_names(self.model, batch, whole=False)
-        return init_params(self.model, self.layout, key, self._microbatch(batch))
+        return init_params(self.model, self.layout, key, mb)
 
     def value_and_grad(
         self, params: Tree, batch: Tree, key=None, *, has_aux: bool = False, loss_scale: Any = None, parts: bool = False
@@ -169,47 +180,93 @@ class Pipeline:
             The loss (a float32 scalar, or float64 where the head's is) and a tree like `params` of float32 gradients.
 
         Raises:
-            ConfigError: B does not divide.
+            ConfigError: B does not divide, or this function is itself differentiated.
+            PartitionError: Parameters of another pipeline, or a part of the model that breaks its contract.
             ScheduleError: The schedule has no backwards.
         """
-        if not any(phase.backward for phase in self.table.phases):
-            raise ScheduleError(
-                f"schedule={self.schedule.name!r} runs forwards only and has no gradient; try Pipeline.loss, or '1f1b'"
-            )
-        key = _typed(key)
-        program = self.program(params, batch, self.table, key is not None, has_aux)
-        scale = 1.0 if loss_scale is None else loss_scale
-        out = program(params, batch, key, scale)
-        losses = self._losses(program, out)
-        loss = losses if parts else losses.total
-        divisor = out.weight if loss_scale is None else out.weight * scale
-        # Where nothing counts the sums are zeros, and so is what is left. A choice leaf by leaf would not be in place.
-        divisor = jnp.where(divisor == 0, jnp.inf, divisor)
-        grads = jax.tree.map(lambda g: g / divisor.astype(g.dtype), out.gradient)
-        return ((loss, out.metrics) if has_aux else loss), grads
+        self._check(params, batch)
+        return self._value_and_grad(params, batch, typed_key(key), _checked_scale(loss_scale), has_aux, parts)
+
+    @cached_property
+    def _value_and_grad(self):
+        def run(params, batch, key, loss_scale, has_aux, parts):
+            if not any(phase.backward for phase in self.table.phases):
+                raise ScheduleError(
+                    f"schedule={self.schedule.name!r} runs forwards only and has no gradient; try '1f1b', or "
+                    "Pipeline.loss alone"
+                )
+            scale = 1.0 if loss_scale is None else loss_scale
+            with self._explained(params, batch, trains=True):
+                program = self.program(params, batch, self.table, key is not None, has_aux)
+                out = without_derivative(program)(params, batch, key, scale)
+            losses = self._losses(program, out)
+            loss = losses if parts else losses.total
+            divisor = out.weight if loss_scale is None else out.weight * scale
+            # Where nothing counts the sums are zeros, and so is what is left. A choice by leaf would not be in place.
+            divisor = jnp.where(divisor == 0, jnp.inf, divisor)
+            grads = jax.tree.map(lambda g: g / divisor.astype(g.dtype), out.gradient)
+            return ((loss, out.metrics) if has_aux else loss), grads
+
+        # For calls outside jit: a shard_map that leaves an axis to the compiler cannot run without it. Within one, it
+        # leaves no trace.
+        return jax.jit(run, static_argnums=(4, 5), inline=True)
 
     def loss(self, params: Tree, batch: Tree, key=None, *, has_aux: bool = False, parts: bool = False) -> Any:
         """The mean loss of the batch: forward only, with no buffer that grows with the microbatches.
+
+        It may be a part of a function that JAX differentiates with respect to the parameters, once: `jax.grad` of this
+        loss plus a penalty runs what `value_and_grad` does, with the memory of the schedule. Gradients then have the
+        dtypes of the parameters.
 
         Args:
             params: From `init` or `from_canonical`.
             batch: Leaves ``[B, ...]``.
             key: A `jax.random` key for dropout, or None for deterministic.
-            has_aux: Also return the head's metrics: ``(loss, metrics)``.
-            parts: As in `value_and_grad`.
+            has_aux: Also return the head's metrics: ``(loss, metrics)``. They have no derivative.
+            parts: As in `value_and_grad`. Of these only `total` has a derivative.
+
+        Raises:
+            ConfigError: B does not divide, or a second derivative or one of batch or metrics is asked for.
+            PartitionError: Parameters of another pipeline, or a part of the model that breaks its contract.
         """
-        return self._loss(params, batch, _typed(key), has_aux, parts)
+        self._check(params, batch)
+        return self._loss(params, batch, typed_key(key), has_aux, parts)
 
     @cached_property
     def _loss(self):
-        def loss(params, batch, key, has_aux, parts):
-            program = self.program(params, batch, self._forward_table, key is not None, has_aux)
-            out = program(params, batch, key)
+        def value(has_aux, params, batch, key):
+            with self._explained(params, batch, trains=False):
+                program = self.program(params, batch, self._forward_table, key is not None, has_aux)
+                out = program(params, batch, key)
             losses = self._losses(program, out)
-            loss = losses if parts else losses.total
-            return (loss, out.metrics) if has_aux else loss
+            return losses.total, (losses, out.metrics)
+
+        def both(has_aux, params, batch, key):
+            out, gradient = self.value_and_grad(params, batch, key, has_aux=has_aux, parts=True)
+            losses, metrics = out if has_aux else (out, {})
+            return (losses.total, (losses, metrics)), gradient
+
+        def loss(params, batch, key, has_aux, parts):
+            run = with_gradient(partial(value, has_aux), partial(both, has_aux))
+            total, (losses, metrics) = run(params, batch, key)
+            loss = losses._replace(total=total) if parts else total
+            return (loss, metrics) if has_aux else loss
 
         return jax.jit(loss, static_argnums=(3, 4))
+
+    def _explained(self, params: Tree, batch: Tree, trains: bool) -> AbstractContextManager:
+        """`explained` for the functions of this model."""
+
+        def parts():
+            model, ends = self.model, shapes_of({part: params[part] for part in ("embed", "head")})
+            carry = jax.eval_shape(lambda p, mb: model.embed.apply(p, mb, None), ends["embed"], mb)
+            blocks = one_of_each(self.layout, shapes_of(params))
+            blocks = {kind: tie(own, ends["embed"], model.block_tie(kind)) for kind, own in blocks.items()}
+            head = tie(ends["head"], ends["embed"], model.head_tie)
+            return parts_of(model, ends["embed"], blocks, head, carry)
+
+        mb = self._microbatch(batch)
+        return explained(parts, mb, trains)
 
     def _losses(self, program: Program, out: Outcome) -> Losses:
         return losses_of(self.model, out.loss, out.weight, out.aux, program.row_groups, program.stages.aux_blocks)
@@ -233,6 +290,7 @@ class Pipeline:
 
     def to_canonical(self, params: Tree) -> Tree:
         """The canonical tree of pipeline parameters (or gradients), leaf by leaf on the devices."""
+        check_parameters(self.layout, params)
         return self.layout.to_canonical(params)
 
     def from_canonical(self, canonical: Tree) -> Tree:
@@ -241,17 +299,17 @@ class Pipeline:
         Raises:
             PartitionError: The tree has other kinds or another number of blocks than the model.
         """
+        check_canonical(Counter(self.layout.kinds), canonical)
         return self.layout.from_canonical(canonical)
+
+    def _check(self, params: Tree, batch: Tree) -> None:
+        """Raises for a call with anything but this pipeline's parameters and a batch of arrays."""
+        check_parameters(self.layout, params)
+        self._microbatch(batch)
 
     def _microbatch(self, batch: Tree) -> Tree:
         """Shapes of one row group."""
-        leaves = jax.tree.leaves(batch)
-        sizes = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
-        if len(sizes) != 1 or None in sizes:
-            raise ConfigError(
-                f"batch leaves have leading sizes {sorted(map(str, sizes))} but must share one; try [B, …]"
-            )
-        rows: Any = sizes.pop()
+        rows = batch_rows(batch)
         groups = self.schedule.microbatches * batch_shards(self.mesh)
         if rows % groups or not rows:
             near = max(groups, round(rows / groups) * groups)
@@ -291,6 +349,7 @@ class Pipeline:
         model, key = self.model, jax.eval_shape(lambda: jax.random.key(0))
         check_params(params)
         carry = jax.eval_shape(lambda p, mb: model.embed.apply(p, mb, None), params["embed"], mb)
+        check_passed(carry)
         context = Context(mb, key if random else None, jax.ShapeDtypeStruct((), jnp.int32))
         stages = build_stages(model, self.layout, self.remats, params, carry, context, walls=on_cpu(self.mesh))
         ends = {"embed": params["embed"], "head": params["head"]}
@@ -330,8 +389,14 @@ def _with_dtypes(shapes: Tree, dtypes: Tree) -> Tree:
     return jax.tree.map(lambda s, dtype: jax.ShapeDtypeStruct(s.shape, dtype), shapes, dtypes)
 
 
-def _typed(key):
-    """New-style key, so that its uses can be told from other integers."""
-    if key is None or jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return key
-    return jax.random.wrap_key_data(key)
+def _checked_scale(loss_scale: Any) -> Any:
+    """The loss scale.
+
+    Raises:
+        ConfigError: It is no number, or 0.
+    """
+    if loss_scale is None or isinstance(loss_scale, Tracer):
+        return loss_scale
+    if jnp.shape(loss_scale) or not isinstance(loss_scale, int | float | jax.Array | np.generic | np.ndarray):
+        raise ConfigError(f"loss_scale={loss_scale!r} must be a number or None; try 2.0**15")
+    return loss_scale

@@ -14,11 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpipe.errors import ConfigError
+from jaxpipe.errors import ConfigError, whole_number
 from jaxpipe.runtime import keys
 from jaxpipe.runtime.batch import check_names
+from jaxpipe.runtime.contract import Part, check_new, explained
 from jaxpipe.runtime.ends import accumulator_dtype, summable
-from jaxpipe.runtime.model import Model, Tree, carry_and_aux, loss_and_metrics, losses_of
+from jaxpipe.runtime.inputs import batch_rows, check_canonical, some_key, typed_key
+from jaxpipe.runtime.model import Model, Tree, carry_and_aux, check_model, loss_and_metrics, losses_of
 from jaxpipe.runtime.tree import tie, untie
 
 
@@ -33,9 +35,7 @@ def sequential(model: Model, row_groups: int = 1) -> "Sequential":
     Raises:
         ConfigError: `row_groups` is below 1.
     """
-    if row_groups < 1:
-        raise ConfigError(f"row_groups={row_groups} must be at least 1; try 1")
-    return Sequential(model, row_groups)
+    return Sequential(check_model(model), whole_number("row_groups", row_groups))
 
 
 @dataclass(frozen=True)
@@ -51,27 +51,47 @@ class Sequential:
         Args:
             key: A `jax.random` key.
             batch: Any batch, arrays or shapes, leaves ``[B, ...]``.
+
+        Raises:
+            ConfigError: No key, a batch that is no tree of arrays, or one that lacks what the model reads.
+            PartitionError: A model that breaks its contract.
         """
-        model = self.model
+        model, key, rows = self.model, some_key(key), batch_rows(batch) // self.row_groups
         check_names(model, batch, whole=False)
         embed_key, head_key, block_keys = keys.init_keys(key, len(model.blocks))
-        mb = jax.tree.map(lambda x: jnp.zeros((x.shape[0] // self.row_groups, *x.shape[1:]), x.dtype), batch)
-        embed = model.embed.init(embed_key, mb)
-        carry = model.embed.apply(embed, mb, None)
+        mb = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), batch)
+
+        def make_ends(mb):
+            embed = model.embed.init(embed_key, mb)
+            carry = model.embed.apply(embed, mb, None)
+            return embed, carry, model.head_loss.init(head_key, carry, mb)
+
+        with explained(lambda: [Part("init", lambda _, __, mb, ___: make_ends(mb))], mb):
+            embed, carry, head = make_ends(mb)
+        check_new(model, key, embed, carry, head)
         layers: dict[str, list] = {}
         for block, block_key in zip(model.blocks, block_keys, strict=True):
             params = untie(block.init(block_key, carry), model.block_tie(block.kind))
             layers.setdefault(block.kind, []).append(params)
         stacked = {kind: jax.tree.map(lambda *x: jnp.stack(x), *trees) for kind, trees in layers.items()}
-        head = untie(model.head_loss.init(head_key, carry, mb), model.head_tie)
-        return {"embed": embed, "blocks": stacked, "head": head}
+        return {"embed": embed, "blocks": stacked, "head": untie(head, model.head_tie)}
 
     def loss(self, canonical: Tree, batch: Tree, key=None, *, has_aux: bool = False, parts: bool = False) -> Any:
         """The mean loss of the batch: the sum over row groups divided once by the sum of the weights, plus aux.
 
         It is 0 where nothing in the batch counts. With `has_aux`, ``(loss, metrics)``; with `parts`,
         `jaxpipe.runtime.model.Losses` in place of the loss.
+
+        Raises:
+            ConfigError: A batch that is no tree of arrays, does not divide into row groups, lacks what the model reads
+                or holds what it does not; or no key.
+            PartitionError: A tree that is not canonical, or a model that breaks its contract.
         """
+        check_canonical(Counter(block.kind for block in self.model.blocks), canonical)
+        rows, key = batch_rows(batch), typed_key(key)
+        if rows % self.row_groups:
+            near = max(1, round(rows / self.row_groups)) * self.row_groups
+            raise ConfigError(f"batch size {rows} must be a multiple of row_groups={self.row_groups}; try {near}")
         check_names(self.model, batch)
         groups = jax.tree.map(lambda x: x.reshape(self.row_groups, -1, *x.shape[1:]), batch)
         counts: Counter[str] = Counter()
@@ -81,7 +101,11 @@ class Sequential:
             loss, weight, aux, metrics = self._group_loss(canonical, mb, keys.group_key(key, number), counts)
             return jax.tree.map(_wide, (loss, weight, aux)), summable(metrics)
 
-        sums, metrics = jax.lax.map(one_group, (jnp.arange(self.row_groups), groups))
+        first = jax.tree.map(lambda x: x[0], groups)
+        with explained(
+            lambda: [Part("loss", lambda c, _, mb, __: self._group_loss(c, mb, None, Counter()), canonical)], first
+        ):
+            sums, metrics = jax.lax.map(one_group, (jnp.arange(self.row_groups), groups))
         loss, weight, aux = jax.tree.map(lambda x: x.sum(0), sums)
         losses = losses_of(self.model, loss, weight, aux, self.row_groups, counts)
         loss = losses if parts else losses.total

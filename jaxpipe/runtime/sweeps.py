@@ -27,6 +27,7 @@ from jaxpipe.errors import ConfigError
 from jaxpipe.runtime import keys
 from jaxpipe.runtime.build import check_carry
 from jaxpipe.runtime.carry import join, part
+from jaxpipe.runtime.derivatives import without_derivative
 from jaxpipe.runtime.mesh import PIPE, batch_shards, batch_text, check_axes
 from jaxpipe.runtime.model import Tree
 from jaxpipe.runtime.options import stage_counts, stage_remats
@@ -35,7 +36,13 @@ from jaxpipe.runtime.stage import Remat
 from jaxpipe.runtime.sweep_loops import KIND, BlockCall, Inputs, Loops, make_loops
 from jaxpipe.runtime.tree import shapes_of
 from jaxpipe.schedule import Schedule, TickTable, lower
+from jaxpipe.schedule.ir import check_schedule
 from jaxpipe.schedule.lower import lower_sweeps
+
+TWICE = (
+    "a pipelined layer has no second derivative (jax.hessian, jax.grad of jax.grad); try one on a mesh with pipe=1, "
+    "which is the plain loop over the blocks"
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,7 @@ class Sweeps:
 
     def __post_init__(self):
         check_axes(self.mesh)
+        check_schedule(self.schedule)
         if self.mesh.shape[PIPE] != self.schedule.devices:
             raise ConfigError(
                 f"mesh.pipe={self.mesh.shape[PIPE]} must equal the schedule's devices={self.schedule.devices}; "
@@ -110,7 +118,11 @@ class Sweeps:
             ConfigError: B does not divide into microbatches, or the axis `pipe` is already manual.
             PartitionError: A block does not return what it was given.
         """
-        rows = jax.tree.leaves(x)[0].shape[0]
+        leaves = jax.tree.leaves(x)
+        if not leaves or not jnp.shape(leaves[0]):
+            found = "holds no array" if not leaves else f"is {jnp.result_type(leaves[0])}[]"
+            raise ConfigError(f"x {found} but must be an array [B, …] or a tree of them; try jax.numpy.asarray(x)")
+        rows = leaves[0].shape[0]
         for path, leaf in jax.tree.leaves_with_path((x, inputs.riding, inputs.resting)):
             if leaf.shape[:1] != (rows,):
                 raise ConfigError(
@@ -168,13 +180,14 @@ class Sweeps:
 
         def forward(floating, others, resting, key):
             known = join(like, floating, others), resting, key
-            y, stash = self._loops(self.table, *known).forward(*known)
+            y, stash = without_derivative(self._loops(self.table, *known).forward, TWICE)(*known)
             return y, (floating, others, resting, key, stash)
 
         def backward(residuals, dy):
             floating, others, resting, key, stash = residuals
             known = join(like, floating, others), resting, key
-            gradients = self._loops(self.table, *known).backward(*known, stash, part(dy)[0])
+            run = without_derivative(self._loops(self.table, *known).backward, TWICE)
+            gradients = run(*known, stash, part(dy)[0])
             cast = [g.astype(leaf.dtype) for g, leaf in zip(gradients, floating, strict=True)]
             return cast, None, None, None
 

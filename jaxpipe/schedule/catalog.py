@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Sequence
 
-from jaxpipe.errors import ScheduleError
+from jaxpipe.errors import ScheduleError, whole_number
 from jaxpipe.schedule import (
     breadth_first,
     circular,
@@ -20,7 +20,7 @@ from jaxpipe.schedule import (
     zb_h2,
     zb_v,
 )
-from jaxpipe.schedule.costs import Costs
+from jaxpipe.schedule.costs import Costs, check_costs
 from jaxpipe.schedule.family import Family
 from jaxpipe.schedule.ir import Schedule
 
@@ -75,17 +75,20 @@ def build(
         >>> [str(action) for action in build("1f1b", devices=2, microbatches=2).order[0]]
         ['0F0', '0F1', '0B0', '0B1']
     """
-    counts = {"devices": devices, "microbatches": microbatches, "repeats": repeats, "group_size": group_size}
-    for option, value in counts.items():
-        if value is not None or option in ("devices", "microbatches"):
-            _check_count(option, value)
+    devices = whole_number("devices", devices, error=ScheduleError)
+    microbatches = whole_number("microbatches", microbatches, error=ScheduleError)
+    repeats, group_size = (
+        None if value is None else whole_number(option, value, error=ScheduleError)
+        for option, value in (("repeats", repeats), ("group_size", group_size))
+    )
+    check_costs(costs)
     if name == "auto":
         if group_size is not None:
             raise ScheduleError(f"group_size={group_size} has no effect for auto; try 'interleaved_1f1b'")
         from jaxpipe.schedule.auto import auto  # which builds the entries to compare with
 
         return auto(devices=devices, microbatches=microbatches, repeats=repeats, costs=costs, memory=memory).schedule
-    family = CATALOG.get(name)
+    family = CATALOG.get(name) if isinstance(name, str) else None
     if family is None:
         names = [*CATALOG, "auto"]
         near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)[0]
@@ -105,11 +108,6 @@ def build(
         options["group_size"] = group_size
     order = family.order(devices, microbatches, repeats, **options)
     return Schedule(name, devices, microbatches, repeats, family.placement, order)
-
-
-def _check_count(option: str, value: int | None) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ScheduleError(f"{option}={value!r} must be a whole number of at least 1; try 1")
 
 
 def _check_least(name: str, family: Family, devices: int, microbatches: int) -> None:

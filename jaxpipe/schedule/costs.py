@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
-from jaxpipe.errors import ScheduleError
+from jaxpipe.errors import ScheduleError, one_of_type
 from jaxpipe.schedule.ir import Action, Schedule
 
 
@@ -25,7 +26,7 @@ class Costs:
             done; 0 where the last stage runs the head alone (its time is then part of that stage's). See `simulate`.
 
     Raises:
-        ScheduleError: A cost is negative.
+        ScheduleError: A cost is negative, or no number.
 
     Example:
         >>> Costs(forward=1.0, backward_input=1.0, backward_weight=1.0).backward_input
@@ -41,9 +42,18 @@ class Costs:
 
     def __post_init__(self):
         for name in ("forward", "backward_input", "backward_weight", "hop", "recompute", "head"):
-            value = getattr(self, name)
-            if not all(number >= 0 for number in (value if isinstance(value, Sequence) else (value,))):
-                raise ScheduleError(f"{name}={value} must not be negative; try 0")
+            given: Any = getattr(self, name)
+            value = given.tolist() if hasattr(given, "tolist") else given  # NumPy's and JAX's
+            several = isinstance(value, Sequence) and not isinstance(value, str)
+            for number in value if several and name not in ("hop", "head") else (value,):
+                if isinstance(number, bool) or not isinstance(number, int | float):
+                    rule = "must be a number" + (" or one per stage" if name not in ("hop", "head") else "")
+                    raise ScheduleError(f"{name}={given!r} {rule}; try 1.0")
+                if not number >= 0:
+                    raise ScheduleError(f"{name}={given} must not be negative; try 0")
+                if number == inf:
+                    raise ScheduleError(f"{name}={given} must be finite; try 1.0")
+            object.__setattr__(self, name, value)
 
     def of(self, action: Action, schedule: Schedule) -> float:
         """The time of one action, without the head that all devices run.
@@ -89,3 +99,9 @@ def relative_costs(counts: Sequence[int], remats: Sequence[Any], schedule: Sched
     times = [count * schedule.devices / max(1, sum(counts)) for count in counts]
     again = [time * share for time, share in zip(times, recompute, strict=True)]
     return Costs(forward=times, backward_input=times, backward_weight=times, recompute=again)
+
+
+def check_costs(costs: Any) -> None:
+    """Raises ScheduleError for anything but costs, or None for the default."""
+    if costs is not None:
+        one_of_type("costs", costs, Costs, "Costs(forward=1.0, hop=0.1)", ScheduleError)

@@ -73,7 +73,11 @@ def from_csv(source: str | os.PathLike[str], name: str | None = None) -> Schedul
     for row, cells in enumerate(rows):
         for cell in cells:
             if cell.action.microbatch >= microbatches:
-                fail(row, cell.column, str(cell.action), f"its microbatch must be in 0..{microbatches - 1}")
+                stage, phase = cell.action.stage, cell.action.phase
+                have = {other.action for other in cells}
+                gone = [a for m in range(microbatches) if (a := Action(stage, phase, m)) not in have]
+                rule = f"its microbatch must be in 0..{microbatches - 1}"
+                fail(row, cell.column, str(cell.action), rule + (f", or else {gone[0]} is missing" if gone else ""))
     order = tuple(tuple(cell.action for cell in cells) for cells in rows)
     schedule = Schedule(name or stem, len(rows), microbatches, stages // len(rows), placement, order)
     try:
@@ -128,11 +132,14 @@ def _placement(rows: Sequence[Sequence[_Cell]]) -> tuple[int, Placement]:
     stages = max(places) + 1
     for row, cells in enumerate(rows):
         if not cells:
-            raise ScheduleError(f"row {row} holds no action, but every device owns a stage")
+            raise ScheduleError(f"row {row} holds no action, but every device owns a stage; {row}F0 is missing")
     gap = next((stage for stage in range(stages) if stage not in places), stages)
     row, column, action = places[stages - 1]
     if gap < stages:
-        fail(row, column, str(action), f"stages must be numbered without a gap, but no row holds stage {gap}")
+        # In both placements row s holds stage s of the first P.
+        begins = f", and row {gap} begins with {rows[gap][0].action}" if gap < devices else ""
+        rule = f"stages must be numbered without a gap, but no row holds stage {gap}: {gap}F0 is missing{begins}"
+        fail(row, column, str(action), rule)
     if stages % devices:
         rule = f"there are {stages} stages, but their number must be a multiple of the {devices} rows"
         fail(row, column, str(action), rule)
@@ -159,9 +166,12 @@ def _placement(rows: Sequence[Sequence[_Cell]]) -> tuple[int, Placement]:
 
 
 def _microbatches(rows: Sequence[Sequence[_Cell]]) -> int:
-    """M is how many forwards most stages have, so that a number out of range is found in the cell that holds it."""
-    forwards = Counter(action.stage for cells in rows for action, _ in cells if action.phase == "F")
-    if not forwards:
-        raise ScheduleError("the CSV holds no forward; every stage must run F for every microbatch")
-    counts = Counter(forwards.values())
-    return max(counts, key=lambda count: (counts[count], count))
+    """M is how many forwards, and backwards, most stages have: so a number out of range is found in its own cell."""
+    passes = {"F": "forwards", "B": "backwards", "I": "backwards"}
+    found = {(a.stage, passes[a.phase], a.microbatch) for cells in rows for a, _ in cells if a.phase in passes}
+    if not any(kind == "forwards" for _, kind, _ in found):
+        first = next(action for cells in rows for action, _ in cells)
+        lacks = Action(first.stage, "F", first.microbatch)
+        raise ScheduleError(f"the CSV holds no forward; {first} needs {lacks}, and every stage F for every microbatch")
+    counts = Counter(Counter((stage, kind) for stage, kind, _ in found).values())
+    return max(counts, key=lambda count: (counts[count] * count, count))

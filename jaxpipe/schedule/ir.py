@@ -8,9 +8,9 @@ from the placement and is written here, once.
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
-from jaxpipe.errors import ScheduleError
+from jaxpipe.errors import ScheduleError, one_of_type
 
 Phase = Literal["F", "B", "I", "W"]
 """F forward, B full backward, I input gradient only, W weight gradient only."""
@@ -48,7 +48,7 @@ class Action:
         Raises:
             ScheduleError: The text is not ``STAGE KIND MICROBATCH`` with KIND one of F, B, I, W.
         """
-        match = _ACTION.fullmatch(text.strip())
+        match = _ACTION.fullmatch(text.strip()) if isinstance(text, str) else None
         if match is None:
             raise ScheduleError(f"action {text!r} must read STAGE, one of F B I W, MICROBATCH; try '0F0'")
         stage, phase, microbatch = match.groups()
@@ -115,3 +115,10 @@ class Schedule:
         from jaxpipe.schedule.show import text
 
         return text(self)
+
+
+def check_schedule(schedule: Any) -> None:
+    """Raises ScheduleError for anything but a schedule: its name alone, say."""
+    name = schedule if isinstance(schedule, str) else "1f1b"
+    near = f"jaxpipe.schedule.build({name!r}, devices=…, microbatches=…)"
+    one_of_type("schedule", schedule, Schedule, near, ScheduleError)

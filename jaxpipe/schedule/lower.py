@@ -12,8 +12,8 @@ from dataclasses import replace
 from typing import Literal
 
 from jaxpipe.errors import ScheduleError
-from jaxpipe.schedule.costs import Costs
-from jaxpipe.schedule.ir import Schedule
+from jaxpipe.schedule.costs import Costs, check_costs
+from jaxpipe.schedule.ir import Schedule, check_schedule
 from jaxpipe.schedule.lockstep import lockstep_makespan
 from jaxpipe.schedule.pack import LANE, Packed, order_peak, pack, packings
 from jaxpipe.schedule.slots import KINDS, Interval, action_ticks, colour, lifetimes
@@ -57,6 +57,8 @@ def lower(
         >>> table.ticks, table.slots.activation, table.slots.gradient
         (26, 11, 0)
     """
+    check_schedule(schedule)
+    check_costs(costs)
     if packing not in ("auto", "paired", "single"):
         raise ScheduleError(f"packing={packing!r} must be 'auto', 'paired' or 'single'; try 'auto'")
     if memory not in ("ideal", "strict"):

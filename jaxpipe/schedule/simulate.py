@@ -22,8 +22,8 @@ A vocab-parallel head (`Costs.head`) is run by all devices together, once per mi
 from typing import Literal
 
 from jaxpipe.errors import ScheduleError
-from jaxpipe.schedule.costs import Costs
-from jaxpipe.schedule.ir import Action, Schedule
+from jaxpipe.schedule.costs import Costs, check_costs
+from jaxpipe.schedule.ir import Action, Schedule, check_schedule
 from jaxpipe.schedule.lockstep import run_lanes
 from jaxpipe.schedule.lower import choose
 from jaxpipe.schedule.pack import Packing
@@ -66,6 +66,8 @@ def simulate(
         >>> timing.makespan, round(timing.bubble, 3), timing.peak_activations
         (33.0, 0.273, (4.0, 3.0, 2.0, 1.0))
     """
+    check_schedule(schedule)
+    check_costs(costs)
     costs = costs or Costs()
     if runtime not in ("async", "lockstep", "lockstep_local"):
         raise ScheduleError(f"runtime={runtime!r} must be 'async', 'lockstep' or 'lockstep_local'; try 'async'")

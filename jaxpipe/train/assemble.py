@@ -20,6 +20,7 @@ from jaxpipe.schedule.stages import format_stages
 from jaxpipe.train.config import Config
 from jaxpipe.train.corpus import open_corpus
 from jaxpipe.train.data import Batches
+from jaxpipe.train.keys import in_keys
 from jaxpipe.train.model import gpt_model
 from jaxpipe.train.planning import Resolved
 from jaxpipe.train.predict import refuse_open, resolved
@@ -148,6 +149,7 @@ def assemble(config: Config, model: Model | None = None) -> Assembly:
     )
 
 
+@in_keys()
 def pipeline(config: Config, model: Model, schedule: Schedule, mesh: Mesh) -> Pipeline:
     """The pipeline of a config in which nothing is open.
 
@@ -173,6 +175,7 @@ def pipeline(config: Config, model: Model, schedule: Schedule, mesh: Mesh) -> Pi
     )
 
 
+@in_keys()
 def schedule_of(config: Config) -> Schedule:
     """The schedule of a config; before the planner has chosen one, any of its size."""
     return build(

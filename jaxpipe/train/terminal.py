@@ -6,6 +6,8 @@ This is the only file of the package that writes to the screen.
 import sys
 from typing import Protocol, TextIO
 
+from jaxpipe.reader import stop_unread
+
 
 class Report(Protocol):
     """Who is told what happens."""
@@ -37,7 +39,7 @@ class Lines:
         self._file = file or sys.stdout
 
     def note(self, text: str):
-        print(text, file=self._file, flush=True)
+        self._file = stop_unread(self._file, text)
 
     def progress(self, step: int, steps: int, values: dict[str, float]):
         self.note(f"step {step:>{len(str(steps))}}/{steps}  {describe(values)}  ETA {_left(step, steps, values)}")

@@ -16,6 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import tomli_w
 
 from jaxpipe.errors import ConfigError
+from jaxpipe.models.fields import nearest
 
 Schema = Mapping[str, Mapping[str, Any]]
 """Section name -> key -> type annotation."""
@@ -137,8 +138,8 @@ def convert(value: Any, kind: Any, name: str) -> Any:
     if get_origin(kind) is Literal:
         if value in options and any(type(value) is type(option) for option in options):
             return value
-        near = difflib.get_close_matches(str(value), map(str, options), n=1, cutoff=0.0)
-        raise ConfigError(f"{name}={value!r} must be one of {', '.join(map(repr, options))}; try {near[0]!r}")
+        near = nearest(value, list(map(str, options)))
+        raise ConfigError(f"{name}={value!r} must be one of {', '.join(map(repr, options))}; try {near!r}")
     if get_origin(kind) in (Union, UnionType):
         return _convert_union(value, _alternatives(kind), name)
     if get_origin(kind) is tuple:

@@ -266,7 +266,7 @@ def test_what_does_not_fit_is_refused():
         init(block=Changes())
     with pytest.raises(PartitionError, match="returns bfloat16"):
         layer_of(2, block=Changes(), inputs=()).apply({"params": {"blocks": {}}}, x)
-    with pytest.raises(ConfigError, match="num_layers=0 must be at least 1"):
+    with pytest.raises(ConfigError, match="num_layers=0 must be a whole number of at least 1"):
         init(num_layers=0)
     with pytest.raises(ConfigError, match=r"streams='noise' must be a sequence of names; try streams=\('noise',\)"):
         init(streams="noise")

@@ -13,7 +13,7 @@ from flax import nnx
 from helpers import tree_allclose
 
 import jaxpipe as jp
-from jaxpipe.errors import ConfigError, PartitionError
+from jaxpipe.errors import ConfigError, PartitionError, ScheduleError
 from jaxpipe.nn import Pipelined
 from jaxpipe.runtime.sizes import memory_of
 from jaxpipe.schedule import build
@@ -313,7 +313,17 @@ def make(**options):
 @pytest.mark.parametrize(
     "options, error, words",
     [
-        ({"num_layers": 0}, ConfigError, "num_layers=0 must be at least 1"),
+        ({"num_layers": 0}, ConfigError, "num_layers=0 must be a whole number of at least 1"),
+        ({"num_layers": "4"}, ConfigError, "num_layers='4' must be a whole number of at least 1"),
+        ({"microbatches": 0}, ConfigError, "microbatches=0 must be a whole number of at least 1"),
+        ({"repeats": "2"}, ConfigError, "repeats='2' must be a whole number of at least 1"),
+        ({"mesh": 2}, ConfigError, "mesh is 2 but must be a Mesh; try jaxpipe.make_mesh"),
+        ({"schedule": "1f1b"}, ScheduleError, "schedule is '1f1b' but must be a Schedule; try jaxpipe.schedule.build"),
+        ({"rngs": 0}, ConfigError, r"rngs is 0 but must be a Rngs; try nnx.Rngs\(0\)"),
+        ({"block": nnx.Linear(D, D, rngs=nnx.Rngs(0))}, ConfigError, "block is a Linear but must be a factory"),
+        ({"remat": None}, ConfigError, "remat=None must be one of full, none, all or a policy"),
+        ({"stages": 2}, PartitionError, "stages=2 must hold one number of blocks for each"),
+        ({"inputs": "split"}, ConfigError, r"inputs='split' must be a sequence of words; try inputs=\('split',\)"),
         ({"num_layers": 5}, PartitionError, "5"),
         ({"microbatches": None}, ConfigError, "microbatches=None .* try microbatches=8"),
         ({"inputs": ("mask",)}, ConfigError, "'split', 'shared', 'constant'"),
@@ -326,6 +336,20 @@ def make(**options):
 def test_wrong_options_are_refused(options, error, words):
     with pytest.raises(error, match=words):
         make(**options)
+
+
+def test_stages_as_an_array():
+    assert make(stages=np.array([1, 3])).sweeps.layout.counts == (1, 3)
+
+
+def test_inputs_without_rows_and_second_derivatives_are_refused():
+    layer = make()
+    for wrong, found in ((3.0, r"x is float32\[\]"), (None, "x holds no array"), ([], "x holds no array")):
+        with pytest.raises(ConfigError, match=f"^{found} but must be an array"):
+            layer(wrong)
+    first = jax.grad(lambda x: layer(x, deterministic=True).sum())
+    with pytest.raises(ConfigError, match=r"^a pipelined layer has no second derivative \(jax.hessian"):
+        jax.grad(lambda x: first(x).sum())(x)
 
 
 def test_wrong_calls_are_refused():

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers import toy_batch, toy_model, toy_pipeline
 from jax.sharding import PartitionSpec
@@ -25,7 +26,7 @@ def test_too_few_devices():
     with pytest.raises(ConfigError) as error:
         jp.make_mesh(16)
     assert one_line(error) == (
-        "mesh pipe=16 needs 16 devices but there are 8 (cpu); try mesh.pipe=8 or mesh.simulate=16 to simulate them "
+        "mesh.pipe=16 needs 16 devices but there are 8 (cpu); try mesh.pipe=8 or mesh.simulate=16 to simulate them "
         "on the CPU"
     )
 
@@ -33,15 +34,15 @@ def test_too_few_devices():
 @pytest.mark.parametrize(
     ("sizes", "asked", "near"),
     [
-        ({"pipe": 2, "data": 8}, "pipe=2 * data=8 needs 16", "mesh.pipe=1"),
-        ({"pipe": 3, "fsdp": 3, "tensor": 1}, "pipe=3 * fsdp=3 needs 9", "mesh.pipe=2"),
-        ({"tensor": 9}, "tensor=9 needs 9", "mesh.tensor=8"),
+        ({"pipe": 2, "data": 8}, "mesh.pipe=2 * mesh.data=8 needs 16", "mesh.pipe=1"),
+        ({"pipe": 3, "fsdp": 3, "tensor": 1}, "mesh.pipe=3 * mesh.fsdp=3 needs 9", "mesh.pipe=2"),
+        ({"tensor": 9}, "mesh.tensor=9 needs 9", "mesh.tensor=8"),
     ],
 )
 def test_a_product_of_axes_that_is_too_large_names_both_numbers_and_the_nearest(sizes, asked, near):
     with pytest.raises(ConfigError) as error:
         jp.make_mesh(**sizes)
-    assert f"mesh {asked} devices but there are 8 (cpu); try {near} or mesh.simulate=" in one_line(error)
+    assert f"{asked} devices but there are 8 (cpu); try {near} or mesh.simulate=" in one_line(error)
 
 
 @dataclass
@@ -59,7 +60,7 @@ def test_processes_may_not_be_left_over():
     with pytest.raises(ConfigError) as error:
         jp.make_mesh(pipe=4, devices=devices)
     assert one_line(error) == (
-        "mesh pipe=4 uses 4 devices but the 2 processes have 8, and none may be left over; try mesh.data=2"
+        "mesh.pipe=4 uses 4 devices but the 2 processes have 8, and none may be left over; try mesh.data=2"
     )
 
 
@@ -314,13 +315,278 @@ def test_a_model_without_blocks_and_a_tie_to_nowhere():
     model = toy_model(2)
     with pytest.raises(PartitionError, match="must hold at least one block"):
         jp.Model(model.embed, [], model.head_loss)
-    with pytest.raises(PartitionError, match="must map a path 'head/…' or 'blocks/block/…' to a path 'embed/…'"):
+    with pytest.raises(PartitionError, match=r"must map a path 'head/…' or 'blocks/block/…' to a path 'embed/…'"):
         jp.Model(model.embed, model.blocks, model.head_loss, tie={"kernel": "embed/table"})
     tied = jp.Model(model.embed, model.blocks, model.head_loss, tie={"head/kernle": "embed/table"})
-    with pytest.raises(PartitionError, match="path 'kernle' has no 'kernle'; there is kernel, out"):
+    with pytest.raises(PartitionError, match=r"head has no leaf 'kernle'; try 'head/kernel'"):
         jp.sequential(tied).init(jax.random.key(0), toy_batch(2))
 
 
+def refusal(kind, call) -> str:
+    """What a call is refused with, one line of one kind of error."""
+    with pytest.raises(kind) as error:
+        call()
+    return one_line(error)
+
+
+def two_stages(model, **options) -> jp.Pipeline:
+    return jp.Pipeline(model, schedule=build("1f1b", devices=2, microbatches=2), mesh=jp.make_mesh(2), **options)
+
+
+def gradient_of(model):
+    """A whole step of a model, on two devices."""
+    pipe, batch = two_stages(model), toy_batch(4)
+    return jax.jit(pipe.value_and_grad)(pipe.init(jax.random.key(0), batch), batch)
+
+
+RULE = "head_loss.apply must return (loss_sum, weight) or (loss_sum, weight, metrics), two scalars first, but "
+
+
+@pytest.mark.parametrize(
+    ("returns", "message"),
+    [
+        (
+            lambda x: {"loss": x.sum(), "n": 1.0},
+            "returns a dict of 'loss', 'n'; try return out['loss'], weight, metrics",
+        ),
+        (lambda x: (x.sum((1, 2)), jnp.ones(2)), "loss_sum is float32[2]; try its sum over the rows"),
+        (lambda x: x.sum((1, 2)), "returns float32[2]; try (loss.sum(), 1.0 * loss.size)"),
+        (lambda x: x.sum(), "returns float32[]; try (loss_sum, weight), with the number of tokens or rows"),
+        (lambda x: (x.sum().astype(int), 1.0), "loss_sum is int32[]; try a floating-point number"),
+        (lambda x: (x.sum(), jnp.ones(2)), "weight is float32[2]; try what the loss was summed over, as one number"),
+        (lambda x: (x.sum(), 1.0, {}, 3), "returns 4 values; try"),
+        (lambda x: None, "returns None; try"),
+    ],
+)
+def test_what_a_head_returns(returns, message):
+    model = toy_model(2)
+    head = jp.HeadLoss(model.head_loss.init, lambda p, x, mb, key: returns(x))
+    whole = jp.Model(model.embed, model.blocks, head)
+    assert refusal(PartitionError, lambda: gradient_of(whole)).startswith(RULE + message)
+    oracle = jp.sequential(whole)
+    canonical = oracle.init(jax.random.key(0), toy_batch(2))
+    assert refusal(PartitionError, lambda: oracle.loss(canonical, toy_batch(2))).startswith(RULE + message)
+
+
+def test_a_plain_number_is_a_weight():
+    model = toy_model(2)
+    head = jp.HeadLoss(model.head_loss.init, lambda p, x, mb, key: (x.sum(), 2))
+    whole = jp.Model(model.embed, model.blocks, head)
+    pipe, oracle = two_stages(whole), jp.sequential(whole, row_groups=2)
+    params = pipe.init(jax.random.key(0), toy_batch(4))
+    wanted = oracle.loss(pipe.to_canonical(params), toy_batch(4))
+    assert jnp.allclose(pipe.loss(params, toy_batch(4)), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda own: own | {"extra": jnp.zeros(3)}, "extra is missing and float32[3]"),
+        (lambda own: own | {"scale": jnp.ones(4)}, "scale is float32[8] and float32[4]"),
+    ],
+)
+def test_blocks_of_one_kind_with_different_parameters(change, message):
+    model = toy_model(2)
+    first = replace(model.blocks[0], specs={})
+    second = replace(first, init=lambda key, x: change(first.init(key, x)))
+    mixed = jp.Model(model.embed, [first, second], model.head_loss)
+    expected = (
+        f"blocks 0 and 1 are of kind='block' but have different parameters: {message}; try kind='block1' for block 1"
+    )
+    assert refusal(PartitionError, lambda: two_stages(mixed).init(jax.random.key(0), toy_batch(4))) == expected
+    assert refusal(PartitionError, lambda: jp.sequential(mixed).init(jax.random.key(0), toy_batch(4))) == expected
+
+
+@pytest.mark.parametrize(
+    ("tie", "message"),
+    [
+        ({"head/out/bias": "embed/table"}, "joins float32[12] and float32[12, 8], which must be alike; try leaving"),
+        (
+            {"blocks/block/scale": "embed/table"},
+            "joins float32[8] and float32[12, 8], which must be alike; try leaving",
+        ),
+        ({"head/kernel": "embed/tabel"}, "names 'embed/tabel', but embed has no leaf 'tabel'; try 'embed/table'"),
+        ({"blocks/block/scael": "embed/table"}, "but blocks/block has no leaf 'scael'; try 'blocks/block/scale'"),
+        ({"head/out": "embed/table"}, "names 'head/out', but head has no leaf 'out'; try 'head/out/bias'"),
+    ],
+)
+def test_ties_of_leaves_that_are_not_alike_or_not_there(tie, message):
+    model = toy_model(2)
+    tied = jp.Model(model.embed, model.blocks, model.head_loss, tie=tie)
+    for make in (two_stages(tied).init, jp.sequential(tied).init):
+        text = refusal(PartitionError, lambda make=make: make(jax.random.key(0), toy_batch(4)))
+        assert text.startswith(f"tie={tie}") and message in text
+
+
+def test_random_keys_do_not_pass_from_block_to_block():
+    model = toy_model(2)
+    embed = jp.Embed(model.embed.init, lambda p, mb, key: {"x": model.embed.apply(p, mb, key), "k": jax.random.key(0)})
+    whole = jp.Model(embed, [jp.Block(lambda key, c: {}, lambda p, c, mb, key: c)] * 2, model.head_loss)
+    message = "carry['k'] is key<fry>[] but what passes from block to block must be numbers; try the key that embed,"
+    assert refusal(PartitionError, lambda: jp.sequential(whole).init(jax.random.key(0), toy_batch(4))).startswith(
+        message
+    )
+    nothing = replace(embed, apply=lambda p, mb, key: None)
+    whole = jp.Model(nothing, whole.blocks, model.head_loss)
+    message = "embed.apply returns no array but must return what the first block is given; try [rows, …]"
+    assert refusal(PartitionError, lambda: two_stages(whole).init(jax.random.key(0), toy_batch(4))) == message
+
+
+def called_back(x):
+    return jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+
+@pytest.mark.parametrize("remat", ["full", "none"])
+def test_parts_that_cannot_be_differentiated_are_named(remat):
+    model = toy_model(2)
+    block = replace(model.blocks[0], apply=lambda p, x, mb, key: called_back(model.blocks[0].apply(p, x, mb, key)))
+    head = replace(model.head_loss, apply=lambda p, x, mb, key: model.head_loss.apply(p, called_back(x), mb, key))
+    whiles = lambda p, x, mb, key: jax.lax.while_loop(lambda x: x.sum() < 0, lambda x: x + p["scale"].sum(), x)  # noqa: E731
+    for parts, name, reason in [
+        ({"blocks": [block] * 2}, "blocks[0].apply", "Pure callbacks do not support JVP"),
+        (
+            {"blocks": [replace(block, apply=whiles)] * 2},
+            "blocks[0].apply",
+            "Reverse-mode differentiation does not work",
+        ),
+        ({"head_loss": head}, "head_loss.apply", "Pure callbacks do not support JVP"),
+    ]:
+        pipe = two_stages(replace(model, **parts), remat=remat)
+        params = pipe.init(jax.random.key(0), toy_batch(4))
+        text = refusal(PartitionError, lambda pipe=pipe, params=params: pipe.value_and_grad(params, toy_batch(4)))
+        assert (
+            text.startswith(f"{name} cannot be differentiated: {reason}") and "; try jax.custom_vjp around it" in text
+        )
+
+
+def test_what_a_part_does_wrong_itself_is_not_explained_away():
+    model = toy_model(2)
+    block = replace(model.blocks[0], apply=lambda p, x, mb, key: x + p["up"])
+    pipe = two_stages(replace(model, blocks=[block] * 2))
+    params = pipe.init(jax.random.key(0), toy_batch(4))
+    with pytest.raises((TypeError, ValueError), match=r"broadcast|rank"):
+        pipe.value_and_grad(params, toy_batch(4))
+
+
+NOT_ROWS = "but must be an array with the rows first, [B, …]; try "
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda b: jax.tree.map(lambda x: x.tolist(), b),
+            f"batch['mask'][0][0] is one float {NOT_ROWS}numpy.asarray of",
+        ),
+        (
+            lambda b: [b, b],
+            "batch is a list of 2 batches but must be one whose leaves are [B, …], which the pipeline cuts",
+        ),
+        (
+            lambda b: b | {"step": 3},
+            f"batch['step'] is one int {NOT_ROWS}one value per row, or a constant of the model",
+        ),
+        (
+            lambda b: b | {"step": jnp.ones(())},
+            f"batch['step'] is one float32 {NOT_ROWS}one value per row, or a constant",
+        ),
+        (
+            lambda b: b | {"name": "x"},
+            "batch['name'] is the text 'x' but must be an array of numbers [B, …]; try leaving",
+        ),
+        (lambda b: {}, "batch holds no array but must have leaves [B, …]; try {'tokens': …, 'targets': …}"),
+        (lambda b: {"tokens": b["tokens"]}, "the batch has no 'targets', which the model reads, but 'tokens'; try"),
+    ],
+)
+def test_batches_that_are_no_tree_of_arrays(change, message):
+    pipe, batch = two_stages(toy_model(2)), toy_batch(4)
+    oracle = jp.sequential(pipe.model)
+    params = pipe.init(jax.random.key(0), batch)
+    canonical = pipe.to_canonical(params)
+    for call in (pipe.loss, pipe.value_and_grad):
+        assert refusal(ConfigError, lambda call=call: call(params, change(batch))).startswith(message)
+    assert refusal(ConfigError, lambda: oracle.loss(canonical, change(batch))).startswith(message)
+
+
+def test_keys_that_are_none():
+    pipe, batch = two_stages(toy_model(2)), toy_batch(4)
+    params = pipe.init(jax.random.key(0), batch)
+    rule = "must be one key of jax.random, or None for deterministic; try"
+    for key, message in [
+        (3, f"key=3 {rule} jax.random.key(3)"),
+        ("dropout", f"key=dropout {rule} jax.random.key(0)"),
+        (jnp.zeros(2), f"key=float32[2] {rule} jax.random.key(0)"),
+        (jax.random.split(jax.random.key(0)), "key has shape [2] but must be one key of jax.random; try key[0], or"),
+    ]:
+        for call in (pipe.loss, pipe.value_and_grad):
+            assert refusal(ConfigError, lambda call=call, key=key: call(params, batch, key)).startswith(message)
+    assert "try jax.random.key(3)" in refusal(ConfigError, lambda: pipe.init(3, batch))
+    assert refusal(ConfigError, lambda: jp.sequential(pipe.model).init(None, batch)) == (
+        "key=None must be a key of jax.random to make parameters with; try jax.random.key(0)"
+    )
+
+
+def test_parameters_of_something_else():
+    pipe, batch = two_stages(toy_model(2)), toy_batch(4)
+    params = pipe.init(jax.random.key(0), batch)
+    canonical, oracle = pipe.to_canonical(params), jp.sequential(pipe.model)
+    for call in (lambda p: pipe.loss(p, batch), lambda p: jax.jit(pipe.value_and_grad)(p, batch), pipe.to_canonical):
+        assert refusal(PartitionError, lambda call=call: call(canonical)) == (
+            "params is a canonical tree, whose blocks are by kind (block), but a pipeline takes its own; "
+            "try pipe.from_canonical(params)"
+        )
+    for call in (pipe.from_canonical, lambda p: oracle.loss(p, batch)):
+        assert "try pipe.to_canonical(params)" in refusal(PartitionError, lambda call=call: call(params))
+    assert refusal(PartitionError, lambda: pipe.loss({"params": params}, batch)) == (
+        "the parameters' tree has the keys 'params' but must hold 'embed', 'blocks' and 'head'; try its 'params'"
+    )
+    other = two_stages(toy_model(4)).init(jax.random.key(0), batch)
+    assert "try pipe.from_canonical(other.to_canonical(params))" in refusal(
+        PartitionError, lambda: pipe.loss(other, batch)
+    )
+
+
+def test_options_that_are_something_else():
+    model, schedule, mesh = toy_model(4), build("1f1b", devices=2, microbatches=2), jp.make_mesh(2)
+    make = lambda **options: jp.Pipeline(**({"model": model, "schedule": schedule, "mesh": mesh} | options))  # noqa: E731
+    for option, kind, message in [
+        ({"model": None}, ConfigError, "model is None but must be a Model; try jaxpipe.nn.from_nnx"),
+        ({"schedule": "1f1b"}, ScheduleError, "schedule is '1f1b' but must be a Schedule; try jaxpipe.schedule.build("),
+        ({"mesh": 2}, ConfigError, "mesh is 2 but must be a Mesh; try jaxpipe.make_mesh(pipe=2)"),
+        ({"costs": 3}, ScheduleError, "costs is 3 but must be a Costs; try Costs("),
+        ({"remat": None}, ConfigError, "remat=None must be one of full, none, all or a policy of jax.checkpoint; try"),
+        (
+            {"stages": 2},
+            PartitionError,
+            "stages=2 must hold one number of blocks for each of devices=2 * repeats=1 = 2",
+        ),
+        ({"stages": [True, 3]}, PartitionError, "stages=[True, 3] must hold one number of blocks"),
+        ({"stages": [1.5, 2.5]}, PartitionError, "stages=[1.5, 2.5] must hold one number of blocks"),
+    ]:
+        assert refusal(kind, lambda option=option: make(**option)).startswith(message)
+    assert make(stages=np.array([1, 3])).stages == make(stages=jnp.array([1, 3])).stages == (1, 3)
+
+
+def test_axes_that_there_are_not():
+    for axes, near in [({"expert": 2}, "fsdp=2"), ({"dp": 4}, "data=4"), ({"tensr": 2}, "tensor=2")]:
+        (name, size), *_ = axes.items()
+        message = f"mesh.{name}={size} is no axis; there are pipe, data, fsdp, tensor; try {near}"
+        assert refusal(ConfigError, lambda axes=axes: jp.make_mesh(**axes)) == message
+    for devices in (2, [], [0, 1]):
+        message = f"devices={devices!r} must be a sequence of JAX's devices; try jax.devices()[:2]"
+        assert refusal(ConfigError, lambda devices=devices: jp.make_mesh(2, devices=devices)) == message
+    assert jp.make_mesh(np.int64(2)).shape["pipe"] == 2  # pyright: ignore[reportArgumentType]
+
+
+def test_models_of_something_else():
+    block = toy_model(1).blocks[0]
+    for blocks, found in [(block, "blocks is a Block"), (4, "blocks is a int"), ([len], "blocks[0] is a builtin")]:
+        text = refusal(PartitionError, lambda blocks=blocks: jp.Model(None, blocks, None))
+        assert text.startswith(found) and "but blocks must be a list of jaxpipe.Block, one per layer" in text
+    text = refusal(PartitionError, lambda: jp.Model(None, [block], None, tie=[("head/kernel", "embed/table")]))  # pyright: ignore
+    assert "must map paths to paths; try {'head/kernel': 'embed/table'}" in text
+
+
 def test_row_groups_of_the_oracle():
-    with pytest.raises(ConfigError, match="row_groups=0 must be at least 1; try 1"):
+    with pytest.raises(ConfigError, match="row_groups=0 must be a whole number of at least 1; try 1"):
         jp.sequential(toy_model(1), row_groups=0)

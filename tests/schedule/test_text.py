@@ -114,7 +114,9 @@ def test_an_order_that_deadlocks_across_rows_is_refused_at_its_column():
         from_csv(crossed)
     first, *grid = str(refusal.value).splitlines()
     assert first == (
-        "row 0, cell 2 0B0: needs B or I of stage 1, microbatch 0 before it, which device 1 never reaches (deadlock)"
+        "row 0, cell 2 0B0: needs B or I of stage 1, microbatch 0 before it, which device 1 never reaches: 1B0 is "
+        "behind 1F1, and 1F1 needs F of stage 0, microbatch 1 before it, which device 0 never reaches: 0F1 is behind "
+        "0B0 (deadlock)"
     )
     assert grid[0].startswith("0F0 >0B0<")
 

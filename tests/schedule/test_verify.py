@@ -146,7 +146,9 @@ def test_deadlock_across_rows_names_both_devices_and_marks_the_cell():
 
 
 def test_own_order_is_blamed_before_what_it_blocks():
-    with pytest.raises(ScheduleError, match="row 1, cell 0 1B0: needs F of stage 1, microbatch 0 before it\n"):
+    with pytest.raises(
+        ScheduleError, match="row 1, cell 0 1B0: needs F of stage 1, microbatch 0 before it, and 1F0 is in cell 1\n"
+    ):
         verify(by_hand("0F0 0B0", "1B0 1F0", microbatches=1))
 
 
