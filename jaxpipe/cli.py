@@ -22,6 +22,7 @@ from jaxpipe import (
     cli_serve,
 )
 from jaxpipe.errors import JaxpipeError
+from jaxpipe.screen import screened
 
 if TYPE_CHECKING:
     from jaxpipe.train.processes import Crew
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 3
 
 
+@screened()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command `jaxpipe`.
 

@@ -6,6 +6,8 @@ This is the only file of the package that writes to the screen.
 import sys
 from typing import Protocol, TextIO
 
+from jaxpipe.screen import behind, printable
+
 
 class Report(Protocol):
     """Who is told what happens."""
@@ -37,7 +39,7 @@ class Lines:
         self._file = file or sys.stdout
 
     def note(self, text: str):
-        print(text, file=self._file, flush=True)
+        print(printable(text), file=self._file, flush=True)
 
     def progress(self, step: int, steps: int, values: dict[str, float]):
         self.note(f"step {step:>{len(str(steps))}}/{steps}  {describe(values)}  ETA {_left(step, steps, values)}")
@@ -53,14 +55,16 @@ class Live:
     """
 
     def __init__(self, console=None):
+        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+        console = console or Console(file=behind(sys.stdout))
         columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
         self._progress = Progress(*columns, console=console, auto_refresh=False)
         self._task = None
 
     def note(self, text: str):
-        self._progress.console.print(text, markup=False, highlight=False)
+        self._progress.console.print(printable(text), markup=False, highlight=False)
 
     def progress(self, step: int, steps: int, values: dict[str, float]):
         text = f"{describe(values)}  ETA {_left(step, steps, values)}"
