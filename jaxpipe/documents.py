@@ -5,6 +5,7 @@ that no file can eat the memory, overflow the stack or hand on a number that no 
 """
 
 import json
+import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -108,6 +109,16 @@ def check_depth(value: Any, most: int = MAX_DEPTH) -> None:
         depth += 1
         if depth > most:
             raise _too_deep()
+
+
+def shown(value: Any) -> str:
+    """A value that somebody else wrote, short enough for a message, whatever its size and depth."""
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 60
 
 
 def _inside(value: dict[str, Any] | list[Any]) -> Any:

@@ -1,17 +1,18 @@
 """Text to tokens and back: by a model's own tokenizer.json, else byte by byte."""
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from jaxpipe.documents import read_object, read_text
 from jaxpipe.errors import ConfigError
 from jaxpipe.train.chat import render
 
 FILE, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
-TEMPLATE = "chat_template.jinja"
+TEMPLATE, MAX_TEMPLATE = "chat_template.jinja", 1 << 20
+"""Its name, and its longest size in bytes."""
 FILES = (
     FILE,
     SETTINGS,
@@ -156,7 +157,7 @@ class FileTokenizer:
     def _template(self) -> str | None:
         file = self.path / TEMPLATE
         if file.is_file():
-            return file.read_text(encoding="utf-8")
+            return read_text(file, ConfigError, most=MAX_TEMPLATE)
         own = self._settings.get("chat_template", _read_json(self.path / "chat_template.json").get("chat_template"))
         if isinstance(own, list):  # several with names
             named = {each.get("name"): each.get("template") for each in own if isinstance(each, Mapping)}
@@ -206,8 +207,4 @@ def copy_tokenizer(source: str | Path, to: Path, *others: str) -> str | None:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
-    return table if isinstance(table, dict) else {}
+    return read_object(path, ConfigError)

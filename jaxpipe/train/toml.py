@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 
+from jaxpipe.documents import MAX_BYTES, check_depth, shown
 from jaxpipe.errors import ConfigError
 
 Schema = Mapping[str, Mapping[str, Any]]
@@ -29,14 +30,23 @@ def read(path: str | Path) -> dict[str, dict[str, Any]]:
     """
     path = Path(path)
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise ConfigError(f"config file {path} is longer than {MAX_BYTES:,} bytes")
+        tables = tomllib.loads(text.decode("utf-8").replace("\r\n", "\n"))
+        check_depth(tables)
     except FileNotFoundError as error:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1, cutoff=0.4)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise ConfigError(f"config file {path} does not exist{hint}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}") from error
-    except tomllib.TOMLDecodeError as error:
+    except ConfigError:
+        raise
+    except RecursionError as error:
+        raise ConfigError(f"config file {path} is nested too deeply") from error
+    except ValueError as error:  # TOMLDecodeError, whole numbers of thousands of digits, a name with a null character
         raise ConfigError(f"config file {path} is not TOML: {error}") from error
     for key, value in tables.items():
         if not isinstance(value, dict):
@@ -134,6 +144,8 @@ def convert(value: Any, kind: Any, name: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{name}={value!r} must be a list; try {[value]!r}")
         return tuple(convert(item, options[0], name) for item in value)
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{name}={shown(value)} must be below 2**63; try {2**31}")
     if kind is float and type(value) is int:
         return float(value)
     if kind is int and type(value) is float and value.is_integer():
@@ -172,7 +184,7 @@ def _literal(text: str, kind: Any) -> Any:
     """The value that `text` stands for on the command line, where strings need no quotes and lists no brackets."""
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text
     kinds = _alternatives(kind)
     lists = [kind for kind in kinds if get_origin(kind) is tuple]

@@ -6,8 +6,9 @@ from typing import Any, NoReturn
 
 from starlette.requests import ClientDisconnect, Request
 
+from jaxpipe.documents import shown
 from jaxpipe.infer.server.limits import Limits
-from jaxpipe.infer.server.problem import Problem, shown
+from jaxpipe.infer.server.problem import Problem
 
 LINGER_BYTES, LINGER_S = 64 << 20, 2.0
 """How much of a body that nobody wants is read all the same."""

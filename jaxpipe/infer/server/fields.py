@@ -10,7 +10,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxpipe.infer.server.problem import Problem, shown
+from jaxpipe.documents import shown
+from jaxpipe.infer.server.problem import Problem
 
 LARGEST = 1e30
 """Of any number; far from where whole numbers of JSON, which have no end, fit in no float."""

@@ -1,8 +1,9 @@
 """From the prompts of a request to token ids that the engine has room for."""
 
+from jaxpipe.documents import shown
 from jaxpipe.errors import ConfigError
 from jaxpipe.infer.server.limits import Limits
-from jaxpipe.infer.server.problem import Problem, shown
+from jaxpipe.infer.server.problem import Problem
 from jaxpipe.infer.server.protocol import Tokenizer
 from jaxpipe.infer.server.schemas import Ask, Prompt
 

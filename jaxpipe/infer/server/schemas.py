@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jaxpipe.documents import shown
 from jaxpipe.infer.server.fields import (
     Field,
     anything,
@@ -20,7 +21,7 @@ from jaxpipe.infer.server.fields import (
     unsupported,
     whole,
 )
-from jaxpipe.infer.server.problem import Problem, shown
+from jaxpipe.infer.server.problem import Problem
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 ROLES = ("system", "developer", "user", "assistant")

@@ -3,10 +3,11 @@
 import time
 from dataclasses import dataclass, field
 
+from jaxpipe.documents import shown
 from jaxpipe.infer.server.desk import Desk
 from jaxpipe.infer.server.limits import Limits
 from jaxpipe.infer.server.metrics import Metrics
-from jaxpipe.infer.server.problem import Problem, engine_failed, shown
+from jaxpipe.infer.server.problem import Problem, engine_failed
 from jaxpipe.infer.server.prompts import Prompts
 from jaxpipe.infer.server.protocol import Engine, Tokenizer
 
