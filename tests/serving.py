@@ -13,7 +13,9 @@ import openai
 
 from jaxpipe.infer.server import Auth, Limits, Server, Service, listen_on, url_of
 
-POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+POST = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+)
 
 
 @dataclass

@@ -120,7 +120,7 @@ def _typed(kind: Any, value: Any) -> Any:
         ValueError, KeyError, TypeError, AttributeError: It is none.
     """
     inner = get_args(kind)
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         hints = get_type_hints(kind)
         return kind(**{name: _typed(hints[name], own) for name, own in value.items()})
     if get_origin(kind) in (dict, Mapping):
