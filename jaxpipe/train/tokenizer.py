@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from jaxpipe.documents import read_object, read_text
 from jaxpipe.errors import ConfigError
 from jaxpipe.train.chat import render
+from jaxpipe.train.panics import no_panics
 
 FILE, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 TEMPLATE, MAX_TEMPLATE = "chat_template.jinja", 1 << 20
@@ -137,13 +138,16 @@ class FileTokenizer:
                 return found
         return []
 
+    @no_panics()
     def encode(self, text: str) -> list[int]:
         bos = self._special("bos_token")  # a chat template has written it already
         return self._own.encode(text, add_special_tokens=not (bos and text.startswith(bos))).ids
 
+    @no_panics()
     def pieces(self, text: str) -> list[int]:
         return self._own.encode(text, add_special_tokens=False).ids
 
+    @no_panics()
     def decode(self, tokens: Sequence[int]) -> str:
         return self._own.decode([int(token) for token in tokens], skip_special_tokens=True)
 
@@ -184,7 +188,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     if not path.exists():
         raise ConfigError(f"tokenizer {path} does not exist; name a folder with a {FILE}")
-    return FileTokenizer(path.parent if path.name == FILE else path)
+    with no_panics():
+        return FileTokenizer(path.parent if path.name == FILE else path)
 
 
 def copy_tokenizer(source: str | Path, to: Path, *others: str) -> str | None:

@@ -7,6 +7,7 @@ a `ConfigError` that names the key, the value and the nearest valid choice. TOML
 
 import difflib
 import math
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 
-from jaxpipe.documents import MAX_BYTES, check_depth, shown
+from jaxpipe.documents import MAX_BYTES, MAX_DEPTH, check_depth, shown
 from jaxpipe.errors import ConfigError
 
 Schema = Mapping[str, Mapping[str, Any]]
@@ -34,6 +35,8 @@ def read(path: str | Path) -> dict[str, dict[str, Any]]:
             text = file.read(MAX_BYTES + 1)
         if len(text) > MAX_BYTES:
             raise ConfigError(f"config file {path} is longer than {MAX_BYTES:,} bytes")
+        if any(word.count(b".") > MAX_DEPTH for word in re.split(rb"[\s,=\[\]{}]+", text)):
+            raise RecursionError  # a key of thousands of parts, for which the parser takes minutes
         tables = tomllib.loads(text.decode("utf-8").replace("\r\n", "\n"))
         check_depth(tables)
     except FileNotFoundError as error:
