@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -239,19 +240,21 @@ class Fragile(Bytes):
 
 
 @pytest.mark.parametrize("error", [ValueError("no text"), MemoryError(), Panic("index out of bounds")])
-def test_an_error_of_one_request_ends_it_alone(generator, wanted, error):
+def test_an_error_of_one_request_ends_it_alone(generator, engine, error):
+    asked = [Request(GIVEN[0], Sampling(temperature=2.0, seed=n, max_new_tokens=NEW)) for n in range(4)]
+    wanted = [tokens(engine.submit(request)) for request in asked]
     bad = next(token for token in wanted[0] if any(token not in other for other in wanted))
-    others = [n for n, other in enumerate(wanted) if bad not in other]
-    with Engine(generator, Fragile(bad, error), queue=100) as engine:
-        hit = engine.submit(Request(GIVEN[0], Sampling(max_new_tokens=NEW), n=2))
-        spared = [engine.submit(Request(GIVEN[n], Sampling(max_new_tokens=NEW))) for n in others]
+    spared = [n for n, other in enumerate(wanted) if bad not in other]
+    with Engine(generator, Fragile(bad, error), queue=100) as fragile:
+        hit = fragile.submit(replace(asked[0], n=2))
+        others = [fragile.submit(asked[n]) for n in spared]
         with pytest.raises(RequestError, match=type(error).__name__) as caught:
             tokens(hit)
         assert caught.value.__cause__ is error
-        assert [tokens(handle) for handle in spared] == [wanted[n] for n in others]
-        assert idle(engine)
-        assert engine.error is None
-        assert engine.metrics()["failed_total"] >= 1
+        assert [tokens(handle) for handle in others] == [wanted[n] for n in spared]
+        assert idle(fragile)
+        assert fragile.error is None
+        assert fragile.metrics()["failed_total"] >= 1
 
 
 def test_a_row_that_cannot_be_made_ends_its_request_alone(generator, wanted, monkeypatch):
