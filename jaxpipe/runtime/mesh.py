@@ -197,6 +197,10 @@ def settled(arrays):
     return jax.block_until_ready(arrays)
 
 
+MAX_SIMULATED = 4096
+"""Simulated devices of a process."""
+
+
 def simulate_devices(count: int) -> None:
     """Makes the CPU look like `count` devices. Call it before anything else touches JAX's devices.
 
@@ -212,6 +216,8 @@ def simulate_devices(count: int) -> None:
     """
     if not isinstance(count, int) or count < 1:
         raise ConfigError(f"mesh.simulate={count!r} must be a whole number of at least 1; try 4")
+    if count > MAX_SIMULATED:
+        raise ConfigError(f"mesh.simulate={count} must be at most {MAX_SIMULATED}, each has threads of its own; try 8")
     if count > 1:
         os.environ.setdefault("NPROC", str(max(2 * count, os.cpu_count() or 1)))
     try:

@@ -120,7 +120,7 @@ def test_a_tokenizer_that_fails_is_one_answer_in_json(text):
     with odd() as (served, http):
         failed = http.post("/v1/completions", json=ONE | {"prompt": text})
         error = failed.json()["error"]
-        assert (failed.status_code, "\n" in error["message"]) == (500, False)
+        assert (failed.status_code, error["code"], "\n" in error["message"]) == (500, "tokenizer_failed", False)
         assert http.post("/v1/completions", json=ONE).status_code == 200
         assert served.service.health() is None
 
@@ -136,6 +136,34 @@ def test_a_client_that_leaves_and_a_server_that_stops_wait_for_no_prompt():
         served.server.stop("the test")
         assert answer(left)[0] == 503
         left.close()
+
+
+HANGING = """
+import sys, threading
+from fake_engine import Bytes, FakeEngine
+from jaxpipe.infer.server import Auth, Limits, Server, Service, listen_on
+class Hanging(Bytes):
+    def encode(self, text):
+        print("hangs", flush=True)
+        threading.Event().wait()  # as code that no exception reaches
+service = Service(FakeEngine(), Hanging(), "tiny", Limits(), ())
+note = lambda text: print(text, flush=True)
+sys.exit(Server(service, Auth(), listen_on("127.0.0.1", 0), grace_s=0.2, note=note).run())
+"""
+
+
+def test_sigterm_ends_a_server_in_which_a_prompt_hangs():
+    process = subprocess.Popen([sys.executable, "-c", HANGING], stdout=subprocess.PIPE, text=True, cwd="tests")
+    assert process.stdout is not None
+    host, port = process.stdout.readline().split()[-1].removeprefix("http://").removesuffix("/v1").split(":")
+    body = json.dumps(ONE).encode()
+    with socket.create_connection((host, int(port)), timeout=30) as sock:
+        sock.sendall(POST % len(body) + body)
+        assert process.stdout.readline() == "hangs\n"
+        process.terminate()
+        assert answer(sock)[0] == 503
+        assert process.wait(20) == 1
+    process.stdout.close()
 
 
 def test_a_long_body_of_small_things_is_refused_beside_the_event_loop():

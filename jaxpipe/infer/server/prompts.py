@@ -102,7 +102,7 @@ class Prompts:
     def _encode(self, text: str) -> list[int]:
         try:
             return self._tokenizer.encode(text)
-        except Exception as error:
+        except BaseException as error:  # see `decode`
             raise _tokenizer_failed(error) from error
 
     def _check_room(self, name: str, tokens: list[int], ask: Ask):
