@@ -25,6 +25,7 @@ class Served:
     url: str
     service: Service
     server: Server
+    tokenizer: Any = None
 
     def client(self, key: str = "none", **options: Any) -> openai.OpenAI:
         """OpenAI's client, which does not try again by itself."""
@@ -60,7 +61,7 @@ def serving(
     sock = listen_on("127.0.0.1", 0)
     ready = threading.Event()
     server = Server(service, Auth(keys), sock, note=lambda text: ready.set(), **options)
-    served = Served(url_of(sock), service, server)
+    served = Served(url_of(sock), service, server, tokenizer)
     thread = threading.Thread(target=server.run)
     thread.start()
     assert ready.wait(30)

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomli_w
@@ -192,9 +193,10 @@ def test_configs(tmp_path):
 def test_profiles(tmp_path):
     from jaxpipe.plan.cost import BlockCost, LaneTimes, ModelCosts
 
-    sizes = {"full": 1.0}
+    sizes: Any = {"full": 1.0}
     block = BlockCost({"full": LaneTimes(1.0, 1.0, 1.0, 2.0)}, sizes, sizes, sizes, sizes, 1.0)
-    costs = ModelCosts("measured", 2, 1, {"block": block}, *[1.0] * 7, 4, 4)
+    numbers = [1.0] * 7
+    costs = ModelCosts("measured", 2, 1, {"block": block}, *numbers, dtype_bytes=4, param_bytes=4)
     profile = Profile("cpu", "cpu", 2, {"d_model": 16}, {2: costs}, ((1024.0, 1e-4), (4096.0, 2e-4)), 1e10)
     file = tmp_path / "profile.json"
 

@@ -99,8 +99,8 @@ def test_prompts_that_hang_get_504_and_hold_up_nobody():
         for thread in threads:
             thread.join()
         assert {(each.status_code, each.json()["error"]["code"]) for each in answers} == {(504, "prompt_timeout")}
-        wait_for(lambda: served.service.prompts._tokenizer.ended == ["spin"] * 2)  # Python code is ended
-        assert len(served.service.desk) == 0
+        wait_for(lambda: served.tokenizer.ended == ["spin"] * 2)  # Python code is ended
+        wait_for(lambda: len(served.service.desk) == 0)
 
 
 def test_when_too_many_threads_hang_it_is_said():
@@ -110,7 +110,7 @@ def test_when_too_many_threads_hang_it_is_said():
             assert http.post("/v1/completions", json=ONE | {"prompt": "hang"}).status_code == 504
         full = http.post("/v1/completions", json=ONE)
         assert (full.status_code, full.json()["error"]["code"]) == (503, "busy")
-        served.service.prompts._tokenizer.over.set()
+        served.tokenizer.over.set()
         wait_for(lambda: served.service.pool._threads == 0)
         assert http.post("/v1/completions", json=ONE).status_code == 200
 
@@ -166,7 +166,7 @@ def test_sigterm_ends_a_server_in_which_a_prompt_hangs():
     process.stdout.close()
 
 
-def test_a_long_body_of_small_things_is_refused_beside_the_event_loop():
+def test_a_long_body_of_small_things_is_refused_beside_the_event_loop(monkeypatch):
     body = json.dumps({"messages": [{"role": "user", "content": ""}] * 100_000}).encode()
     tokens = json.dumps(ONE | {"prompt": [1] * 900_000}).encode()
     with odd() as (served, http):
@@ -177,7 +177,7 @@ def test_a_long_body_of_small_things_is_refused_beside_the_event_loop():
             seen.append(threading.current_thread().name)
             before(*given)
 
-        served.service.prompts._check_choices = look
+        monkeypatch.setattr(served.service.prompts, "_check_choices", look)
         refused = http.post(CHAT, content=body, headers=JSON)
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "messages")
         assert "100000 entries and may have 4096" in refused.text

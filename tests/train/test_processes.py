@@ -9,9 +9,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -162,7 +164,7 @@ def test_strangers_are_ignored_and_who_comes_again_is_welcome():
         waiting.result()[0][1].close()
 
 
-def meeting(*given: Place, strangers=(), timeout_s: float = 5.0) -> list:
+def meeting(*given: Place, strangers: Sequence[Any] = (), timeout_s: float = 5.0) -> list:
     """What each place gets while strangers send lines to process 0 and keep their connections open."""
     zero, *others = given
     with ExitStack() as stack, ThreadPoolExecutor(len(given)) as pool:
@@ -176,7 +178,7 @@ def meeting(*given: Place, strangers=(), timeout_s: float = 5.0) -> list:
                     time.sleep(0.01)
             nonce = json.loads(sock.makefile("rb").readline())["nonce"]
             with suppress(OSError):
-                sock.sendall(line(nonce) if callable(line) else line)
+                sock.sendall(line if isinstance(line, bytes) else line(nonce))
         came = [pool.submit(answer, place, timeout_s) for place in others]
         return [future.exception() or future.result() for future in (waiting, *came)]
 

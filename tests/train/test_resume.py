@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from jaxpipe.cli import main
 from jaxpipe.errors import CheckpointError, ConfigError
@@ -161,7 +162,7 @@ RUNS = {
 def test_another_mesh_holds_the_same_state(whole, mesh):
     config, out = whole
     path = find(str(out))
-    leaves = read_meta(path).leaves
+    leaves = read_meta(epath.Path(path)).leaves
     assert checksums(config(*mesh), path) == {name: leaf["sum"] for name, leaf in leaves.items()}
     for part in ("params/", "opt_state/"):
         assert {leaf["shape"][0] for name, leaf in leaves.items() if name.startswith(part) and "/blocks/" in name} == {
@@ -251,7 +252,7 @@ def lie(path: Path, **facts):
 
 def resize(path: Path, shape: list):
     """Has a description give its largest leaf another shape."""
-    leaves = read_meta(path).leaves
+    leaves = read_meta(epath.Path(path)).leaves
     name = max(leaves, key=lambda name: np.prod(leaves[name]["shape"]))
     lie(path, leaves=leaves | {name: leaves[name] | {"shape": shape}})
 
