@@ -26,6 +26,7 @@ from jaxpipe import (
 )
 from jaxpipe.errors import JaxpipeError
 from jaxpipe.reader import ends_unread
+from jaxpipe.screen import screened
 
 if TYPE_CHECKING:
     from jaxpipe.train.processes import Crew
@@ -34,6 +35,7 @@ DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 3
 
 
 @ends_unread
+@screened()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command `jaxpipe`.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxpipe import cli_generator
 from jaxpipe.errors import ConfigError
+from jaxpipe.screen import for_text
 
 if TYPE_CHECKING:
     from jaxpipe.infer import Handle, Sampling
@@ -98,12 +99,12 @@ def _answer(options: argparse.Namespace, loaded: "Loaded", texts: list[str], pro
     for answer in answers:
         if len(answers) > 1:
             print(f"--- {answer['prompt'][:40]!r}, answer {answer['index'] + 1} of {options.n} ---")
-        print(answer["text"])
+        print(answer["text"], file=for_text(sys.stdout))
 
 
 def _stream(handle: "Handle"):
     for piece in handle:
-        print(piece.text, end="", flush=True)
+        print(piece.text, end="", flush=True, file=for_text(sys.stdout))
     print()
 
 

@@ -20,6 +20,7 @@ from jaxpipe.schedule.costs import Costs
 from jaxpipe.schedule.ir import Schedule
 from jaxpipe.schedule.show.timeline import hop_count
 from jaxpipe.schedule.simulate import Runtime, Timing, simulate
+from jaxpipe.screen import behind, printable
 
 RUNTIMES = ("async", "lockstep", "lockstep_local")
 
@@ -99,13 +100,14 @@ def _run(options: argparse.Namespace) -> None:
             answer: dict[str, Any] = results[0] | priced | ({"reason": reason} if reason else {})
         else:
             answer = {"schedules": results, "left_out": left_out} | priced
-        print(json.dumps(answer, indent=1, ensure_ascii=False))
+        print(json.dumps(answer, indent=1))
     elif options.compare is not None:
         print(_table(results))
         for name, reason in left_out.items():
             print(f"left out: {name}: {reason}")
     else:
-        print(_report(schedules[0], results[0], show.timeline(schedules[0], costs, options.runtime).note))
+        note = show.timeline(schedules[0], costs, options.runtime).note
+        print(_report(schedules[0], results[0], note), file=behind(sys.stdout))  # with colours on a terminal
         if reason:
             print(f"chosen       {reason}")
     if suffix is not None and not options.json:
@@ -260,7 +262,7 @@ def _numbers(schedule: Schedule, timing: Timing) -> dict[str, Any]:
 
 def _report(schedule: Schedule, numbers: dict[str, Any], note: str) -> str:
     """The grid, if it fits, and the numbers."""
-    grid = show.text(schedule)
+    grid = printable(show.text(schedule))
     terminal = sys.stdout.isatty()
     width = max(map(len, grid.split("\n")))
     if terminal and width > shutil.get_terminal_size().columns:

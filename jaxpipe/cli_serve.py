@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 DONE, FAILED = 0, 1
 KEY = "JAXPIPE_API_KEY"
+LAST_S = 10.0
+"""How long the engine may take to end, once nobody waits for it."""
 LOCAL = ("127.0.0.1", "::1", "localhost")
 
 EXAMPLES = """examples:
@@ -47,6 +49,13 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         action="append",
         help=f"a key that requests must carry; better in ${KEY}, out of sight",
     )
+    parser.add_argument(
+        "--allow-host",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="without a key: a name that clients reach the server by, beside its addresses, localhost and --host",
+    )
     parser.add_argument("--model-name", metavar="NAME", help="what clients call it, by default the folder's name")
     size = parser.add_argument_group("sizes")
     size.add_argument("--slots", type=int, metavar="N", default=16, help="answers made at a time, by default 16")
@@ -66,7 +75,16 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "--timeout", type=float, metavar="S", default=600.0, help="seconds for all of it, by default 600"
     )
     limits.add_argument(
-        "--body-timeout", type=float, metavar="S", default=30.0, help="seconds to arrive, by default 30"
+        "--body-timeout", type=float, metavar="S", default=30.0, help="seconds for a body to arrive, by default 30"
+    )
+    limits.add_argument(
+        "--head-timeout", type=float, metavar="S", default=10.0, help="and for what stands before it, by default 10"
+    )
+    limits.add_argument(
+        "--prompt-timeout", type=float, metavar="S", default=30.0, help="and to make tokens of it, by default 30"
+    )
+    limits.add_argument(
+        "--max-connections", type=int, metavar="N", default=1024, help="open at a time, by default 1024"
     )
     parser.add_argument(
         "--grace", type=float, metavar="S", default=30.0, help="seconds that requests have to finish when it is stopped"
@@ -88,6 +106,9 @@ def run(options: argparse.Namespace) -> int:
         requests=options.slots + options.queue,
         request_s=options.timeout,
         body_s=options.body_timeout,
+        head_s=options.head_timeout,
+        prompt_s=options.prompt_timeout,
+        connections=options.max_connections,
     )
     with listen_on(options.host, options.port) as sock:  # before the model is loaded, which may take minutes
         loaded = cli_generator.load(options)
@@ -103,10 +124,10 @@ def run(options: argparse.Namespace) -> int:
             service = Service(
                 engine, loaded.tokenizer, name, limits, loaded.tokenizer.stop_ids, generator.max_source_len
             )
-            server = Server(
-                service, Auth(keys), sock, grace_s=options.grace, log_requests=options.log_requests, note=_note
-            )
+            auth = Auth(keys, (options.host, *options.allow_host))
+            server = Server(service, auth, sock, grace_s=options.grace, log_requests=options.log_requests, note=_note)
             cut_off = server.run()
+            engine.close(drain=False, timeout_s=LAST_S)
             return FAILED if cut_off or engine.error is not None else DONE
 
 
@@ -128,11 +149,12 @@ def _check(options: argparse.Namespace) -> tuple[str, ...]:
         "max_new_tokens": 0,
         "max_choices": 1,
         "max_body": 1,
+        "max_connections": 1,
     }
     cli_generator.check(options, port=0, **least)
     if options.port > 65535:
         raise ConfigError(f"--port {options.port} must be at most 65535; try 8000")
-    for name in ("timeout", "body_timeout", "grace"):
+    for name in ("timeout", "body_timeout", "head_timeout", "prompt_timeout", "grace"):
         value, low = getattr(options, name), 0
         if not low <= value < float("inf") or (value == 0 and name != "grace"):
             raise ConfigError(f"--{name.replace('_', '-')} {value:g} must be a number of seconds above 0; try 30")

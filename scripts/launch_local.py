@@ -10,6 +10,7 @@ others get a moment to end by themselves and are killed then. The exit code is t
 
 import argparse
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -22,6 +23,8 @@ WORST_LAST = (0, 3, 2, 1)
 """Done, stopped early, bad input, failed; anything else, such as death by a signal, is worse."""
 GLOO = ("[Gloo] Rank ", " is connected to ", " peer ranks. ", "Expected number of connected peer ranks is : ")
 """The pieces of a message, with numbers between them."""
+TOKEN = secrets.token_hex(16)
+"""By which the processes know each other."""
 GRACE_S = 20.0
 """How long the others have to end when one has failed."""
 
@@ -65,7 +68,7 @@ def _options() -> argparse.Namespace:
 
 
 def _start(options: argparse.Namespace, number: int, port: int) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {"JAXPIPE_TOKEN": TOKEN, **os.environ, "PYTHONUNBUFFERED": "1"}
     if options.devices:
         environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(options.devices)}
     if options.gpus:

@@ -13,7 +13,9 @@ import openai
 
 from jaxpipe.infer.server import Auth, Limits, Server, Service, listen_on, url_of
 
-POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+POST = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+)
 
 
 @dataclass
@@ -23,6 +25,7 @@ class Served:
     url: str
     service: Service
     server: Server
+    tokenizer: Any = None
 
     def client(self, key: str = "none", **options: Any) -> openai.OpenAI:
         """OpenAI's client, which does not try again by itself."""
@@ -58,7 +61,7 @@ def serving(
     sock = listen_on("127.0.0.1", 0)
     ready = threading.Event()
     server = Server(service, Auth(keys), sock, note=lambda text: ready.set(), **options)
-    served = Served(url_of(sock), service, server)
+    served = Served(url_of(sock), service, server, tokenizer)
     thread = threading.Thread(target=server.run)
     thread.start()
     assert ready.wait(30)

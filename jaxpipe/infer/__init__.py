@@ -3,7 +3,7 @@
 from jaxpipe.errors import QueueFullError
 from jaxpipe.infer.engine import Engine
 from jaxpipe.infer.generator import Completion, Generated, Generator, generate
-from jaxpipe.infer.handle import Handle, Piece, Request
+from jaxpipe.infer.handle import Handle, Piece, Request, RequestError
 from jaxpipe.infer.sampling import Sampling
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Piece",
     "QueueFullError",
     "Request",
+    "RequestError",
     "Sampling",
     "generate",
 ]

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxpipe.documents import shown
 from jaxpipe.errors import ConfigError, QueueFullError
 from jaxpipe.infer.generator import Generator, Row
-from jaxpipe.infer.handle import Finish, Handle, Piece, Request
+from jaxpipe.infer.handle import Finish, Handle, Piece, Request, RequestError
 from jaxpipe.infer.meter import Meter
 from jaxpipe.infer.text_stream import TextStream
 from jaxpipe.runtime.mesh import batch_shards
@@ -80,7 +81,7 @@ class Engine:
         self._waiting: deque[Answer] = deque()
         self._running: dict[int, Answer] = {}
         self._free = deque(generator.slot_of(n) for n in range(generator.slots))
-        self._closing = False
+        self._closing = self._left_behind = False
         self._tickets = 0
         self._thread = threading.Thread(target=self._run, name="jaxpipe-engine", daemon=True)
         self._thread.start()
@@ -103,12 +104,12 @@ class Engine:
             ConfigError: It cannot be answered: a prompt that is empty or too long, stop strings without a tokenizer.
             QueueFullError: As many sequences wait as may.
         """
-        if not isinstance(request.n, int) or request.n < 1:
-            raise ConfigError(f"n={request.n!r} must be a whole number of at least 1; try 1")
+        request = request.checked()
         if request.stop and self.tokenizer is None:
             raise ConfigError(f"stop={list(request.stop)!r} needs a tokenizer; try stop_token_ids")
-        if not all(request.stop):
-            raise ConfigError(f"stop={list(request.stop)!r} must not hold empty texts; try ()")
+        most = self.queue + self.generator.slots
+        if request.n > most:
+            raise ConfigError(f"n={shown(request.n)} exceeds queue + slots = {most}; try {most}")
         row = self.generator.check(request.prompt_tokens, request.sampling)
         handle = Handle(request, self._wake)
         answers = [
@@ -136,11 +137,13 @@ class Engine:
             now = {"slots": self.generator.slots, "slots_busy": len(self._running), "queued": len(self._waiting)}
         return self.meter.read() | now
 
-    def close(self, drain: bool = True) -> None:
+    def close(self, drain: bool = True, timeout_s: float | None = None) -> None:
         """Takes no more requests and ends.
 
         Args:
             drain: Whether what was taken on is answered first; else it is cancelled.
+            timeout_s: How long to wait for that, by default for ever; then the thread, which hangs, is left behind,
+                and `error` says so.
         """
         with self._changed:
             self._closing = True
@@ -148,8 +151,11 @@ class Engine:
                 for answer in (*self._waiting, *self._running.values()):
                     answer.handle.cancelled = True
             self._changed.notify_all()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        if threading.current_thread() is not self._thread and not self._left_behind:
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                self._left_behind = True
+                self.error = TimeoutError(f"the engine's thread did not end within {timeout_s:g} s")
 
     def __enter__(self) -> "Engine":
         return self
@@ -158,7 +164,7 @@ class Engine:
         self.close(drain=kind is None)
 
     def _text(self, request: Request) -> TextStream | None:
-        return None if self.tokenizer is None else TextStream(self.tokenizer.decode, request.stop)
+        return None if self.tokenizer is None else TextStream(self.tokenizer.decode, tuple(request.stop))
 
     def _wake(self) -> None:
         with self._changed:
@@ -207,8 +213,12 @@ class Engine:
         generator, shards = self.generator, batch_shards(self.generator.mesh)
         for answer in joining:
             shard, slot = divmod(answer.slot, generator.ring.slots)
-            row, source = generator.row(answer.row, self._tickets), generator.source(answer.row)
-            self._tickets += 1
+            try:
+                row, source = generator.row(answer.row, self._tickets), generator.source(answer.row)
+            except BaseException as error:
+                self._fail(answer, error)
+                continue
+            self._tickets = (self._tickets + 1) % 2**31
             self.meter.prompt_tokens += len(answer.handle.request.prompt_tokens)
             state = generator.programs.admit(state, np.int32(shard), np.int32(slot), row, source)
         dismissed, known = np.zeros(generator.slots, bool), np.zeros(generator.slots, np.int32)
@@ -237,7 +247,11 @@ class Engine:
                     answer.first_s = now
                     self.meter.first_token(now - answer.handle.submitted_s)
                 answer.count += 1
-                piece = self._piece(answer, int(report["tokens"][slot, n]), float(report["logprobs"][slot, n]))
+                try:
+                    piece = self._piece(answer, int(report["tokens"][slot, n]), float(report["logprobs"][slot, n]))
+                except BaseException as error:  # of the tokenizer: a panic of one in Rust is no Exception
+                    self._fail(answer, error)
+                    break
                 if piece.finish_reason is None:
                     answer.handle.put(piece)
                     continue
@@ -277,6 +291,15 @@ class Engine:
         """Ends an answer of which the ring does not know it yet."""
         answer.left = True
         self._end(answer, piece)
+
+    def _fail(self, answer: Answer, error: BaseException) -> None:
+        """Ends the request of an answer, and no other, because of an error."""
+        answer.left = True
+        answer.handle.cancelled = True
+        self.meter.failed += 1
+        failed = RequestError(f"the request failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        failed.__cause__ = error
+        answer.handle.put(failed)
 
     def _end(self, answer: Answer, piece: Piece) -> None:
         self.meter.cancelled += piece.finish_reason == "cancelled"

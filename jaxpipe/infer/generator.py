@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from jaxpipe.documents import shown
 from jaxpipe.errors import ConfigError
 from jaxpipe.infer.books import empty_books
 from jaxpipe.infer.model import decoder_of
@@ -274,11 +275,13 @@ class Generator:
 
     def _check_tokens(self, name: str, tokens: Sequence[int], most: int, rule: str) -> None:
         vocab_size = self.ring.decoder.vocab_size
+        if not isinstance(tokens, Sequence | np.ndarray) or isinstance(tokens, str | bytes):
+            raise ConfigError(f"a {name} is {shown(tokens)}, which is no list of token ids; try [0]")
         if not 1 <= len(tokens) <= most:
             raise ConfigError(f"a {name} has {len(tokens)} tokens but must have 1 to {rule}={most}; try {most}")
         for token in tokens:
             if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < vocab_size:
-                raise ConfigError(f"a {name} holds {token!r}, which is no token id below {vocab_size}; try 0")
+                raise ConfigError(f"a {name} holds {shown(token)}, which is no token id below {vocab_size}; try 0")
 
     def _requests(self, prompts, sampling, n: int, decoder_prompts) -> "list[Row]":
         each = (

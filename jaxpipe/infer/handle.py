@@ -3,13 +3,24 @@
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from jaxpipe.documents import shown
+from jaxpipe.errors import ConfigError
 from jaxpipe.infer.sampling import Sampling
 
 Finish = Literal["stop", "length", "cancelled"]
+MAX_STOPS, MAX_STOP_LENGTH = 16, 256
+"""Stop texts of a request, and characters of each: every token is looked at for all of them."""
+
+
+class RequestError(RuntimeError):
+    """A request that could not be answered, such as one whose tokens the tokenizer cannot make text of.
+
+    The engine goes on; the exception's cause says what went wrong.
+    """
 
 
 @dataclass(frozen=True)
@@ -19,14 +30,35 @@ class Request:
     Attributes:
         prompt_tokens: The prompt; for an encoder-decoder the source.
         sampling: How it is continued.
-        stop: Texts that end an answer and are not in it; they need a tokenizer.
+        stop: Texts that end an answer and are not in it, at most 16 of 256 characters; one text alone is one. They
+            need a tokenizer.
         n: Answers; each runs through the model on its own, the i-th with ``seed + i``.
     """
 
     prompt_tokens: list[int]
     sampling: Sampling = field(default_factory=Sampling)
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] | str = ()
     n: int = 1
+
+    def checked(self) -> "Request":
+        """The same with its stop texts as a tuple.
+
+        Raises:
+            ConfigError: A value of another type or out of range.
+        """
+        if not isinstance(self.sampling, Sampling):
+            raise ConfigError(f"sampling={shown(self.sampling)} must be a Sampling; try Sampling()")
+        if isinstance(self.n, bool) or not isinstance(self.n, int) or self.n < 1:
+            raise ConfigError(f"n={shown(self.n)} must be a whole number of at least 1; try 1")
+        given: Any = self.stop
+        stops = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str | bytes) else (given,)
+        good = all(isinstance(one, str) and 1 <= len(one) <= MAX_STOP_LENGTH for one in stops)
+        if not good or len(stops) > MAX_STOPS:
+            raise ConfigError(
+                f"stop={shown(given)} must not hold empty texts, more than {MAX_STOPS}, or longer ones than "
+                f"{MAX_STOP_LENGTH} characters; try ()"
+            )
+        return replace(self, stop=stops)
 
 
 @dataclass(frozen=True)
@@ -112,6 +144,6 @@ class Handle:
             for listener in list(self._listeners):
                 try:
                     listener(piece)
-                except Exception:
+                except BaseException:  # also what no Exception is: it must not end the thread of all
                     self._listeners.remove(listener)
                     self.cancelled = True

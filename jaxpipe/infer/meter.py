@@ -11,7 +11,7 @@ class Meter:
     """Counts and times of an engine's work, written by its thread."""
 
     def __init__(self):
-        self.requests = self.tokens = self.prompt_tokens = self.cancelled = self.finished = self.steps = 0
+        self.requests = self.tokens = self.prompt_tokens = self.cancelled = self.finished = self.failed = self.steps = 0
         self._first_s, self._firsts, self._between_s, self._betweens = 0.0, 0, 0.0, 0
         self._recent: deque[tuple[float, int]] = deque()
 
@@ -40,6 +40,7 @@ class Meter:
             "requests_total": self.requests,
             "finished_total": self.finished,
             "cancelled_total": self.cancelled,
+            "failed_total": self.failed,
             "prompt_tokens_total": self.prompt_tokens,
             "tokens_total": self.tokens,
             "steps_total": self.steps,

@@ -6,8 +6,7 @@ out for a row does not depend on the rows beside it.
 Shape legend: R rows, V vocabulary.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxpipe.documents import shown
 from jaxpipe.errors import ConfigError
 
 MAX_STOPS = 8
 """Stop tokens that a row has room for."""
+TINY = float(np.finfo(np.float32).tiny)
+"""The smallest number that devices tell from 0."""
+NUMBERS = {
+    "temperature": (0.0, 1e6, 0.0),
+    "top_p": (0.0, 1.0, 1.0),
+    "min_p": (0.0, 1.0, 0.0),
+    "repetition_penalty": (0.01, 100.0, 1.0),
+}
+"""Least and largest value, and the one that does nothing, of the settings that are numbers."""
+WHOLE_NUMBERS = {"top_k": (0, 2**31 - 1), "seed": (0, 2**32 - 1), "max_new_tokens": (1, 2**31 - 1)}
+"""Least and largest value of those that are whole numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,26 +70,36 @@ class Sampling:
     logprobs: bool = False
 
     def __post_init__(self):
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        for name, holds, rule, near in (
-            ("temperature", self.temperature >= 0 and math.isfinite(self.temperature), "be at least 0", 0.0),
-            ("top_k", _whole(self.top_k) and self.top_k >= 0, "be a whole number of at least 0", 0),
-            ("top_p", 0 < self.top_p <= 1, "be above 0 and at most 1", 1.0),
-            ("min_p", 0 <= self.min_p <= 1, "be at least 0 and at most 1", 0.0),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "be above 0", 1.0),
-            ("seed", _whole(self.seed) and 0 <= self.seed < 2**32, "be a whole number of at least 0, below 2**32", 0),
-            ("max_new_tokens", _whole(self.max_new_tokens) and self.max_new_tokens >= 1, "be at least 1", 1),
-        ):
-            if not holds:
-                raise ConfigError(f"{name}={getattr(self, name)!r} must {rule}; try {near}")
-        stops = self.stop_token_ids
+        for name, (low, high, near) in NUMBERS.items():
+            value: Any = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, _NUMBER) or not low <= value <= high:
+                raise ConfigError(f"{name}={shown(value)} must be a number from {low:g} to {high:g}; try {near}")
+        if not self.top_p > 0:
+            raise ConfigError(f"top_p={self.top_p!r} must be above 0; try 1.0")
+        for name, (low, high) in WHOLE_NUMBERS.items():
+            value = getattr(self, name)
+            if not _whole(value) or not low <= value <= high:
+                raise ConfigError(
+                    f"{name}={shown(value)} must be a whole number of at least {low} and at most {high}; try {low}"
+                )
+        if not isinstance(self.logprobs, bool):
+            raise ConfigError(f"logprobs={shown(self.logprobs)} must be True or False; try True")
+        self._check_stops()
+
+    def _check_stops(self):
+        given: Any = self.stop_token_ids
+        stops: tuple[Any, ...] = (
+            tuple(given) if isinstance(given, Iterable) and not isinstance(given, str | bytes) else (given,)
+        )
+        if not all(_whole(stop) and 0 <= stop < 2**31 for stop in stops):
+            raise ConfigError(
+                f"stop_token_ids={shown(given)} must be token ids, whole numbers of at least 0 and below 2**31; try ()"
+            )
         if len(stops) > MAX_STOPS:
             raise ConfigError(
                 f"stop_token_ids has {len(stops)} tokens but may have {MAX_STOPS}; try {stops[:MAX_STOPS]}"
             )
-        for stop in stops:
-            if not _whole(stop) or stop < 0:
-                raise ConfigError(f"stop_token_ids={stops!r} must be token ids, whole numbers of at least 0; try ()")
+        object.__setattr__(self, "stop_token_ids", stops)
 
     def row(self, number: int = 0) -> dict[str, np.ndarray]:
         """The settings as the arrays of one row, see `settings`.
@@ -89,9 +110,9 @@ class Sampling:
         stops = np.full(MAX_STOPS, -1, np.int32)
         stops[: len(self.stop_token_ids)] = self.stop_token_ids
         values = (
-            self.temperature,
+            self.temperature if self.temperature >= TINY else 0.0,  # what float32 cannot hold is the limit: greedy
             self.top_k,
-            self.top_p,
+            max(self.top_p, TINY),
             self.min_p,
             self.repetition_penalty,
             (self.seed + number) % 2**32,
@@ -150,6 +171,8 @@ def penalise(logits_RV, seen_RV, penalty_R1):
 def _sample(scores_RV, settings: Mapping[str, Any], positions_R):
     """One token of each row by the Gumbel trick, among those that are kept; anything where temperature is 0."""
     temperature_R = settings["temperature"]
+    # The likeliest becomes 0 and stays it, however small the temperature: nothing overflows to where all are alike.
+    scores_RV = scores_RV - scores_RV.max(-1, keepdims=True)
     scores_RV = scores_RV / jnp.where(temperature_R > 0, temperature_R, 1.0)[:, None]
     top_k_R, top_p_R = settings["top_k"], settings["top_p"]
     kept_RV = lax.cond(
@@ -195,6 +218,9 @@ def _ordered(x):
     """Float32 as uint32 of the same order."""
     bits = lax.bitcast_convert_type(x + 0.0, jnp.uint32)  # -0.0 becomes 0.0
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+_NUMBER = (int, float, np.integer, np.floating)
 
 
 def _whole(value: Any) -> bool:

@@ -1,11 +1,13 @@
 """The rules that the fields of every model's config obey, written once: choices, least values, dtypes by name."""
 
 import difflib
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_type_hints
 
 import jax.numpy as jnp
 
+from jaxpipe.documents import shown
 from jaxpipe.errors import ConfigError
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
@@ -13,6 +15,10 @@ DType = Literal["float32", "bfloat16", "float16", "float64"]
 
 WideDType = Literal["float32", "bfloat16", "float64"]
 """Those with the range of float32 or more: what weights may rest in, lest an optimizer's small numbers become zero."""
+
+
+MAX_SIZE, MAX_LAYERS = 2**31 - 1, 10_000
+"""The most that any number of a model may be, and its layers, of which there are lists."""
 
 
 def nearest(value: Any, choices: Sequence[str]) -> str:
@@ -46,6 +52,11 @@ def check_fields(cfg: Any, **least: int) -> None:
         if str in map(type, choices) and value not in choices:
             near = nearest(value, choices)
             raise ConfigError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}; try {near!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{name}={value} must be finite; try 1.0")
+        most = MAX_LAYERS if name.endswith("_layers") else MAX_SIZE
+        if type(value) is int and value > most:
+            raise ConfigError(f"{name}={shown(value)} must be at most {most}; try {most}")
         if hint is int and value < (bound := least.get(name, 1)):
             raise ConfigError(f"{name}={value} must be at least {bound}; try {bound}")
     if not 0.0 <= cfg.dropout < 1.0:

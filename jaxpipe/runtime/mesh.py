@@ -231,6 +231,10 @@ def settled(arrays):
     return jax.block_until_ready(arrays)
 
 
+MAX_SIMULATED = 4096
+"""Simulated devices of a process."""
+
+
 def simulate_devices(count: int) -> None:
     """Makes the CPU look like `count` devices. Call it before anything else touches JAX's devices.
 
@@ -245,6 +249,8 @@ def simulate_devices(count: int) -> None:
         ConfigError: `count` is below 1, or JAX's devices were already in use with another number of them.
     """
     count = whole_number("mesh.simulate", count)
+    if count > MAX_SIMULATED:
+        raise ConfigError(f"mesh.simulate={count} must be at most {MAX_SIMULATED}, each has threads of its own; try 8")
     if count > 1:
         os.environ.setdefault("NPROC", str(max(2 * count, os.cpu_count() or 1)))
     try:

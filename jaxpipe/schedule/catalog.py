@@ -41,6 +41,9 @@ CATALOG: dict[str, Family] = {
     "inference": inference.FAMILY,
 }
 
+MAX_CELLS = 1 << 24
+"""Forwards of a schedule, on all devices: a hundred times those of the largest runs, and what still fits in memory."""
+
 
 def build(
     name: str,
@@ -82,6 +85,12 @@ def build(
         for option, value in (("repeats", repeats), ("group_size", group_size))
     )
     check_costs(costs)
+    stages = devices * (repeats or 1)
+    if microbatches * stages > MAX_CELLS:
+        raise ScheduleError(
+            f"devices*microbatches*repeats={devices}*{microbatches}*{repeats or 1}={microbatches * stages} must be at "
+            f"most {MAX_CELLS}; try microbatches={max(1, MAX_CELLS // stages)}"
+        )
     if name == "auto":
         if group_size is not None:
             raise ScheduleError(f"group_size={group_size} has no effect for auto; try 'interleaved_1f1b'")

@@ -5,6 +5,7 @@ import os
 from dataclasses import asdict, fields
 from typing import Any
 
+from jaxpipe.documents import parse_json
 from jaxpipe.errors import ScheduleError
 from jaxpipe.schedule.costs import Costs
 from jaxpipe.schedule.ir import Schedule
@@ -52,8 +53,8 @@ def from_json(source: str | os.PathLike[str]) -> tuple[Schedule, Costs | None]:
     """
     content, stem = content_of(source, "json")
     try:
-        read = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        read = parse_json(content)
+    except ValueError as error:
         raise ScheduleError(f"{stem} is not JSON: {error}") from error
     if not isinstance(read, dict) or (read.get("format"), read.get("version")) != (FORMAT, VERSION):
         raise ScheduleError(f'the JSON must hold "format": "{FORMAT}" and "version": {VERSION}, as to_json writes it')

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import NoReturn
 
+from jaxpipe.documents import MAX_BYTES
 from jaxpipe.errors import ScheduleError
 from jaxpipe.schedule.ir import Action
 
@@ -37,8 +38,12 @@ def content_of(source: str | os.PathLike[str], kind: str) -> tuple[str, str]:
             return source, kind
     path = Path(source)
     try:
-        return path.read_text(encoding="utf-8-sig"), path.stem
-    except (OSError, ValueError) as error:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ScheduleError(f"{kind} file {str(source)!r} is longer than {MAX_BYTES:,} bytes")
+        return content.decode("utf-8-sig").replace("\r\n", "\n"), path.stem
+    except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ScheduleError(f"{kind} file {str(source)!r} cannot be read: {reason}") from error
 

@@ -1,12 +1,22 @@
 """Chat templates: programs in Jinja that come with a model, so they run in a sandbox and see nothing but messages."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any
 
 from jaxpipe.errors import ConfigError
+
+MAX_LENGTH, MAX_TIMES = 1 << 20, 4
+"""Characters of a prompt: that many, and that many times those of the messages."""
+MAX_BITS = 1 << 12
+"""Of a power of whole numbers."""
+PADDING = ("center", "indent", "truncate", "wordwrap", "batch", "slice", "tojson")
+"""Filters that take a width or a count."""
+WIDE = re.compile(r"%[^a-zA-Z%]*(\d{6}|\*)")
+"""A field whose width is huge, or comes from elsewhere."""
 
 
 def render(template: str, messages: list[dict[str, Any]], tokens: Mapping[str, str | None]) -> str:
@@ -30,9 +40,61 @@ def render(template: str, messages: list[dict[str, Any]], tokens: Mapping[str, s
     except ImportError as error:
         raise ConfigError("chat templates need the library jinja2; try pip install 'jaxpipe[hf]'") from error
     try:
-        return _compile(template).render(messages=messages, add_generation_prompt=True, tools=None, **tokens)
-    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        parts = _compile(template).generate(messages=messages, add_generation_prompt=True, tools=None, **tokens)
+        return _bounded(parts, MAX_TIMES * sum(map(len, _texts(messages))) + MAX_LENGTH)
+    except jinja2.TemplateError as error:
         raise ConfigError(f"the model's chat template refuses this conversation: {error}") from error
+    except Exception as error:  # a template is a program, and may raise anything, want of memory and stack included
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"the model's chat template refuses this conversation: {said}") from error
+
+
+def _bounded(parts: Iterator[str], most: int) -> str:
+    """Parts together, if they are not too long."""
+    whole, length = [], 0
+    for part in parts:
+        length += len(part)
+        if length > most:
+            raise ValueError(f"it makes more than {most} characters of it")
+        whole.append(part)
+    return "".join(whole)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
+
+
+def _calculate(operator: str, left: Any, right: Any) -> Any:
+    """``left * right``, ``left ** right`` or ``left % right``, unless what comes out is huge."""
+    for some, times in ((left, right), (right, left)):
+        if isinstance(some, str | bytes | list | tuple) and isinstance(times, int) and len(some) * times > MAX_LENGTH:
+            raise ValueError(f"a value of more than {MAX_LENGTH} elements")
+    if operator == "%":
+        if isinstance(left, str) and WIDE.search(left):
+            raise ValueError("a field of a million characters")
+        return left % right
+    if operator == "**":
+        if all(isinstance(each, int) for each in (left, right)) and left.bit_length() * right > MAX_BITS:
+            raise ValueError(f"a number of more than {MAX_BITS} bits")
+        return left**right
+    return left * right
+
+
+def _sized(own: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter without widths of millions of blanks."""
+
+    @wraps(own)
+    def sized(*given: Any, **named: Any) -> Any:
+        if any(isinstance(each, int) and each > MAX_LENGTH for each in (*given[1:], *named.values())):
+            raise ValueError(f"a number above {MAX_LENGTH} for the filter {own.__name__}")
+        return own(*given, **named)
+
+    return sized
 
 
 @lru_cache(maxsize=8)
@@ -46,9 +108,15 @@ def _compile(template: str):
     def to_json(value: Any, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=False, **options)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
+    class Environment(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset({"*", "**", "%"})
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            return _calculate(operator, left, right)
+
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = to_json
+    environment.filters |= {name: _sized(environment.filters[name]) for name in PADDING}
+    del environment.globals["lipsum"]
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     return environment.from_string(template)

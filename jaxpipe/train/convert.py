@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxpipe.documents import read_object
 from jaxpipe.errors import CheckpointError, ConfigError
 from jaxpipe.models.gpt_config import GPTConfig
 from jaxpipe.models.hf import config_json, family_for, leaf_shapes, write_shards
@@ -165,7 +166,7 @@ def _carried(source: str) -> Mapping[str, Any]:
     file = Path(source) / CONFIG
     if not source or not file.is_file():
         return {}
-    table = json.loads(file.read_text(encoding="utf-8"))
+    table = read_object(file, ConfigError)
     return {key: table[key] for key in CARRIED if key in table}
 
 

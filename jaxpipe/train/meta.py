@@ -7,25 +7,24 @@ Reading it runs no code and believes nothing: a field that is missing, of anothe
 import dataclasses
 import hashlib
 import json
+import math
 import platform
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 import jaxpipe
+from jaxpipe.documents import check_depth, shown
 from jaxpipe.errors import CheckpointError
 
 FORMAT = "jaxpipe-checkpoint-1"
 SHOWN_VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-_KINDS: dict[Any, tuple[str, ...]] = {
-    int: ("step", "row"),
-    (int, float): ("time",),
-    (int, float, type(None)): ("loss", "val_loss"),
-    list: ("key",),
-    dict: ("data", "config", "mesh", "leaves", "versions"),
-    str: ("schedule",),
-}
-"""The types that fields must have."""
+LATEST = 1e11
+"""Seconds since the epoch, far in the future and yet a date."""
+MAX_DIMS, MAX_ELEMENTS = 16, 2**48
+"""Of a leaf."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,7 @@ class Meta:
         import numpy as np
 
         return sum(
-            int(np.prod(leaf["shape"], dtype=np.int64)) * np.dtype(_numpy_name(leaf["dtype"])).itemsize
-            for leaf in self.leaves.values()
+            math.prod(leaf["shape"]) * np.dtype(_numpy_name(leaf["dtype"])).itemsize for leaf in self.leaves.values()
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -94,20 +92,94 @@ def from_json(facts: Any, where: str) -> Meta:
             "try the version that wrote it"
         )
     given = dict(facts)
-    if given.pop("digest", None) != _digest(given):
+    try:
+        check_depth(given)
+        whole = given.pop("digest", None) == _digest(given)
+    except ValueError as error:  # NaN among them, which no digest is made of
+        raise CheckpointError(f"{where}: its description is damaged: {error}") from error
+    if not whole:
         raise CheckpointError(f"{where}: its description does not match its digest, it was changed or is damaged")
     given.pop("format")
     names = {spec.name for spec in dataclasses.fields(Meta)}
     if set(given) != names:
         raise CheckpointError(f"{where}: its description must hold {', '.join(sorted(names))}; it has {sorted(given)}")
-    for kind, those in _KINDS.items():
-        for name in those:
-            if not isinstance(given[name], kind) or isinstance(given[name], bool):
-                raise CheckpointError(f"{where}: {name}={given[name]!r} in its description is of another type")
-    for name, leaf in given["leaves"].items():
-        if not isinstance(leaf, dict) or set(leaf) != {"shape", "dtype", "sum"} or ".." in name.split("/"):
-            raise CheckpointError(f"{where}: leaf {name!r} is not described by shape, dtype and sum")
+    for name, holds in _RULES.items():
+        if not holds(given[name]):
+            raise CheckpointError(f"{where}: {name}={shown(given[name])} in its description is of another type")
+    _check_leaves(given["leaves"], where)
     return Meta(**given)
+
+
+def _check_leaves(leaves: dict[str, Any], where: str) -> None:
+    paths = {tuple(name.split("/")) for name in leaves}
+    for name, leaf in leaves.items():
+        words = name.split("/")
+        if not isinstance(leaf, dict) or set(leaf) != {"shape", "dtype", "sum"} or not all(map(_is_word, words)):
+            raise CheckpointError(f"{where}: leaf {shown(name)} is not described by shape, dtype and sum")
+        shape, fits = leaf["shape"], isinstance(leaf["shape"], list) and len(leaf["shape"]) <= MAX_DIMS
+        if not fits or not all(map(_is_count, shape)) or math.prod(shape) > MAX_ELEMENTS:
+            raise CheckpointError(f"{where}: leaf {shown(name)} has shape {shown(shape)}, which no array has")
+        if not _is_dtype(leaf["dtype"]) or not isinstance(leaf["sum"], str):
+            raise CheckpointError(f"{where}: leaf {shown(name)} has dtype {shown(leaf['dtype'])}, which no array has")
+        if any(tuple(words[:count]) in paths for count in range(1, len(words))):
+            raise CheckpointError(f"{where}: leaf {shown(name)} lies below another leaf")
+
+
+def _is_word(word: str) -> bool:
+    """Whether it is a name in a tree that is also one of a file."""
+    return word not in ("", ".", "..") and word.isprintable()
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_scalar(value: Any) -> bool:
+    return value is None or isinstance(value, str | bool | int) or _is_number(value)
+
+
+def _is_table(value: Any) -> bool:
+    """Whether it is a section of a config: scalars and lists of them."""
+    return isinstance(value, dict) and all(
+        all(map(_is_scalar, one)) if isinstance(one, list) else _is_scalar(one) for one in value.values()
+    )
+
+
+def _all_of(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(holds, value.values()))
+
+
+def _is_dtype(name: Any) -> bool:
+    import ml_dtypes  # noqa: F401  # its dtypes have names in numpy from now on
+    import numpy as np
+
+    if not isinstance(name, str) or not re.fullmatch(r"(u?int|b?float|complex|bool)[a-z0-9_]*", name):
+        return False
+    try:
+        return np.dtype(name).itemsize > 0
+    except TypeError:
+        return False
+
+
+_RULES: dict[str, Callable[[Any], bool]] = {
+    "step": _is_count,
+    "row": _is_count,
+    "time": lambda value: _is_number(value) and 0 <= value < LATEST,
+    "loss": lambda value: value is None or _is_number(value),
+    "val_loss": lambda value: value is None or _is_number(value),
+    "key": lambda value: isinstance(value, list) and len(value) < 9 and all(_is_count(n) and n < 2**32 for n in value),
+    "data": _is_table,
+    "config": _all_of(_is_table),
+    "mesh": _all_of(_is_count),
+    "schedule": lambda value: isinstance(value, str),
+    "leaves": lambda value: isinstance(value, dict),
+    "versions": _all_of(lambda value: isinstance(value, str)),
+}
+"""What fields must hold."""
 
 
 def versions() -> dict[str, str]:

@@ -18,6 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from jaxpipe.documents import parse_json
+
 
 class Sink(Protocol):
     """Another place that numbers go to."""
@@ -110,12 +112,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     for text in texts:
         try:
-            line = json.loads(text)
+            line = parse_json(text, nan=True)
         except ValueError:
             continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
+        if isinstance(line, dict) and _is_line(line):
             found.append(line)
     return found
+
+
+def _is_line(line: dict[str, Any]) -> bool:
+    """Whether a line has a step, and numbers; only events have words."""
+    if type(step := line.get("step")) is not int or not 0 <= step < 2**63:
+        return False
+    return isinstance(line.get("event"), str) or all(type(value) in (int, float, bool) for value in line.values())
 
 
 def curve(lines: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:

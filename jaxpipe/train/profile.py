@@ -2,13 +2,15 @@
 
 import json
 from bisect import bisect_left
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
+from jaxpipe.documents import read_object
 from jaxpipe.errors import ConfigError
-from jaxpipe.plan import BlockCost, LaneTimes, ModelCosts, Space
+from jaxpipe.plan import ModelCosts, Space
+from jaxpipe.train import toml
 from jaxpipe.train.config import Config
 from jaxpipe.train.planning import gpt_shape
 
@@ -94,31 +96,48 @@ def read_profile(path: str | Path) -> Profile:
         ConfigError: The file is missing, or no profile.
     """
     try:
-        table = json.loads(Path(path).read_text(encoding="utf-8"))
+        table = read_object(path, ConfigError)
+    except ConfigError as error:
+        raise ConfigError(f"profile {error}; try jaxpipe profile CONFIG --out {path}") from error
+    try:
         if (version := table.pop("version")) != VERSION:
             raise ConfigError(
                 f"profile {path} has version {version}, and this jaxpipe reads {VERSION}; try "
                 f"jaxpipe profile CONFIG --out {path}"
             )
-        costs = {int(rows): _costs(cost) for rows, cost in table.pop("costs").items()}
-        hops = tuple((size, seconds) for size, seconds in table.pop("hops"))
-        return Profile(costs=costs, hops=hops, **table)
-    except OSError as error:
-        raise ConfigError(
-            f"profile {path} cannot be read: {error.strerror}; try jaxpipe profile CONFIG --out {path}"
-        ) from error
+        profile = _typed(Profile, table)
+        sizes = [size for size, _ in profile.hops]
+        if len(sizes) == 1 or sizes != sorted(set(sizes)):
+            raise ValueError(sizes)
+        return profile
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"profile {path} is not what `jaxpipe profile` writes; try jaxpipe profile CONFIG --out {path}"
         ) from error
 
 
-def _costs(table: dict[str, Any]) -> ModelCosts:
-    blocks = {}
-    for kind, block in table.pop("blocks").items():
-        times = {remat: LaneTimes(**lanes) for remat, lanes in block.pop("times").items()}
-        blocks[kind] = BlockCost(times=times, **block)
-    return ModelCosts(blocks=blocks, **table)
+def _typed(kind: Any, value: Any) -> Any:
+    """A JSON value as a type: a dataclass, what it holds, and numbers that times, sizes and counts can be.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: It is none.
+    """
+    inner = get_args(kind)
+    if isinstance(kind, type) and is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(**{name: _typed(hints[name], own) for name, own in value.items()})
+    if get_origin(kind) in (dict, Mapping):
+        keys, values = inner
+        return {int(key) if keys is int else _typed(keys, key): _typed(values, own) for key, own in value.items()}
+    if get_origin(kind) is tuple:
+        kinds = inner[:1] * len(value) if inner[-1] is ... else inner
+        return tuple(_typed(own, one) for own, one in zip(kinds, value, strict=True))
+    if kind is Any or (value is None and type(None) in inner):
+        return value
+    value = toml.convert(value, kind, "")
+    if not isinstance(value, str) and value < 0:
+        raise ValueError(value)
+    return value
 
 
 def plain_fields(fields: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import jax
 from etils import epath
 
 from jaxpipe.errors import CheckpointError, ConfigError
@@ -112,6 +113,8 @@ def check_start(config: Config, start: Start, data: dict[str, Any]) -> Start:
     for path in start.candidates:
         try:
             meta = read_meta(path)
+            if not start.weights_only:
+                _check_key(meta, path)
         except CheckpointError as error:
             first = first or error
             continue  # told when it is tried
@@ -122,6 +125,12 @@ def check_start(config: Config, start: Start, data: dict[str, Any]) -> Start:
     if first is not None:
         raise CheckpointError(f"{first}; to start over pass train.overwrite=true") from first
     return start
+
+
+def _check_key(meta: Meta, path: epath.Path) -> None:
+    words = jax.random.key_data(jax.random.key(0)).size
+    if len(meta.key) != words:
+        raise CheckpointError(f"{path}: its random key has {len(meta.key)} words, but keys have {words} here")
 
 
 def find(name: str) -> epath.Path:
@@ -215,12 +224,14 @@ def restore(start: Start, template: StateLayout, check, report: Report) -> tuple
     for path in start.candidates:
         try:
             meta = read_meta(path)
+            if not start.weights_only:
+                _check_key(meta, path)
         except CheckpointError as error:
             damaged(error)
             continue
         check(meta, path)
-        check_leaves(path, meta, [leaf for chunk in chunks for leaf in chunk.leaves])
         try:
+            check_leaves(path, meta, [leaf for chunk in chunks for leaf in chunk.leaves])
             return _read(path, meta, chunks, len(template.rest)), meta
         except CheckpointError as error:
             damaged(error)

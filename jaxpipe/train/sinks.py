@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from jaxpipe.documents import read_text
 from jaxpipe.errors import ConfigError
 from jaxpipe.train.config import Config
 from jaxpipe.train.folder import RunFolder
@@ -43,7 +44,7 @@ class WeightsAndBiases:
         package = _package("wandb", "metrics.wandb", "wandb")
         if not folder.wandb_id.exists():
             folder.wandb_id.write_text(uuid.uuid4().hex, encoding="utf-8")
-        own = folder.wandb_id.read_text(encoding="utf-8")
+        own = read_text(folder.wandb_id, ConfigError, most=1000).strip()
         where, name = str(folder.path), folder.path.name
         self._run = package.init(project=project, name=name, id=own, resume="allow", dir=where, config=config)
 

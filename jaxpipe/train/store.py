@@ -5,10 +5,10 @@
 killed leaves nothing that looks like a checkpoint; checksums in ``meta`` tell what changed afterwards.
 """
 
-import json
+import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from jaxpipe.documents import parse_json, read_text
 from jaxpipe.errors import CheckpointError
 from jaxpipe.runtime.checksum import as_text, checksum
 from jaxpipe.runtime.state import CanonicalLeaf
@@ -173,13 +174,13 @@ def read_meta(path: epath.Path) -> Meta:
         CheckpointError: There is none, it is damaged, or something else wrote it.
     """
     try:
-        text = (path / META / TEXT).read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path / META / TEXT, CheckpointError)
+    except CheckpointError as error:
         raise CheckpointError(
             f"{path} is not a checkpoint of jaxpipe; name a run's folder or one of its checkpoints"
         ) from error
     try:
-        facts = json.loads(text)
+        facts = parse_json(text)
     except ValueError as error:
         raise CheckpointError(f"{path}: its description is not JSON, it was cut off or is damaged") from error
     return from_json(facts, str(path))
@@ -217,7 +218,9 @@ def read_leaves(path: epath.Path, leaves: Sequence[CanonicalLeaf]) -> list[jax.A
     """
     wrong, arrays = None, []
     try:
-        arrays = _read(path, {leaf.path: leaf.abstract for leaf in leaves})
+        shapes = {leaf.path: leaf.abstract for leaf in leaves}
+        check_fits(path, shapes.values())
+        arrays = _read(path, shapes)
     except Exception as error:
         wrong = _one_line(error)
     if not all_agree(wrong is None):
@@ -259,6 +262,7 @@ def damage(path: epath.Path) -> Iterator[tuple[str, str | None]]:
         shape = jax.ShapeDtypeStruct(tuple(stored["shape"]), np.dtype(stored["dtype"]), sharding=device)
         wrong = None
         try:
+            check_fits(path, [shape])
             (array,) = _read(path, {tuple(name.split("/")): shape})
             if as_text(checksum(array)) != stored["sum"]:
                 wrong = "does not match its checksum"
@@ -267,6 +271,23 @@ def damage(path: epath.Path) -> Iterator[tuple[str, str | None]]:
         yield name, wrong
     if failed:
         forget_failures()
+
+
+def check_fits(path: epath.Path, shapes: Iterable[Any]) -> None:
+    """Checks that this process's shards of arrays fit into the memory of its machine, before they are allocated.
+
+    Raises:
+        CheckpointError: They do not; a description can name any size, whatever its files hold.
+    """
+    size = sum(
+        math.prod(shape.sharding.shard_shape(shape.shape))
+        * np.dtype(shape.dtype).itemsize
+        * len(shape.sharding.addressable_devices)
+        for shape in shapes
+    )
+    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > have:
+        raise CheckpointError(f"{path} describes {size:,} bytes of arrays, but this machine has {have:,}")
 
 
 def _read(path: epath.Path, shapes: dict[tuple[str, ...], jax.ShapeDtypeStruct]) -> list[jax.Array]:

@@ -7,6 +7,7 @@ import sys
 from typing import Protocol, TextIO
 
 from jaxpipe.reader import stop_unread
+from jaxpipe.screen import behind, printable
 
 
 class Report(Protocol):
@@ -39,7 +40,7 @@ class Lines:
         self._file = file or sys.stdout
 
     def note(self, text: str):
-        self._file = stop_unread(self._file, text)
+        self._file = stop_unread(self._file, printable(text))
 
     def progress(self, step: int, steps: int, values: dict[str, float]):
         self.note(f"step {step:>{len(str(steps))}}/{steps}  {describe(values)}  ETA {_left(step, steps, values)}")
@@ -55,14 +56,16 @@ class Live:
     """
 
     def __init__(self, console=None):
+        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+        console = console or Console(file=behind(sys.stdout))
         columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
         self._progress = Progress(*columns, console=console, auto_refresh=False)
         self._task = None
 
     def note(self, text: str):
-        self._progress.console.print(text, markup=False, highlight=False)
+        self._progress.console.print(printable(text), markup=False, highlight=False)
 
     def progress(self, step: int, steps: int, values: dict[str, float]):
         text = f"{describe(values)}  ETA {_left(step, steps, values)}"

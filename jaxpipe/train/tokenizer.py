@@ -1,17 +1,19 @@
 """Text to tokens and back: by a model's own tokenizer.json, else byte by byte."""
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from jaxpipe.documents import read_object, read_text
 from jaxpipe.errors import ConfigError
 from jaxpipe.train.chat import render
+from jaxpipe.train.panics import no_panics
 
 FILE, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
-TEMPLATE = "chat_template.jinja"
+TEMPLATE, MAX_TEMPLATE = "chat_template.jinja", 1 << 20
+"""Its name, and its longest size in bytes."""
 FILES = (
     FILE,
     SETTINGS,
@@ -136,13 +138,16 @@ class FileTokenizer:
                 return found
         return []
 
+    @no_panics()
     def encode(self, text: str) -> list[int]:
         bos = self._special("bos_token")  # a chat template has written it already
         return self._own.encode(text, add_special_tokens=not (bos and text.startswith(bos))).ids
 
+    @no_panics()
     def pieces(self, text: str) -> list[int]:
         return self._own.encode(text, add_special_tokens=False).ids
 
+    @no_panics()
     def decode(self, tokens: Sequence[int]) -> str:
         return self._own.decode([int(token) for token in tokens], skip_special_tokens=True)
 
@@ -156,7 +161,7 @@ class FileTokenizer:
     def _template(self) -> str | None:
         file = self.path / TEMPLATE
         if file.is_file():
-            return file.read_text(encoding="utf-8")
+            return read_text(file, ConfigError, most=MAX_TEMPLATE)
         own = self._settings.get("chat_template", _read_json(self.path / "chat_template.json").get("chat_template"))
         if isinstance(own, list):  # several with names
             named = {each.get("name"): each.get("template") for each in own if isinstance(each, Mapping)}
@@ -183,7 +188,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     if not path.exists():
         raise ConfigError(f"tokenizer {path} does not exist; name a folder with a {FILE}")
-    return FileTokenizer(path.parent if path.name == FILE else path)
+    with no_panics():
+        return FileTokenizer(path.parent if path.name == FILE else path)
 
 
 def copy_tokenizer(source: str | Path, to: Path, *others: str) -> str | None:
@@ -206,8 +212,4 @@ def copy_tokenizer(source: str | Path, to: Path, *others: str) -> str | None:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
-    return table if isinstance(table, dict) else {}
+    return read_object(path, ConfigError)

@@ -7,6 +7,7 @@ a `ConfigError` that names the key, the value and the nearest valid choice. TOML
 
 import difflib
 import math
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 
+from jaxpipe.documents import MAX_BYTES, MAX_DEPTH, check_depth, shown
 from jaxpipe.errors import ConfigError
 from jaxpipe.models.fields import nearest
 
@@ -30,14 +32,25 @@ def read(path: str | Path) -> dict[str, dict[str, Any]]:
     """
     path = Path(path)
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise ConfigError(f"config file {path} is longer than {MAX_BYTES:,} bytes")
+        if any(word.count(b".") > MAX_DEPTH for word in re.split(rb"[\s,=\[\]{}]+", text)):
+            raise RecursionError  # a key of thousands of parts, for which the parser takes minutes
+        tables = tomllib.loads(text.decode("utf-8").replace("\r\n", "\n"))
+        check_depth(tables)
     except FileNotFoundError as error:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1, cutoff=0.4)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise ConfigError(f"config file {path} does not exist{hint}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}") from error
-    except tomllib.TOMLDecodeError as error:
+    except ConfigError:
+        raise
+    except RecursionError as error:
+        raise ConfigError(f"config file {path} is nested too deeply") from error
+    except ValueError as error:  # TOMLDecodeError, whole numbers of thousands of digits, a name with a null character
         raise ConfigError(f"config file {path} is not TOML: {error}") from error
     for key, value in tables.items():
         if not isinstance(value, dict):
@@ -146,6 +159,8 @@ def convert(value: Any, kind: Any, name: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{name}={value!r} must be a list; try {[value]!r}")
         return tuple(convert(item, options[0], name) for item in value)
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{name}={shown(value)} must be below 2**63; try {2**31}")
     if kind is float and type(value) is int:
         return float(value)
     if kind is int and type(value) is float and value.is_integer():
@@ -184,7 +199,7 @@ def _literal(text: str, kind: Any) -> Any:
     """The value that `text` stands for on the command line, where strings need no quotes and lists no brackets."""
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text
     kinds = _alternatives(kind)
     lists = [kind for kind in kinds if get_origin(kind) is tuple]

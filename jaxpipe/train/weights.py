@@ -23,8 +23,9 @@ from jaxpipe.runtime.mesh import FSDP, PIPE, TENSOR
 from jaxpipe.runtime.rest import Sizes, end_rest
 from jaxpipe.runtime.state import CanonicalLeaf
 from jaxpipe.runtime.tree import Tree, set_path
+from jaxpipe.train import toml
 from jaxpipe.train.meta import Meta
-from jaxpipe.train.store import check_sums, read_leaves
+from jaxpipe.train.store import check_fits, check_sums, read_leaves
 
 ModelConfig = GPTConfig | EncDecConfig
 Place = Callable[[Sequence[int]], Sharding]
@@ -107,8 +108,8 @@ def model_of(meta: Meta, where: Any) -> ModelConfig:
     table = {key: value for key, value in meta.config.get("model", {}).items() if value is not None}
     kind = EncDecConfig if "num_encoder_layers" in table else GPTConfig
     try:
-        return kind(**table)
-    except TypeError as error:
+        return kind(**toml.check({"model": table}, {"model": toml.fields_of(kind)})["model"])
+    except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{where}: its model is not one that this jaxpipe knows: {error}") from error
 
 
@@ -142,6 +143,8 @@ def read_weights(path: epath.Path, meta: Meta, place: Place) -> Tree:
         CheckpointError: A leaf cannot be read or is damaged.
     """
     tree: Tree = {}
-    for name, array in read_checked(path, meta, checkpoint_leaves(meta, place)):
+    leaves = checkpoint_leaves(meta, place)
+    check_fits(path, [leaf.abstract for leaf in leaves])
+    for name, array in read_checked(path, meta, leaves):
         tree = set_path(tree, name, array)
     return tree

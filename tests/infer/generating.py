@@ -41,7 +41,7 @@ def canonical(cfg: Any) -> Tree:
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(0.1, 0.4, x.shape), x.dtype), shapes)
 
 
-def make(cfg: Any, mesh: dict[str, int], **options: Any) -> Generator:
+def make(cfg: Any, mesh: dict[str, Any], **options: Any) -> Generator:
     """A generator whose program is compiled quickly."""
     own = {"chunk": 4} if isinstance(cfg, GPTConfig) else {"max_source_len": SOURCE}
     options = {"max_len": LENGTH} | own | options

@@ -2,13 +2,14 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from generating import GPT, greedy, make, prompts
 
 from jaxpipe.errors import ConfigError
-from jaxpipe.infer import Engine, QueueFullError, Request, Sampling
+from jaxpipe.infer import Engine, QueueFullError, Request, RequestError, Sampling
 
 GIVEN = prompts(GPT.vocab_size, (3, 9, 1, 5, 8, 4, 12, 2))
 NEW = 10
@@ -148,6 +149,7 @@ def test_metrics_count_what_happened(engine):
         "requests_total": 1,
         "finished_total": 1,
         "cancelled_total": 0,
+        "failed_total": 0,
         "prompt_tokens_total": 3,
         "tokens_total": 5,
     }
@@ -219,3 +221,100 @@ def test_ticks_below_the_ring_period_are_refused(generator):
         Engine(generator, ticks=1)
     with Engine(generator) as bare, pytest.raises(ConfigError, match="needs a tokenizer; try stop_token_ids"):
         bare.submit(Request([1], Sampling(max_new_tokens=1), stop=("x",)))
+
+
+class Panic(BaseException):
+    """As PyO3's for a panic in Rust: no Exception."""
+
+
+class Fragile(Bytes):
+    """Makes text of nothing that holds token `bad`."""
+
+    def __init__(self, bad, error):
+        self.bad, self.error = bad, error
+
+    def decode(self, tokens):
+        if self.bad in tokens:
+            raise self.error
+        return super().decode(tokens)
+
+
+@pytest.mark.parametrize("error", [ValueError("no text"), MemoryError(), Panic("index out of bounds")])
+def test_an_error_of_one_request_ends_it_alone(generator, engine, error):
+    asked = [Request(GIVEN[0], Sampling(temperature=2.0, seed=n, max_new_tokens=NEW)) for n in range(4)]
+    wanted = [tokens(engine.submit(request)) for request in asked]
+    bad = next(token for token in wanted[0] if any(token not in other for other in wanted))
+    spared = [n for n, other in enumerate(wanted) if bad not in other]
+    with Engine(generator, Fragile(bad, error), queue=100) as fragile:
+        hit = fragile.submit(replace(asked[0], n=2))
+        others = [fragile.submit(asked[n]) for n in spared]
+        with pytest.raises(RequestError, match=type(error).__name__) as caught:
+            tokens(hit)
+        assert caught.value.__cause__ is error
+        assert [tokens(handle) for handle in others] == [wanted[n] for n in spared]
+        assert idle(fragile)
+        assert fragile.error is None
+        assert fragile.metrics()["failed_total"] >= 1
+
+
+def test_a_row_that_cannot_be_made_ends_its_request_alone(generator, wanted, monkeypatch):
+    made = generator.row
+
+    def row(row, ticket):
+        return made(row, ticket) if len(row.tokens) != len(GIVEN[0]) else 1 / 0
+
+    with Engine(generator, queue=100) as engine:
+        monkeypatch.setattr(generator, "row", row)
+        hit, spared = (engine.submit(Request(prompt, Sampling(max_new_tokens=NEW))) for prompt in GIVEN[:2])
+        with pytest.raises(RequestError, match="ZeroDivisionError"):
+            tokens(hit)
+        assert tokens(spared) == wanted[1]
+        assert idle(engine)
+
+
+WRONG = {
+    "stops": ({"stop": ("", "a")}, "longer ones than 256"),
+    "long stop": ({"stop": ("x" * 257,)}, "longer ones than 256"),
+    "many stops": ({"stop": ("x",) * 17}, "more than 16"),
+    "no stop": ({"stop": 5}, "more than 16"),
+    "sampling": ({"sampling": {"temperature": 0}}, "must be a Sampling"),
+    "n": ({"n": True}, "whole number"),
+    "huge n": ({"n": 10**9}, "exceeds queue"),
+    "prompt": ({"prompt_tokens": 5}, "no list of token ids"),
+    "text": ({"prompt_tokens": "abc"}, "no list of token ids"),
+    "none": ({"prompt_tokens": None}, "no list of token ids"),
+    "letters": ({"prompt_tokens": ["1"]}, "no token id"),
+    "fraction": ({"prompt_tokens": [1.0]}, "no token id"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "message"), WRONG.values(), ids=WRONG.keys())
+def test_a_wrong_request_is_refused_before_the_thread_sees_it(engine, wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        engine.submit(Request(**{"prompt_tokens": GIVEN[0], **wrong}))
+    assert engine.error is None
+
+
+def test_one_stop_text_is_one_stop_text(engine):
+    whole = "".join(piece.text for piece in engine.submit(Request(GIVEN[0], Sampling(max_new_tokens=NEW))))
+    stop = whole[3:5]
+    cut = "".join(piece.text for piece in engine.submit(Request(GIVEN[0], Sampling(max_new_tokens=NEW), stop=stop)))
+    assert cut == whole[: whole.index(stop)]
+
+
+def test_an_engine_whose_thread_hangs_can_be_left_behind(generator):
+    going, over = threading.Event(), threading.Event()
+
+    class Hanging(Bytes):
+        def decode(self, tokens):
+            going.set()
+            over.wait(60)
+            return super().decode(tokens)
+
+    engine = Engine(generator, Hanging())
+    engine.submit(Request(GIVEN[0], Sampling(max_new_tokens=2)))
+    assert going.wait(60)
+    engine.close(drain=False, timeout_s=0.01)
+    assert isinstance(engine.error, TimeoutError)
+    engine.close()
+    over.set()

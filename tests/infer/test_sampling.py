@@ -103,8 +103,32 @@ def test_ties_at_the_edge_are_kept():
         ({"max_new_tokens": 0}, "try 1"),
         ({"stop_token_ids": tuple(range(9))}, "may have 8"),
         ({"stop_token_ids": (-1,)}, "whole numbers"),
+        ({"stop_token_ids": (2**31,)}, "whole numbers"),
+        ({"stop_token_ids": "END"}, "token ids"),
+        ({"temperature": "0.5"}, "try 0.0"),
+        ({"temperature": True}, "try 0.0"),
+        ({"temperature": 1e300}, "try 0.0"),
+        ({"temperature": 10**400}, "try 0.0"),
+        ({"top_k": 2**31}, "at most 2147483647; try 0"),
+        ({"top_k": "5"}, "try 0"),
+        ({"top_p": None}, "try 1.0"),
+        ({"repetition_penalty": 1e-30}, "try 1.0"),
+        ({"max_new_tokens": 2**31}, "at most 2147483647"),
+        ({"logprobs": "yes"}, "True or False"),
     ],
 )
 def test_a_wrong_setting_is_named(wrong, near):
     with pytest.raises(ConfigError, match=f"{next(iter(wrong))}.*{near}"):
         replace(Sampling(), **wrong)
+
+
+NARROW = [{}, {"top_k": 2}, {"top_p": 1e-44}, {"top_p": 0.5}, {"min_p": 1.0}, {"top_k": 2**31 - 1}]
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-37, 1e-40, 5e-324])
+@pytest.mark.parametrize("other", NARROW, ids=str)
+def test_a_temperature_near_zero_takes_the_likeliest_token(temperature, other):
+    scores = jnp.array([[-4e4, 1e4, 3.0e4, 2.9e4, -jnp.inf]])
+    settings = {name: value[None] for name, value in Sampling(temperature=temperature, **other).row().items()}
+    token, logprob = draw(scores, settings, scores > 1e5, jnp.zeros(1, int))
+    assert (token.tolist(), logprob.tolist()) == ([2], [0.0])

@@ -83,7 +83,10 @@ def test_metrics_come_along_and_have_no_gradient():
     got = jax.value_and_grad(lambda params: pipe.loss(params, BATCH, has_aux=True), has_aux=True)(params)
     tree_allclose(got[0][1], wanted[0][1])
     tree_allclose((got[0][0], got[1]), (wanted[0][0], wanted[1]))
-    with pytest.raises(ConfigError, match=r"^the metrics of Pipeline.loss\(…, has_aux=True\) and its parts but for the total have no gradient, only"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^the metrics of Pipeline.loss\(…, has_aux=True\) and its parts but for the total have no gradient",
+    ):
         jax.grad(lambda params: pipe.loss(params, BATCH, has_aux=True)[1]["mean"].sum())(params)
 
 

@@ -94,3 +94,9 @@ def test_costs_below_zero_are_refused(forward):
 def test_importing_schedules_loads_neither_jax_nor_numpy():
     code = "import sys, jaxpipe.schedule; sys.exit(any(m in sys.modules for m in ('jax', 'numpy')))"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_schedule_that_fits_no_memory_is_refused_before_it_is_built():
+    for name in ("gpipe", "auto"):
+        with pytest.raises(ScheduleError, match=r"=2\*1000000000\*1=2000000000 must be at most 16777216; try microb"):
+            build(name, devices=2, microbatches=10**9)

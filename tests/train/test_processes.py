@@ -9,8 +9,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +25,7 @@ from jaxpipe.train import load, train
 from jaxpipe.train.processes import Crew, Place, find_place
 from jaxpipe.train.processes.hub import Hub, differences
 from jaxpipe.train.processes.line import LineError
+from jaxpipe.train.processes.roll_call import _proof as proof_of
 from jaxpipe.train.processes.roll_call import answer, gather
 from jaxpipe.train.processes.share import put_rows
 
@@ -158,6 +162,120 @@ def test_strangers_are_ignored_and_who_comes_again_is_welcome():
         assert set(hosts) == {0, 1}
         lines[0].close()
         waiting.result()[0][1].close()
+
+
+def meeting(*given: Place, strangers: Sequence[Any] = (), timeout_s: float = 5.0) -> list:
+    """What each place gets while strangers send lines to process 0 and keep their connections open."""
+    zero, *others = given
+    with ExitStack() as stack, ThreadPoolExecutor(len(given)) as pool:
+        waiting = pool.submit(gather, zero, timeout_s)
+        for line in strangers:
+            while True:
+                try:
+                    sock = stack.enter_context(socket.create_connection((zero.host, zero.port)))
+                    break
+                except ConnectionRefusedError:
+                    time.sleep(0.01)
+            nonce = json.loads(sock.makefile("rb").readline())["nonce"]
+            with suppress(OSError):
+                sock.sendall(line if isinstance(line, bytes) else line(nonce))
+        came = [pool.submit(answer, place, timeout_s) for place in others]
+        return [future.exception() or future.result() for future in (waiting, *came)]
+
+
+HELLO = {"kind": "jaxpipe", "number": 1, "count": 2, "host": "x", "proof": "0" * 64}
+STRANGE = [
+    b"",
+    b"\xff\xfe\n",
+    b"[" * 3000 + b"\n",
+    b"{" * 100_000,
+    b"x" * 100_000,
+    b'{"kind": "jaxpipe", "number": 1e400}\n',
+    b'{"kind": "jaxpipe", "number": ' + b"9" * 3000 + b"}\n",
+    b'{"kind": {}}\n',
+    *(
+        json.dumps(HELLO | wrong).encode() + b"\n"
+        for wrong in ({}, {"number": -1}, {"number": 0}, {"number": 1.5}, {"number": True}, {"count": 10**30})
+    ),
+    *(json.dumps(HELLO | wrong).encode() + b"\n" for wrong in ({"host": 5}, {"proof": None}, {"proof": "\u00e9"})),
+]
+
+
+def proven(token="", **facts):
+    """A hello of somebody who knows the protocol."""
+
+    def line(nonce):
+        said = {"number": 1, "count": 2, "host": "x"} | facts
+        return json.dumps({"kind": "jaxpipe", **said, "proof": proof_of(token, nonce, said)}).encode() + b"\n"
+
+    return line
+
+
+@pytest.mark.parametrize("token", ["", "secret"])
+def test_no_line_of_a_stranger_ends_or_holds_up_process_0(token):
+    address = f"localhost:{free_port()}"
+    given = [Place(address, 2, number, token=token) for number in (0, 1)]
+    liars = [proven(token, number=number) for number in (0, -1, 2, 7)]
+    liars += [proven("guess"), proven("guess", count=3)] if token else []
+    began = time.monotonic()
+    (lines, hosts), (back, _) = meeting(*given, strangers=[*STRANGE * 3, *liars])
+    assert time.monotonic() - began < 4.0  # not one after the other, each for as long as it may be silent
+    assert (set(lines), hosts) == ({1}, {0: socket.gethostname(), 1: socket.gethostname()})
+    lines[1].close()
+    back[0].close()
+
+
+def test_a_process_with_another_token_is_told_so_and_the_others_go_on():
+    address = f"localhost:{free_port()}"
+    given = [Place(address, 2, number, token=token) for number, token in ((0, "a"), (1, "b"), (1, "a"))]
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(gather, given[0], 10.0)
+        with pytest.raises(ConfigError, match="JAXPIPE_TOKEN must be the same in all processes"):
+            answer(given[1], 5.0)
+        lines, _ = answer(given[2], 5.0)
+        assert set(waiting.result()[0]) == {1}
+        lines[0].close()
+        waiting.result()[0][1].close()
+
+
+def test_the_token_comes_from_the_environment_and_is_not_shown():
+    place = find_place("a:1", 2, 1, environment={"JAXPIPE_TOKEN": "secret"})
+    assert place.token == "secret"
+    assert "secret" not in repr(place)
+
+
+def test_process_0_listens_at_the_given_interface_only():
+    port = free_port()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(gather, Place(f"127.0.0.1:{port}", 2, 0), 5.0)
+        lines, _ = answer(Place(f"127.0.0.1:{port}", 2, 1), 5.0)
+        waiting.result()[0][1].close()
+        lines[0].close()
+        waiting = pool.submit(gather, Place(f"127.0.0.1:{port}", 2, 0), 0.5)
+        while not waiting.done():
+            with pytest.raises(OSError):
+                socket.create_connection(("127.0.0.2", port), timeout=0.2)
+        assert isinstance(waiting.exception(), LineError)
+    assert Place("127.0.0.1:1", 2, 0).interface() == "127.0.0.1"
+    assert Place("localhost:1", 2, 0).interface() == "127.0.0.1"
+    assert Place("192.0.2.1:1", 2, 0).interface() == ""  # none of this machine's
+
+
+def test_a_machine_that_calls_itself_loopback_listens_for_others(monkeypatch):
+    def named(*found):
+        infos = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in found]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: infos)
+        return Place("node7:1", 2, 0).interface()
+
+    assert named("127.0.1.1") == ""  # as Debian has it in /etc/hosts
+    assert named("127.0.0.1", "127.0.0.2") == ""
+    assert named("192.0.2.1") == ""
+
+
+def test_a_message_that_is_none_ends_the_run_in_one_line():
+    for message in ({}, {"kind": []}, {"kind": "begun"}, {"kind": "begun", "steps": -1}, {"kind": "facts", "name": 1}):
+        (end,) = Hub({0: "a", 1: "b"}).handle(1, message)
+        assert end == {"kind": "end", "text": "process 1 (b) sent what is no message", "code": 1}
 
 
 def test_a_port_that_is_taken_is_told():

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from jaxpipe.cli import main
 from jaxpipe.errors import CheckpointError, ConfigError
@@ -19,6 +20,7 @@ from jaxpipe.train.assemble import assemble
 from jaxpipe.train.corpus import Segment
 from jaxpipe.train.data import Batches
 from jaxpipe.train.evaluate import evaluate, mean_loss
+from jaxpipe.train.meta import _digest
 from jaxpipe.train.optim import adamw
 from jaxpipe.train.resume import Start, check_data, find, restore
 from jaxpipe.train.step import init_state
@@ -160,7 +162,7 @@ RUNS = {
 def test_another_mesh_holds_the_same_state(whole, mesh):
     config, out = whole
     path = find(str(out))
-    leaves = read_meta(path).leaves
+    leaves = read_meta(epath.Path(path)).leaves
     assert checksums(config(*mesh), path) == {name: leaf["sum"] for name, leaf in leaves.items()}
     for part in ("params/", "opt_state/"):
         assert {leaf["shape"][0] for name, leaf in leaves.items() if name.startswith(part) and "/blocks/" in name} == {
@@ -241,7 +243,37 @@ def largest(folder: Path) -> Path:
     return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
+def lie(path: Path, **facts):
+    """Rewrites a description, with a digest that fits."""
+    file = path / "meta" / "metadata"
+    said = {name: value for name, value in json.loads(file.read_text()).items() if name != "digest"} | facts
+    file.write_text(json.dumps({**said, "digest": _digest(said)}))
+
+
+def resize(path: Path, shape: list):
+    """Has a description give its largest leaf another shape."""
+    leaves = read_meta(epath.Path(path)).leaves
+    name = max(leaves, key=lambda name: np.prod(leaves[name]["shape"]))
+    lie(path, leaves=leaves | {name: leaves[name] | {"shape": shape}})
+
+
+def replace_by_folder(path: Path):
+    path.unlink()
+    path.mkdir()
+
+
 DAMAGES = {
+    "a description nested deep": lambda path: (path / "meta" / "metadata").write_text("[" * 100_000),
+    "a number of no bounds": lambda path: (path / "meta" / "metadata").write_text('{"step": 1e999}'),
+    "a description of no bounds": lambda path: (path / "meta" / "metadata").write_bytes(b" " * (65 << 20)),
+    "a folder for a description": lambda path: replace_by_folder(path / "meta" / "metadata"),
+    "a folder for an array": lambda path: replace_by_folder(largest(path / "state")),
+    "another random key": lambda path: lie(path, key=[1, 2, 3, 4]),
+    "a time that is no date": lambda path: lie(path, time=1e300),
+    "a config that is none": lambda path: lie(path, config={"model": [1]}),
+    "a leaf of no bounds": lambda path: resize(path, [2**62]),
+    "a leaf of another shape": lambda path: resize(path, [2**20, 2**20]),
+    "a leaf of no type": lambda path: lie(path, leaves={"params": {"shape": [1], "dtype": "object", "sum": ""}}),
     "a flipped bit": lambda path: flip(largest(path / "state")),
     "a cut file": lambda path: os.truncate(largest(path / "state"), 1000),
     "a missing file": lambda path: largest(path / "state").unlink(),
@@ -264,7 +296,7 @@ def test_damage_is_found_and_the_checkpoint_before_is_taken(whole, one_device, t
     assert not [wrong for _, wrong in damage(store.at(6)) if wrong]
     harm(tmp_path / "checkpoints" / "6")
     with suppress(CheckpointError):  # where it cannot even say what it holds
-        assert [wrong for _, wrong in damage(store.at(6)) if wrong]
+        assert harm is DAMAGES["another random key"] or [wrong for _, wrong in damage(store.at(6)) if wrong]
     notes = Notes()
     _, meta = restore(Start((store.at(6), store.at(3))), one_device, lambda *_: None, notes)
     assert meta.step == 3

@@ -1,25 +1,62 @@
 """The body of a request: read within limits of size and time, and decoded as strict JSON."""
 
 import asyncio
-import json
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
+from jaxpipe.documents import parse_json, shown
 from jaxpipe.infer.server.limits import Limits
-from jaxpipe.infer.server.problem import Problem, shown
+from jaxpipe.infer.server.problem import Problem
 
 LINGER_BYTES, LINGER_S = 64 << 20, 2.0
 """How much of a body that nobody wants is read all the same."""
+SMALL_BYTES, LONG_BODIES = 64 << 10, 16
+"""A body of at most so many bytes is always read; of the longest ones so many arrive at a time."""
 WHOLE = "jaxpipe.body_whole"
 """Key of the scope that says that the body has been read to its end."""
 
 
-async def read_json(request: Request, limits: Limits) -> dict[str, Any]:
-    """Reads the JSON object that a request carries.
+class Room:
+    """The memory that bodies take while they arrive, in all. Small ones always have room.
+
+    Args:
+        limits: Of a body, of which several of the longest fit.
+    """
+
+    def __init__(self, limits: Limits):
+        self._free = max(LONG_BODIES * limits.body_bytes, SMALL_BYTES)
+
+    @contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """A function that is told how long a body has become so far. While the context lasts it has its place.
+
+        Raises:
+            Problem: 503, from that function: others take all the room.
+        """
+        taken = 0
+
+        def grow(size: int):
+            nonlocal taken
+            more = size - taken if size > SMALL_BYTES else 0
+            if more > self._free:
+                raise Problem(503, "too many long bodies arrive at a time", code="busy", retry_after_s=1)
+            self._free -= more
+            taken += more
+
+        try:
+            yield grow
+        finally:
+            self._free += taken
+
+
+async def read_body(request: Request, limits: Limits, room: Room) -> bytes:
+    """Reads the body of a request that carries JSON.
 
     Raises:
-        Problem: 415 for another type of content, 413 too long, 408 too slow, 400 no JSON object.
+        Problem: 415 for another type of content, 413 too long, 408 too slow, 503 too many of them.
         ClientDisconnect: Nobody is there any more.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -27,11 +64,11 @@ async def read_json(request: Request, limits: Limits) -> dict[str, Any]:
         # Also what keeps web pages of other origins out: browsers ask before they send this type, and get no consent.
         raise Problem(415, f"Content-Type {shown(kind)} must be application/json")
     try:
-        async with asyncio.timeout(limits.body_s):
-            data = await _read(request, limits.body_bytes)
+        with room.share() as grow:
+            async with asyncio.timeout(limits.body_s):
+                return await _read(request, limits.body_bytes, grow)
     except TimeoutError:
         raise Problem(408, f"the body did not arrive within {limits.body_s:g} s") from None
-    return parse(data)
 
 
 def parse(data: bytes) -> dict[str, Any]:
@@ -42,12 +79,10 @@ def parse(data: bytes) -> dict[str, Any]:
         {'n': 1}
     """
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
+        value = parse_json(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise Problem(400, f"the body must be UTF-8 but byte {error.start} is not") from None
-    except RecursionError:
-        raise Problem(400, "the body is nested too deeply") from None
-    except ValueError as error:  # JSONDecodeError, and whole numbers of thousands of digits
+    except ValueError as error:
         raise Problem(400, f"the body must be JSON: {error}") from None
     if not isinstance(value, dict):
         raise Problem(400, f"the body must be a JSON object but is {shown(value)}")
@@ -70,7 +105,7 @@ async def drain(request: Request):
         pass
 
 
-async def _read(request: Request, most: int) -> bytes:
+async def _read(request: Request, most: int, grow: Callable[[int], None]) -> bytes:
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > most:
         raise _too_long(most)
@@ -80,6 +115,7 @@ async def _read(request: Request, most: int) -> bytes:
         size += len(parts[-1])
         if size > most:
             raise _too_long(most)
+        grow(size)
     return b"".join(parts)
 
 
@@ -93,7 +129,3 @@ async def _part(request: Request) -> bytes:
 
 def _too_long(most: int) -> Problem:
     return Problem(413, f"the body must be at most {most} bytes long", code="body_too_large")
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")

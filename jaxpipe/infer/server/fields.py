@@ -10,7 +10,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxpipe.infer.server.problem import Problem, shown
+from jaxpipe.documents import shown
+from jaxpipe.infer.server.problem import Problem
 
 LARGEST = 1e30
 """Of any number; far from where whole numbers of JSON, which have no end, fit in no float."""
@@ -44,7 +45,7 @@ def read_fields(given: Mapping[str, Any], fields: Mapping[str, Field], where: st
         if name not in fields:
             near = difflib.get_close_matches(name[:60], fields, n=1)
             hint = f"; did you mean {where}{near[0]}?" if near else ""
-            raise Problem(400, f"unknown option {shown(where + name)}{hint}", param=shown(where + name))
+            raise Problem(400, f"unknown option {shown(where + name)}{hint}", param=_param(where + name))
     return {
         name: field.default if given.get(name) is None else field.read(where + name, given[name])
         for name, field in fields.items()
@@ -131,6 +132,11 @@ def one_of(choices: Collection[str]) -> Reader:
         return value
 
     return read
+
+
+def _param(name: str) -> str:
+    """A name that a client made up, as UTF-8 has it and no longer than needed."""
+    return name[:60].encode("utf-8", "backslashreplace").decode()
 
 
 def _wrong(name: str, value: Any, rule: str, near: str) -> Problem:

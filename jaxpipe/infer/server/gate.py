@@ -5,6 +5,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from jaxpipe.documents import shown
 from jaxpipe.infer.server.auth import Auth
 from jaxpipe.infer.server.body import drain
 from jaxpipe.infer.server.metrics import Metrics
@@ -58,7 +59,7 @@ class Gate:
 async def told(request: Request, problem: Exception) -> Response:
     """The answer that says what is wrong."""
     if isinstance(problem, HTTPException):
-        where = f"{request.method} {request.url.path!r}"
+        where = f"{request.method} {shown(request.scope['path'])}"
         hints = {404: f"{where} is not here; try one of {', '.join(PATHS)}", 405: f"{where}: the method is not allowed"}
         headers = dict(problem.headers or {})
         problem = Problem(problem.status_code, hints.get(problem.status_code, problem.detail))

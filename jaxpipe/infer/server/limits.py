@@ -16,7 +16,11 @@ class Limits:
         choices: The most answers one request may ask for: prompts times `n` (400).
         requests: Requests in progress, waiting ones included (429).
         request_s: Seconds from body to the last token; then 504, or an error in the stream.
-        body_s: Seconds for a body to arrive (408).
+        body_s: Seconds for a body to arrive (408), and for a client to take what is sent to it.
+        head_s: Seconds for the head of a request to arrive (408).
+        prompt_s: Seconds for prompts to become tokens (504).
+        connections: At a time; beyond, a new one takes the place of the one that has waited longest for its client.
+            Fewer where the system has not so many file handles.
     """
 
     body_bytes: int = 4 << 20
@@ -26,6 +30,9 @@ class Limits:
     requests: int = 256
     request_s: float = 600.0
     body_s: float = 30.0
+    head_s: float = 10.0
+    prompt_s: float = 30.0
+    connections: int = 1024
 
     def __post_init__(self):
         for name, least in (
@@ -34,10 +41,11 @@ class Limits:
             ("new_tokens", 0),
             ("choices", 1),
             ("requests", 1),
+            ("connections", 1),
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ConfigError(f"limits {name}={value!r} must be a whole number of at least {least}; try {least}")
-        for name in ("request_s", "body_s"):
+        for name in ("request_s", "body_s", "head_s", "prompt_s"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"limits {name}={getattr(self, name)!r} must be seconds above 0; try 60")

@@ -6,9 +6,11 @@ there is one place where a request waits, and no thread, task or lock per reques
 
 import asyncio
 from collections import deque
-from typing import Generic, TypeVar
+from collections.abc import Coroutine
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+S = TypeVar("S")
 
 
 class Mailbox(Generic[T]):
@@ -20,6 +22,7 @@ class Mailbox(Generic[T]):
         self._end: BaseException | None = None
         self._ready = asyncio.Event()
         self._waking = False
+        self._meanwhile: asyncio.Task[Any] | None = None
 
     def put_from_thread(self, item: T):
         """Puts in an item, from any thread; after the loop has closed nothing happens.
@@ -41,6 +44,27 @@ class Mailbox(Generic[T]):
         if self._end is None:
             self._end = error
             self._ready.set()
+            if self._meanwhile is not None:
+                self._meanwhile.cancel()
+
+    async def meanwhile(self, work: Coroutine[Any, Any, S]) -> S:
+        """The outcome of `work`, which ends early where the request does.
+
+        Raises:
+            BaseException: What `fail` was given, or what `work` raised.
+        """
+        self._meanwhile = task = asyncio.ensure_future(work)
+        if self._end is not None:
+            task.cancel()
+        try:
+            return await task
+        except asyncio.CancelledError:
+            task.cancel()
+            if self._end is None:
+                raise
+            raise self._end from None
+        finally:
+            self._meanwhile = None
 
     async def take(self) -> list[T]:
         """All items there are, at least one.

@@ -1,6 +1,5 @@
 """What clients are told when a request cannot be answered: a status and OpenAI's JSON form of an error."""
 
-from reprlib import Repr
 from typing import Any
 
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -43,13 +42,3 @@ def engine_failed(error: BaseException) -> Problem:
     """What is answered once the engine has died. Errors of XLA go over many lines; the first says what happened."""
     said = str(error).splitlines() or [type(error).__name__]
     return Problem(503, f"the engine failed: {said[0]}", code="engine_failed")
-
-
-def shown(value: Any) -> str:
-    """A value that a client sent, short enough for a message, whatever its size and depth."""
-    return _SHORT.repr(value)
-
-
-_SHORT = Repr()
-_SHORT.maxlevel = 2
-_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 60

@@ -1,8 +1,9 @@
 """From the prompts of a request to token ids that the engine has room for."""
 
+from jaxpipe.documents import shown
 from jaxpipe.errors import ConfigError
 from jaxpipe.infer.server.limits import Limits
-from jaxpipe.infer.server.problem import Problem, shown
+from jaxpipe.infer.server.problem import Problem
 from jaxpipe.infer.server.protocol import Tokenizer
 from jaxpipe.infer.server.schemas import Ask, Prompt
 
@@ -58,8 +59,15 @@ class Prompts:
         return self._most(tokens) if ask.max_tokens is None else ask.max_tokens
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of tokens."""
-        return self._tokenizer.decode(tokens)
+        """The text of tokens.
+
+        Raises:
+            Problem: 500, the tokenizer fails.
+        """
+        try:
+            return self._tokenizer.decode(tokens)
+        except BaseException as error:  # in Rust it may panic, which is no Exception
+            raise _tokenizer_failed(error) from error
 
     def _check_choices(self, prompts: int, ask: Ask):
         most = self._limits.choices
@@ -71,14 +79,10 @@ class Prompts:
             )
 
     def _one(self, name: str, prompt: Prompt, ask: Ask) -> list[int]:
-        tokens = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        tokens = self._encode(prompt) if isinstance(prompt, str) else prompt
         param = name.partition("[")[0]
         if not tokens:
             raise Problem(400, f"{name} holds no tokens; it needs at least 1", param=param)
-        size = self._tokenizer.vocab_size
-        for place, token in enumerate(tokens):
-            if not 0 <= token < size:
-                raise Problem(400, f"{name}[{place}]={shown(token)} must be a token id below {size}", param=param)
         held = self._source_len or self._max_len - 1
         longest = min(self._limits.prompt_tokens or held, held)
         if len(tokens) > longest:
@@ -88,8 +92,18 @@ class Prompts:
                 param=param,
                 code="context_length_exceeded",
             )
+        size = self._tokenizer.vocab_size
+        for place, token in enumerate(tokens):
+            if not 0 <= token < size:
+                raise Problem(400, f"{name}[{place}]={shown(token)} must be a token id below {size}", param=param)
         self._check_room(name, tokens, ask)
         return tokens
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            return self._tokenizer.encode(text)
+        except BaseException as error:  # see `decode`
+            raise _tokenizer_failed(error) from error
 
     def _check_room(self, name: str, tokens: list[int], ask: Ask):
         most = self._most(tokens)
@@ -106,3 +120,8 @@ class Prompts:
     def _most(self, tokens: list[int]) -> int:
         left = self._max_len - (1 if self._source_len else len(tokens))
         return min(left, self._limits.new_tokens or left)
+
+
+def _tokenizer_failed(error: BaseException) -> Problem:
+    said = " ".join(str(error).split()) or type(error).__name__
+    return Problem(500, f"the tokenizer failed: {shown(said)}", code="tokenizer_failed")

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -10,7 +11,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxpipe.infer.server import sse
-from jaxpipe.infer.server.body import read_json
+from jaxpipe.infer.server.body import parse, read_body
 from jaxpipe.infer.server.form import Answer, Choice, Form
 from jaxpipe.infer.server.mailbox import Mailbox
 from jaxpipe.infer.server.problem import Problem
@@ -48,16 +49,20 @@ class Generation:
         """The reply, which does its work while it is sent."""
 
         async def reply(scope: Scope, receive: Receive, send: Send):
-            with self._service.desk.admit() as mailbox:
-                await self._counted(request, mailbox, send)
+            if refusal := self._service.desk.refusal():
+                raise refusal
+            await self._counted(request, send)
 
         return reply
 
-    async def _counted(self, request: Request, mailbox: Mailbox, send: Send):
-        why = "failed"
+    async def _counted(self, request: Request, send: Send):
+        service, why = self._service, "failed"
         try:
-            async with asyncio.timeout(self._service.limits.request_s + STALLED_S):
-                why = await self._answer(request, mailbox, send)
+            # The body first: clients that are slow to send theirs take no place from those that have.
+            body = await read_body(request, service.limits, service.room)
+            with service.desk.admit() as mailbox:
+                async with asyncio.timeout(service.limits.request_s + STALLED_S):
+                    why = await self._answer(request, body, mailbox, send)
         except ClientDisconnect:
             why = "client_left"
         except TimeoutError:
@@ -68,16 +73,17 @@ class Generation:
         finally:
             self._service.metrics.ended.add(1, why)
 
-    async def _answer(self, request: Request, mailbox: Mailbox, send: Send) -> str:
+    async def _answer(self, request: Request, body: bytes, mailbox: Mailbox, send: Send) -> str:
         """Answers a request; returns how that ended."""
         service = self._service
-        prompts, ask = self._read(await read_json(request, service.limits))
-        service.check_model(ask.model)
-        tokens = await asyncio.to_thread(self._encode, prompts, ask)
-        if refusal := service.health():
-            raise refusal
-        work = Work(service.engine, service.prompts, service.metrics, mailbox, ask, tokens, service.stop_ids)
         async with _departure(request, mailbox):
+            reading = service.pool.run(partial(self._prepare, body), service.limits.prompt_s)
+            ask, tokens, echoes = await mailbox.meanwhile(reading)
+            if refusal := service.health():
+                raise refusal
+            work = Work(
+                service.engine, service.prompts, service.metrics, mailbox, ask, tokens, echoes, service.stop_ids
+            )
             try:
                 work.start()
                 answer = Answer(self._form, service.model)
@@ -89,9 +95,17 @@ class Generation:
             finally:
                 work.close()
 
+    def _prepare(self, body: bytes) -> tuple[Ask, list[list[int]], list[str]]:
+        """What a body asks for, its tokens, and what each answer begins with: all that takes time."""
+        prompts, ask = self._read(parse(body))
+        self._service.check_model(ask.model)
+        tokens = self._encode(prompts, ask)
+        texts = [self._service.prompts.decode(prompt) if ask.echo else "" for prompt in tokens]
+        return ask, tokens, [text for text in texts for _ in range(ask.n)]
+
 
 async def _whole(answer: Answer, work: Work) -> dict[str, Any]:
-    choices = [Choice(text=text) for text in work.echoes()]
+    choices = [Choice(text=text) for text in work.echoes]
     async for change in work.changes():
         for index, new in change.items():
             choices[index].extend(new)
@@ -114,7 +128,7 @@ async def _stream(answer: Answer, work: Work, send: Send) -> str:
 
 
 async def _events(answer: Answer, work: Work) -> AsyncIterator[bytes]:
-    form, echoes = answer.form, work.echoes()
+    form, echoes = answer.form, work.echoes
     if form.opening is not None:
         yield b"".join(sse.event(answer.chunk([form.opening(index)])) for index in range(len(echoes)))
     elif any(echoes):

@@ -2,12 +2,14 @@
 
 import asyncio
 import logging
+import math
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import uvicorn
 from uvicorn.logging import AccessFormatter
@@ -15,10 +17,13 @@ from uvicorn.logging import AccessFormatter
 from jaxpipe.errors import ConfigError
 from jaxpipe.infer.server.app import make_app
 from jaxpipe.infer.server.auth import Auth
+from jaxpipe.infer.server.connections import AT_ONCE, connection_class
 from jaxpipe.infer.server.service import Service
 
 KEEP_ALIVE_S = 75
 """How long an idle connection stays open: longer than proxies keep theirs, or they would send into closed ones."""
+BACKLOG = 2048
+"""Connections that wait in the system to be taken on."""
 SPARE_S = 5
 """How long connections may take to close after the last request was ended."""
 
@@ -80,7 +85,8 @@ class Server:
     ):
         config = uvicorn.Config(
             make_app(service, auth),
-            http="h11",
+            http=connection_class(service.limits),
+            backlog=AT_ONCE,
             ws="none",
             lifespan="off",
             loop="asyncio",
@@ -113,6 +119,7 @@ class Server:
 
     async def _run(self):
         self._loop = asyncio.get_running_loop()
+        self._loop.set_exception_handler(_Once(self._note))
         with _signals(self._loop, self._stop):
             await self._server.serve(sockets=[self._sock])
 
@@ -134,12 +141,31 @@ class _Uvicorn(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None):
         await super().startup(sockets)
+        for sock in sockets or ():
+            sock.listen(BACKLOG)
         self._ready()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Signals are `_signals`' own: uvicorn would raise them again once it is done, and knows no grace."""
         yield
+
+
+class _Once:
+    """Notes what goes wrong between connections and the event loop, each kind once a minute: strangers can cause it.
+
+    Args:
+        note: Is told.
+    """
+
+    def __init__(self, note: Callable[[str], None]):
+        self._note, self._last_s = note, {}
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]):
+        what, error = str(context.get("message", "")), context.get("exception")
+        if loop.time() - self._last_s.get(what, -math.inf) >= 60:
+            self._last_s[what] = loop.time()
+            self._note(f"warning    {what}: {error!r}; the same is told again after a minute at the earliest")
 
 
 def _log_requests() -> None:

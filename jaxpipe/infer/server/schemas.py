@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jaxpipe.documents import shown
+from jaxpipe.infer.handle import MAX_STOP_LENGTH, MAX_STOPS
 from jaxpipe.infer.server.fields import (
     Field,
     anything,
@@ -20,9 +22,10 @@ from jaxpipe.infer.server.fields import (
     unsupported,
     whole,
 )
-from jaxpipe.infer.server.problem import Problem, shown
+from jaxpipe.infer.server.problem import Problem
 
-MAX_STOPS, MAX_STOP_LENGTH = 16, 256
+MAX_MESSAGES = 4096
+"""Of a conversation, and parts of a message."""
 ROLES = ("system", "developer", "user", "assistant")
 SEEDS = 1 << 63
 
@@ -92,7 +95,7 @@ SHARED = {
     "top_p": Field(number(0, 1, above=True), 1.0),
     "top_k": Field(whole(0, 1 << 30), 0),
     "min_p": Field(number(0, 1), 0.0),
-    "repetition_penalty": Field(number(0, 100, above=True), 1.0),
+    "repetition_penalty": Field(number(0.01, 100), 1.0),
     "seed": Field(whole(-SEEDS, SEEDS - 1)),
     "stop": Field(_stop, ()),
     "stream": Field(flag, False),
@@ -180,6 +183,7 @@ def read_chat(body: Mapping[str, Any]) -> tuple[list[dict[str, str]], Ask]:
     messages = values["messages"]
     if not isinstance(messages, list) or not messages:
         raise Problem(400, f"messages={shown(messages)} must be a list of at least one message", param="messages")
+    _check_count("messages", messages)
     return [_message(f"messages[{i}]", message) for i, message in enumerate(messages)], _ask(values)
 
 
@@ -232,9 +236,15 @@ def _message(name: str, value: Any) -> dict[str, str]:
     return {"role": role, "content": _content(f"{name}.content", values["content"])}
 
 
+def _check_count(name: str, value: list[Any]):
+    if len(value) > MAX_MESSAGES:
+        raise Problem(400, f"{name} has {len(value)} entries and may have {MAX_MESSAGES}", param=name)
+
+
 def _content(name: str, value: Any) -> str:
     if not isinstance(value, list):
         return text(name, value)
+    _check_count(name, value)
     fields = {"type": Field(one_of(("text",)), "text"), "text": Field(text, "")}
     parts = [read_fields(objects(f"{name}[{i}]", part), fields, f"{name}[{i}].") for i, part in enumerate(value)]
     return "".join(part["text"] for part in parts)

@@ -3,10 +3,13 @@
 import time
 from dataclasses import dataclass, field
 
+from jaxpipe.documents import shown
+from jaxpipe.infer.server.body import Room
 from jaxpipe.infer.server.desk import Desk
 from jaxpipe.infer.server.limits import Limits
 from jaxpipe.infer.server.metrics import Metrics
-from jaxpipe.infer.server.problem import Problem, engine_failed, shown
+from jaxpipe.infer.server.pool import Pool
+from jaxpipe.infer.server.problem import Problem, engine_failed
 from jaxpipe.infer.server.prompts import Prompts
 from jaxpipe.infer.server.protocol import Engine, Tokenizer
 
@@ -35,6 +38,8 @@ class Service:
 
     def __post_init__(self):
         self.desk = Desk(self.limits)
+        self.pool = Pool()
+        self.room = Room(self.limits)
         self.prompts = Prompts(self.tokenizer, self.limits, self.engine.max_len, self.source_len)
 
     def check_model(self, name: str | None):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from jaxpipe.errors import ConfigError
-from jaxpipe.infer import QueueFullError, Request, Sampling
+from jaxpipe.infer import QueueFullError, Request, RequestError, Sampling
 from jaxpipe.infer.server.desk import RETRY_AFTER_S
 from jaxpipe.infer.server.form import Choice, usage
 from jaxpipe.infer.server.mailbox import Mailbox
@@ -35,6 +35,7 @@ class Work:
         mailbox: Where the pieces arrive.
         ask: What is asked for.
         tokens: The prompts' tokens.
+        echoes: What each answer begins with: nothing, or its prompt.
         stop_ids: Tokens that end an answer.
     """
 
@@ -44,6 +45,7 @@ class Work:
     mailbox: Mailbox[Arrival]
     ask: Ask
     tokens: Sequence[list[int]]
+    echoes: Sequence[str]
     stop_ids: tuple[int, ...]
 
     def __post_init__(self):
@@ -79,6 +81,8 @@ class Work:
         while left:
             new: dict[int, Choice] = {}
             for index, piece in await self.mailbox.take():
+                if isinstance(piece, RequestError):
+                    raise Problem(500, str(piece), code="request_failed") from piece
                 if isinstance(piece, BaseException):
                     raise engine_failed(piece) from piece
                 if piece.finish_reason == "cancelled":
@@ -92,11 +96,6 @@ class Work:
                 offsets[index] += sum(len(text) for text, _ in choice.tokens or ())
             yield new
         self.metrics.whole.add(time.monotonic() - began)
-
-    def echoes(self) -> list[str]:
-        """What each answer begins with: nothing, or its prompt."""
-        texts = [self.prompts.decode(prompt) if self.ask.echo else "" for prompt in self.tokens]
-        return [text for text in texts for _ in range(self.ask.n)]
 
     def usage(self) -> dict[str, int]:
         """Tokens so far."""

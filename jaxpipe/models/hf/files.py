@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from jaxpipe.documents import read_object
 from jaxpipe.errors import ConfigError, DataError
 from jaxpipe.models.hf.family import Family, ModelConfig
 from jaxpipe.models.hf.leaves import Leaf, Shape
 
 CONFIG, INDEX, WHOLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+LAYERS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer")
+"""Keys that count layers."""
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
 
@@ -37,16 +40,19 @@ class HFFolder:
         if not (self.path / CONFIG).is_file():
             raise ConfigError(f"{path} has no {CONFIG}, so it is no model's folder of Hugging Face")
         self.where = str(self.path / CONFIG)
-        self.config: dict[str, Any] = _read_json(self.path / CONFIG)
+        self.config: dict[str, Any] = read_object(self.path / CONFIG, DataError)
         self._open: dict[str, Any] = {}
         for name in self._names():
             opened = _safe_open(self.path / name)
             self._open |= dict.fromkeys(opened.keys(), opened)
         self._alias: dict[str, str] = {}
+        for key in LAYERS:  # before anything of that length is made
+            if isinstance(count := self.config.get(key), int) and count > len(self._open):
+                raise DataError(f"{self.where}: {key}={count}, but the folder has {len(self._open)} tensors in all")
 
     def _names(self) -> list[str]:
         if (self.path / INDEX).is_file():
-            files = _read_json(self.path / INDEX).get("weight_map")
+            files = read_object(self.path / INDEX, DataError).get("weight_map")
             if not isinstance(files, dict) or not all(
                 isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
                 for name in files.values()
@@ -125,7 +131,7 @@ class HFFolder:
     def _check_twin(self, key: str, source: str):
         one, other = self.tensor(key), self.tensor(source)
         same = one.get_shape() == other.get_shape() and one.get_dtype() == other.get_dtype()
-        count = one.get_shape()[0] if same else 0
+        count = one.get_shape()[0] if same and one.get_shape() else 0
         cuts = [slice(row, min(row + 4096, count)) for row in range(0, count, 4096)]
         same = same and all(np.array_equal(one[cut], other[cut]) for cut in cuts)
         if not same:
@@ -180,15 +186,5 @@ def _safe_open(path: Path) -> Any:
         return safe_open(path, framework="numpy")
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing, but {INDEX} names it") from error
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{path} is no whole safetensors file: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(table, dict):
-        raise DataError(f"{path} must hold a JSON object")
-    return table

@@ -16,10 +16,19 @@ from typing import Any
 
 from jaxpipe.errors import JaxpipeError
 from jaxpipe.train.processes.hub import Hub
-from jaxpipe.train.processes.line import Line, LineError, Message
+from jaxpipe.train.processes.line import Kinds, Line, LineError, Message, is_message
 from jaxpipe.train.processes.place import Place
 
 FAILED, INTERRUPTED = 1, 3
+NEWS: Kinds = {
+    "ask": {},
+    "last": {"step": int, "why": str},
+    "end": {"text": str, "code": int},
+    "agreed": {"name": str},
+    "bye": {},
+    "beat": {},
+}
+"""What process 0 tells all."""
 _POLL_S = 0.2
 _NEWS_S = 5.0
 """How long a process whose collective broke waits to hear that another one is the cause."""
@@ -214,7 +223,9 @@ class Crew:
             self._lost(number, "ended without a word: killed or crashed, its own output may say why")
             return
         for message in messages:
-            if self._hub is None:
+            if self._hub is None and not is_message(message, NEWS):
+                self._lost(number, "sent what is no message")
+            elif self._hub is None:
                 self._hear(message)
             else:
                 with self._deciding:

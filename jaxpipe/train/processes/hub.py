@@ -9,7 +9,17 @@ waits inside step n for the others is not in the way, for the others are still t
 
 from typing import Any
 
-from jaxpipe.train.processes.line import Message
+from jaxpipe.train.processes.line import Kinds, Message, is_message
+
+REPORTS: Kinds = {
+    "beat": {},
+    "facts": {"name": str, "facts": dict},
+    "stop": {"signal": str},
+    "begun": {"steps": int},
+    "failed": {"text": str, "code": int},
+    "done": {},
+}
+"""What processes tell process 0."""
 
 
 class Hub:
@@ -29,6 +39,8 @@ class Hub:
 
     def handle(self, number: int, message: Message) -> list[Message]:
         """What all are told because process `number` sent a message."""
+        if not is_message(message, REPORTS):
+            return self.lost(number, "sent what is no message")
         kind = message["kind"]
         if self.ended or kind == "beat":
             return []
@@ -40,11 +52,9 @@ class Hub:
             return self._agree(number, message["steps"])
         if kind == "failed":
             return self._end(f"{self.name(number)}: {message['text']}", message["code"])
-        if kind == "done":
-            self._done.add(number)
-            self.ended = len(self._done) == len(self._hosts)
-            return [{"kind": "bye"}] if self.ended else []
-        raise AssertionError(message)
+        self._done.add(number)
+        self.ended = len(self._done) == len(self._hosts)
+        return [{"kind": "bye"}] if self.ended else []
 
     def lost(self, number: int, why: str) -> list[Message]:
         """What all are told because nothing comes from a process any more."""

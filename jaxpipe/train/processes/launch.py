@@ -68,6 +68,7 @@ def start_jax(crew: Crew, config: Config, start_timeout_s: float = 300.0) -> Non
             place.count,
             place.number,
             local_device_ids=place.local_devices,
+            coordinator_bind_address=_bind_address(place),
             cluster_detection_method="deactivate",
             initialization_timeout=max(1, int(start_timeout_s)),
             heartbeat_timeout_seconds=max(100, int(2 * crew.silence_s)),  # then it aborts: the crew is to know sooner
@@ -75,3 +76,9 @@ def start_jax(crew: Crew, config: Config, start_timeout_s: float = 300.0) -> Non
         )
     except RuntimeError as error:
         raise ConfigError(f"JAX cannot start with several processes: {error}; try a new process") from error
+
+
+def _bind_address(place: Place) -> str | None:
+    """Where JAX's service listens in process 0: at the interface where the processes came together."""
+    host = place.interface()
+    return (f"[{host}]:{place.port}" if ":" in host else f"{host}:{place.port}") if host else None

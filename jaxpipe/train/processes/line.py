@@ -5,13 +5,19 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any
 
+from jaxpipe.documents import parse_json
 from jaxpipe.errors import JaxpipeError
 
 Message = dict[str, Any]
-_LONGEST = 2**22
-"""Bytes; a stranger that sends more without a line end is cut off."""
+Kinds = Mapping[str, Mapping[str, type]]
+"""Kinds of messages, each with its fields and their types."""
+LONGEST = 2**22
+"""Bytes of a message between processes that know each other."""
+_MOST = 2**53
+"""Of any whole number in a message."""
 
 
 class LineError(JaxpipeError):
@@ -23,15 +29,18 @@ class Line:
 
     Args:
         sock: A connected socket; closed with the line.
+        longest: Bytes of a message; a line is cut off that brings more.
 
     Attributes:
+        longest: As given.
         heard: `time.monotonic` of the last bytes that came.
     """
 
-    def __init__(self, sock: socket.socket):
+    def __init__(self, sock: socket.socket, longest: int = LONGEST):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.settimeout(10.0)
         self._sock, self._rest, self._lock = sock, b"", threading.Lock()
+        self.longest = longest
         self.heard = time.monotonic()
 
     def fileno(self) -> int:
@@ -64,15 +73,23 @@ class Line:
             raise LineError("the connection was closed")
         self.heard = time.monotonic()
         *whole, self._rest = (self._rest + data).split(b"\n")
-        if len(self._rest) > _LONGEST:
+        if max(map(len, (self._rest, *whole))) > self.longest:
             raise LineError("what came is no message")
         try:
-            messages = [json.loads(text) for text in whole]
+            messages = [parse_json(text.decode("utf-8")) for text in whole]
         except ValueError as error:
             raise LineError("what came is no message") from error
         if not all(isinstance(message, dict) for message in messages):
             raise LineError("what came is no message")
         return messages
+
+    def first(self) -> list[Message]:
+        """The first message alone, if it has come; what comes after it is left for `receive`. Does not wait.
+
+        Raises:
+            LineError: See `receive`.
+        """
+        return self._read(0.0, one=True)
 
     def wait_for(self, timeout_s: float) -> Message:
         """The next message alone; what comes after it is left for `receive`.
@@ -104,3 +121,14 @@ class Line:
         """Ends the connection; what was sent still arrives."""
         with contextlib.suppress(OSError):
             self._sock.close()
+
+
+def is_message(message: Message, kinds: Kinds) -> bool:
+    """Whether a message is of one of the kinds, with all of its fields, and no number in it is beyond bounds."""
+    kind = message.get("kind")
+    fields = kinds.get(kind) if isinstance(kind, str) else None
+    return fields is not None and all(_fits(message.get(name), own) for name, own in fields.items())
+
+
+def _fits(value: Any, kind: type) -> bool:
+    return type(value) is kind and (kind is not int or 0 <= value < _MOST)

@@ -1,11 +1,16 @@
 """Which process of how many this is, and where process 0 is: from options, or as JAX reads it off a cluster."""
 
+import ipaddress
 import os
 import re
+import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxpipe.errors import ConfigError
+
+TOKEN = "JAXPIPE_TOKEN"
+"""The environment variable that has the secret."""
 
 
 @dataclass(frozen=True)
@@ -17,12 +22,14 @@ class Place:
         count: Processes of the run.
         number: This one, 0 to ``count - 1``.
         local_devices: Which of the machine's accelerators are this process's; None means all that it sees.
+        token: A secret that all processes of the run have, and nobody else; may be empty.
     """
 
     address: str
     count: int
     number: int
     local_devices: tuple[int, ...] | None = None
+    token: str = field(default="", repr=False)
 
     @property
     def host(self) -> str:
@@ -33,6 +40,24 @@ class Place:
     def port(self) -> int:
         """Port part of the address."""
         return int(self.address.rpartition(":")[2])
+
+    def interface(self) -> str:
+        """The address at which process 0 listens on its machine; empty for all that it has.
+
+        It is the one that `host` has there. All are taken where it has several or is none of the machine's, and where
+        it is a name that stands for the machine's loopback, as some systems name themselves: others see it elsewhere.
+        """
+        try:
+            found = {str(info[4][0]) for info in socket.getaddrinfo(self.host, 0, type=socket.SOCK_STREAM)}
+        except OSError:
+            return ""
+        own = sorted(filter(_is_own, found), key=lambda address: ":" in address)
+        loopback = [address for address in own if ipaddress.ip_address(address.partition("%")[0]).is_loopback]
+        if self.host == "localhost" or self.host.endswith(".localhost"):
+            return loopback[0] if loopback else ""
+        if len(own) != 1 or (loopback and self.host not in found):
+            return ""
+        return own[0]
 
 
 def find_place(
@@ -46,7 +71,7 @@ def find_place(
     """Takes the place that is given, or asks the cluster: SLURM, Open MPI or Kubernetes, as JAX does.
 
     All three are given, or none. ``JAX_LOCAL_DEVICE_IDS=0,1`` picks accelerators in either case; without it SLURM and
-    Open MPI give each process one, and everything else all.
+    Open MPI give each process one, and everything else all. ``JAXPIPE_TOKEN`` is the secret of the run.
 
     Args:
         coordinator: ``host:port`` of process 0.
@@ -69,7 +94,8 @@ def find_place(
             "Open MPI or Kubernetes starts the processes"
         )
     assert coordinator is not None and num_processes is not None and process_id is not None
-    return _checked(Place(coordinator, num_processes, process_id, _device_ids(environment)))
+    token = environment.get(TOKEN, "")
+    return _checked(Place(coordinator, num_processes, process_id, _device_ids(environment), token))
 
 
 def _checked(place: Place) -> Place:
@@ -116,7 +142,18 @@ def _detect(timeout_s: float, environment: Mapping[str, str]) -> Place:
         raise ConfigError(
             f"--distributed: neither SLURM (srun), Open MPI (mpirun) nor Kubernetes started this process; {_BY_HAND}"
         )
-    return _checked(Place(address, count, number, None if devices is None else tuple(devices)))
+    local = None if devices is None else tuple(devices)
+    return _checked(Place(address, count, number, local, environment.get(TOKEN, "")))
+
+
+def _is_own(address: str) -> bool:
+    """Whether an address is one of this machine's."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM) as sock:
+            sock.bind((address, 0))
+    except OSError:
+        return False
+    return True
 
 
 _BY_HAND = "try --coordinator host:port --num-processes N --process-id I"
