@@ -21,10 +21,11 @@ FOLDER = Path(__file__).parents[1] / "tests" / "data" / "hf"
 KEYS = FOLDER.parent / "hf_config_keys.json"
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "t5")
 READS = re.compile(r"config\.([a-z]\w*)\b(?!\()|getattr\(\s*(?:\w+\.)?config,\s*[\"']([a-z]\w*)[\"']")
-LEGACY = (
-    "rope_theta rope_scaling partial_rotary_factor original_max_position_embeddings torch_dtype name_or_path num_labels "
-    "output_attentions attn_implementation experts_implementation per_layer_config is_causal layer_types"
-).split()
+LEGACY = {
+    *("rope_theta", "rope_scaling", "partial_rotary_factor", "original_max_position_embeddings", "layer_types"),
+    *("torch_dtype", "name_or_path", "num_labels", "output_attentions", "per_layer_config", "is_causal"),
+    *("attn_implementation", "experts_implementation"),
+}
 """Keys that transformers' base class reads though no config class has them as a field."""
 ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA: dict[str, Any] = {
@@ -132,7 +133,7 @@ def config_keys(model_type: str) -> list[str]:
     model = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
     read = {one or other for one, other in READS.findall(inspect.getsource(model))}
     found = {field.name for field in dataclasses.fields(config)} | set(config.attribute_map) | set(config().to_dict())
-    found |= read | set(LEGACY) | set(GenerationConfig._get_default_generation_params())
+    found |= read | LEGACY | set(GenerationConfig._get_default_generation_params())
     return sorted(key for key in found if not key.startswith("_"))
 
 

@@ -2,13 +2,14 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from jaxpipe.errors import ConfigError
 from jaxpipe.train.chat import render
+from jaxpipe.train.runs import runs_of
 
 FILE, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
@@ -58,6 +59,14 @@ class Tokenizer(Protocol):
         """The text of tokens; special ones have none, and what is no text becomes the replacement character."""
         ...
 
+    def is_silent(self, token: int) -> bool:
+        """Whether a token has no text and does not part those around it."""
+        ...
+
+    def in_run(self, token: int) -> bool:
+        """Whether the text of a token depends on the whole run of such tokens that it is in."""
+        ...
+
     def chat(self, messages: list[dict[str, Any]]) -> str | None:
         """A conversation as the model's prompt; None where the model has no template.
 
@@ -86,6 +95,11 @@ class ByteTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(token if 0 <= token < 256 else 0xFF for token in map(int, tokens)).decode(errors="replace")
+
+    def is_silent(self, token: int) -> bool:
+        return False
+
+    in_run = is_silent
 
     def chat(self, messages: list[dict[str, Any]]) -> str | None:
         return None
@@ -145,6 +159,20 @@ class FileTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._own.decode([int(token) for token in tokens], skip_special_tokens=True)
+
+    def is_silent(self, token: int) -> bool:
+        return token in self._special_ids or self._own.id_to_token(token) is None
+
+    def in_run(self, token: int) -> bool:
+        return self._runs(self._own.id_to_token(token) or "")
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(id for id, token in self._own.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
+    def _runs(self) -> Callable[[str], bool]:
+        return runs_of(json.loads(self._own.to_str())["decoder"])
 
     def chat(self, messages: list[dict[str, Any]]) -> str | None:
         if self._template is None:

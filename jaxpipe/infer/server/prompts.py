@@ -5,6 +5,7 @@ from jaxpipe.infer.server.limits import Limits
 from jaxpipe.infer.server.problem import Problem, shown
 from jaxpipe.infer.server.protocol import Tokenizer
 from jaxpipe.infer.server.schemas import Ask, Prompt
+from jaxpipe.infer.text_stream import TokenTexts
 
 
 class Prompts:
@@ -60,6 +61,10 @@ class Prompts:
     def decode(self, tokens: list[int]) -> str:
         """The text of tokens."""
         return self._tokenizer.decode(tokens)
+
+    def texts(self) -> TokenTexts:
+        """What tells of an answer's tokens, as they come, the text that each adds."""
+        return TokenTexts(self._tokenizer)
 
     def _check_choices(self, prompts: int, ask: Ask):
         most = self._limits.choices

@@ -30,7 +30,9 @@ class Facts:
         self.seen: set[str] = set()
         for alias, key in keys.aliases.items():
             if alias in table and table[alias] != table.get(key):
-                raise self.error(f"{alias}={table[alias]!r} names the same as {key}={table.get(key)!r}; make them equal")
+                raise self.error(
+                    f"{alias}={table[alias]!r} names the same as {key}={table.get(key)!r}; make them equal"
+                )
 
     def __contains__(self, key: str) -> bool:
         """Whether the file says something of a key, if only null."""
@@ -69,15 +71,15 @@ class Facts:
             )
         return choices[value]
 
-    def must(self, key: str, value: Any) -> None:
-        """Refuses any value of a key but this one; null and a missing key are it.
+    def must(self, key: str, value: Any, *same: Any) -> None:
+        """Refuses any value of a key but this one; a missing key is it, and so are `same`.
 
         Raises:
             ConfigError: It has another.
         """
         self.seen.add(key)
-        found = self._table.get(key)
-        if found is not None and found != value:
+        found = self._table.get(key, value)
+        if found not in (value, *same):
             raise ConfigError(f"{self._where}: {key}={found!r} is not supported; it must be {value!r}")
 
     def end(self) -> None:

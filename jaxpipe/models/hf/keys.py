@@ -1,8 +1,8 @@
 """What becomes of every key of a config.json, family by family.
 
-A key is *honoured* (it becomes a field of our config), *refused* (every value but the one that our model computes with),
-or *idle*: transformers computes the same logits whatever its value is. Keys that are none of these are refused. What
-stands here was found by changing each key that transformers' config classes have, that its models read, or that
+A key is *honoured* (it becomes a field of our config), *refused* (every value but the one that our model computes
+with), or *idle*: transformers computes the same logits whatever its value is. Keys that are none of these are refused.
+What stands here was found by changing each key that transformers' config classes have, that its models read, or that
 published repositories carry, and comparing logits; ``tests/train/test_hf_keys.py`` does it again where transformers is
 installed.
 """
@@ -41,7 +41,9 @@ _ABOUT = _words("""
     is_encoder_decoder is_decoder tie_encoder_decoder cross_attention_hidden_size
 """)
 """What the file says about itself, the training, and heads that the model with the logits does not have."""
-_DROPOUT = _words("attention_dropout attn_pdrop embd_pdrop resid_pdrop dropout_rate dropout attention_probs_dropout_prob")
+_DROPOUT = _words(
+    "attention_dropout attn_pdrop embd_pdrop resid_pdrop dropout_rate dropout attention_probs_dropout_prob"
+)
 """Dropout is the training's own, see ``model.dropout``."""
 _GENERATION = _words("""
     max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
@@ -100,12 +102,8 @@ KEYS: dict[str, Keys] = {
             "num_hidden_layers": "n_layer",
         },
     ),
-    "llama": _llama(
-        honoured="attention_bias mlp_bias", idle="sliding_window use_sliding_window max_window_layers"
-    ),
-    "mistral": _llama(
-        honoured="sliding_window", idle="attention_bias mlp_bias use_sliding_window max_window_layers"
-    ),
+    "llama": _llama(honoured="attention_bias mlp_bias", idle="sliding_window use_sliding_window max_window_layers"),
+    "mistral": _llama(honoured="sliding_window", idle="attention_bias mlp_bias use_sliding_window max_window_layers"),
     "qwen2": _llama(honoured="sliding_window use_sliding_window max_window_layers", idle="attention_bias mlp_bias"),
     "qwen3": _llama(
         honoured="sliding_window use_sliding_window max_window_layers", refused="attention_bias", idle="mlp_bias"

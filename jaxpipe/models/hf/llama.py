@@ -44,7 +44,7 @@ def read(facts: Facts, model_type: str) -> dict[str, Any]:
     """A config.json as fields of ours."""
     facts.choose("hidden_act", {"silu": None, "swish": None}, "silu")
     facts.must("is_causal", True)
-    facts.must("per_layer_config", {})
+    facts.must("per_layer_config", {}, None)
     heads, width = facts.take("num_attention_heads", int), facts.take("hidden_size", int)
     head_dim = facts.take("head_dim", int, 128 if model_type == "qwen3" else None)
     fields = {
@@ -68,7 +68,10 @@ def read(facts: Facts, model_type: str) -> dict[str, Any]:
     }
     if model_type == "llama":
         fields["bias"] = facts.take("attention_bias", bool, False)
-        facts.must("mlp_bias", fields["bias"])
+        if (other := facts.take("mlp_bias", bool, False)) != fields["bias"]:
+            raise facts.error(
+                f"attention_bias={fields['bias']} is not supported with mlp_bias={other}; both or none may be true"
+            )
     elif model_type == "qwen2":
         fields["qkv_bias"] = True
     elif model_type == "qwen3":
@@ -92,7 +95,9 @@ def _window(facts: Facts, model_type: str) -> int | None:
     layers, kinds = facts.take("num_hidden_layers", int), facts.take("layer_types", list, [])
     wrong = [kind for kind in kinds if not isinstance(kind, str) or kind not in _KINDS]
     if wrong or (kinds and len(kinds) != layers):
-        raise facts.error(f"layer_types={kinds} must name one of {', '.join(map(repr, _KINDS))} for each of {layers} layers")
+        raise facts.error(
+            f"layer_types={kinds} must name one of {', '.join(map(repr, _KINDS))} for each of {layers} layers"
+        )
     window = None
     if model_type != "llama":
         window = facts.take("sliding_window", int, None if "sliding_window" in facts else 4096)

@@ -13,10 +13,11 @@ _NUMBERS = {
 }
 
 
-_OTHER_TYPES = frozenset(
-    "factor low_freq_factor high_freq_factor original_max_position_embeddings attention_factor beta_fast beta_slow "
-    "short_factor long_factor mscale mscale_all_dim truncate mrope_section finetuned".split()
-)
+_OTHER_TYPES = {
+    *_NUMBERS,
+    *("attention_factor", "beta_fast", "beta_slow", "short_factor", "long_factor", "mscale", "mscale_all_dim"),
+    *("truncate", "mrope_section", "finetuned"),
+}
 """Keys that decide about numbers in the types of scaling that have them, and in no other."""
 
 
@@ -29,7 +30,7 @@ def read(facts: Facts) -> dict[str, Any]:
     Raises:
         ConfigError: A type of scaling that we do not have.
     """
-    facts.must("partial_rotary_factor", 1.0)
+    facts.must("partial_rotary_factor", 1.0, None)
     new, old = facts.take("rope_parameters", dict, {}), facts.take("rope_scaling", dict, {})
     scaling = {key: value for key, value in (old or new).items() if value is not None}
     kind = scaling.pop("rope_type", scaling.get("type", "default"))

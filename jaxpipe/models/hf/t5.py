@@ -56,8 +56,8 @@ def read(facts: Facts) -> dict[str, Any]:
     """
     layers = facts.take("num_layers", int)
     facts.must("is_causal", True)
-    facts.must("per_layer_config", {})
-    facts.must("decoder_start_token_id", 0)
+    facts.must("per_layer_config", {}, None)
+    facts.must("decoder_start_token_id", 0, None)
     tied = facts.take("tie_word_embeddings", bool, True)
     return {
         "vocab_size": facts.take("vocab_size", int),
