@@ -30,24 +30,37 @@ def render(template: str, messages: list[dict[str, Any]], tokens: Mapping[str, s
     except ImportError as error:
         raise ConfigError("chat templates need the library jinja2; try pip install 'jaxpipe[hf]'") from error
     try:
-        return _compile(template).render(messages=messages, add_generation_prompt=True, tools=None, **tokens)
+        said = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        return _compile(template).render(
+            messages=said, add_generation_prompt=True, tools=None, documents=None, **tokens
+        )
     except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         raise ConfigError(f"the model's chat template refuses this conversation: {error}") from error
 
 
 @lru_cache(maxsize=8)
 def _compile(template: str):
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """``{% generation %}`` marks for trainers what the assistant says; it writes what is in it."""
+
+        tags = {"generation"}  # noqa: RUF012, the library's
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
     def refuse(message: str):
         raise TemplateError(message)
 
-    def to_json(value: Any, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, **options)
+    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     environment.filters["tojson"] = to_json
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}

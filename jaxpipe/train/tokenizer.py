@@ -79,7 +79,7 @@ class Tokenizer(Protocol):
         ...
 
     def chat(self, messages: list[dict[str, Any]]) -> str | None:
-        """A conversation as the model's prompt; None where the model has no template.
+        """A conversation as the model's prompt, whose tokens are its `pieces`; None where the model has no template.
 
         Raises:
             ConfigError: The template refuses the messages.
@@ -149,7 +149,7 @@ class FileTokenizer:
         return []
 
     def encode(self, text: str) -> list[int]:
-        bos = self._special("bos_token")  # a chat template has written it already
+        bos = self._special("bos_token")  # who writes it already wants no second one
         return self._own.encode(text, add_special_tokens=not (bos and text.startswith(bos))).ids
 
     def pieces(self, text: str) -> list[int]:

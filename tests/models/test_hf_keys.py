@@ -82,13 +82,11 @@ def test_keys_beside_and_within_the_rope_parameters_count_as_in_transformers():
     assert rotary(rope_scaling={}, rope_parameters=new)[:2] == (7.0, 1.0)
 
 
-def test_missing_and_null_sizes_stand_for_what_transformers_takes():
-    def of(table, key, *value):
-        changed = {k: v for k, v in table.items() if k != key} | dict.fromkeys([key] if value else [], *value)
-        return read_config(changed, "config.json", "float32")
-
-    assert (of(MISTRAL, "num_key_value_heads").kv_heads, of(MISTRAL, "num_key_value_heads", None).kv_heads) == (8, 32)
-    assert (of(MISTRAL, "sliding_window").sliding_window, of(MISTRAL, "sliding_window", None).sliding_window) == (
-        4096,
-        None,
-    )
+@pytest.mark.parametrize(
+    ("key", "field", "missing", "null"),
+    [("num_key_value_heads", "kv_heads", 8, 32), ("sliding_window",) * 2 + (4096, None)],
+)
+def test_a_missing_key_and_null_stand_for_what_transformers_takes(key, field, missing, null):
+    without = {name: value for name, value in MISTRAL.items() if name != key}
+    assert getattr(read_config(without, "config.json", "float32"), field) == missing
+    assert getattr(read_config({**without, key: None}, "config.json", "float32"), field) == null

@@ -52,7 +52,7 @@ class Prompts:
             raise Problem(
                 400, "this model has no chat template; try /v1/completions", param="messages", code="no_chat_template"
             )
-        return [self._one("messages", text, ask)]
+        return [self._one("messages", self._tokenizer.pieces(text), ask)]
 
     def room(self, tokens: list[int], ask: Ask) -> int:
         """How many tokens an answer to these may have."""
