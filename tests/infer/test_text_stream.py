@@ -2,10 +2,16 @@
 
 import random
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tokenizing
 
+from jaxpipe.infer import Piece
+from jaxpipe.infer.server import Limits
+from jaxpipe.infer.server.form import Choice
+from jaxpipe.infer.server.prompts import Prompts
+from jaxpipe.infer.server.work import Work
 from jaxpipe.infer.text import ByteTokenizer, Tokenizer
 from jaxpipe.infer.text_stream import TextStream, TokenTexts
 
@@ -140,3 +146,20 @@ def test_an_answer_of_bytes_is_given_character_by_character(tmp_path):
     tokens = [6 + byte for byte in "日本".encode()]
     assert [text for token in tokens for text in texts.push(token)] == []
     assert texts.finish() == ["", "", "日", "", "", "本"]
+
+
+@pytest.mark.parametrize("kind", ["BPE with byte fallback", "Unigram"])
+def test_an_answer_of_the_server_has_the_texts_of_its_tokens_and_the_blanks_after_its_prompt(kind, tmp_path):
+    tokenizer = tokenizing.make(kind, tmp_path / "own")
+    plain: Any = None
+    ask: Any = SimpleNamespace(logprobs=True, echo=True, n=1)
+    prompt, tokens = tokenizer.pieces("the dog"), [*tokenizer.pieces("cat <extra_id_0> sat 日本"), 1]
+    work = Work(plain, Prompts(tokenizer, Limits(), 500), plain, plain, ask, [prompt], (1,))
+    stream, choice = TextStream(tokenizer), Choice()
+    for token in tokens:
+        last = token == tokens[-1]
+        text = stream.finish() if last else stream.push(token)
+        work._add(0, choice, Piece(text, token, -0.5, "stop" if last else None))
+    assert choice.tokens and [logprob for _, logprob in choice.tokens] == [-0.5] * (len(tokens) - 1)
+    assert "".join(text for text, _ in choice.tokens) == tokenizer.decode(tokens)
+    assert tokenizer.decode(prompt) + choice.text == tokenizer.decode(prompt + tokens)

@@ -7,6 +7,9 @@ from jaxpipe.infer.server.protocol import Tokenizer
 from jaxpipe.infer.server.schemas import Ask, Prompt
 from jaxpipe.infer.text_stream import TokenTexts
 
+_NEAR = 16
+"""Tokens of a prompt that its answer's text may depend on."""
+
 
 class Prompts:
     """Turns prompts into tokens. Its methods take time for long ones: call them outside of the event loop.
@@ -61,6 +64,13 @@ class Prompts:
     def decode(self, tokens: list[int]) -> str:
         """The text of tokens."""
         return self._tokenizer.decode(tokens)
+
+    def gap(self, prompt: list[int], tokens: list[int]) -> str:
+        """What parts the text of a prompt from that of its answer: the blanks that decoders take off a beginning."""
+        prompt = prompt[-_NEAR:]
+        alone = self._tokenizer.decode(tokens)
+        rest = self._tokenizer.decode(prompt + tokens)[len(self._tokenizer.decode(prompt)) :]
+        return rest.removesuffix(alone) if rest.endswith(alone) else ""
 
     def texts(self) -> TokenTexts:
         """What tells of an answer's tokens, as they come, the text that each adds."""

@@ -51,6 +51,8 @@ class Work:
     def __post_init__(self):
         self._handles: list[Handle] = []
         self._new_tokens = 0
+        self._unsaid: dict[int, list[int]] = {}
+        self._begun: set[int] = set()
         self._told: dict[int, tuple[TokenTexts, deque[float]]] = {}
 
     def start(self):
@@ -127,7 +129,7 @@ class Work:
         return Request(prompt, sampling, stop=ask.stop, n=ask.n)
 
     def _add(self, index: int, choice: Choice, piece: Piece):
-        choice.text += piece.text
+        choice.text += self._after_echo(index, piece) + piece.text
         choice.finish_reason = piece.finish_reason
         if piece.token is None:
             return
@@ -143,6 +145,17 @@ class Work:
             settled += texts.finish()
         for text in settled:
             choice.add((text, logprobs.popleft()))
+
+    def _after_echo(self, index: int, piece: Piece) -> str:
+        """What belongs between an echoed prompt and the first text of its answer."""
+        if not self.ask.echo or piece.token is None or index in self._begun:
+            return ""
+        said = self._unsaid.setdefault(index, [])
+        said.append(piece.token)
+        if not piece.text:
+            return ""
+        self._begun.add(index)
+        return self.prompts.gap(list(self.tokens[index // self.ask.n]), said)
 
 
 def _arrive(mailbox: Mailbox[Arrival], first: int, piece: Piece | BaseException):

@@ -98,22 +98,23 @@ def _window(facts: Facts, model_type: str) -> int | None:
         raise facts.error(
             f"layer_types={kinds} must name one of {', '.join(map(repr, _KINDS))} for each of {layers} layers"
         )
+    named = sum(_KINDS[kind] for kind in kinds)
     window = None
     if model_type != "llama":
         window = facts.take("sliding_window", int, None if "sliding_window" in facts else 4096)
-    slides = [window is not None] * layers
+    sliding = 0 if window is None else layers
     if model_type.startswith("qwen"):
         whole = facts.take("max_window_layers", int, 28)
         if not facts.take("use_sliding_window", bool, False):
             window = None
-        slides = [_KINDS[kind] for kind in kinds] or [window is not None and i >= whole for i in range(layers)]
-    elif any(_KINDS[kind] != slide for kind, slide in zip(kinds, slides, strict=False)):
+        sliding = named if kinds else 0 if window is None else max(0, layers - max(0, whole))
+    elif kinds and named != sliding:
         raise facts.error(f"layer_types={kinds} is not supported with sliding_window={window}; leave it out")
-    if len(set(slides)) > 1:
+    if 0 < sliding < layers:
         raise facts.error(
-            f"sliding_window={window} of {sum(slides)} of {layers} layers is not supported; all or none may have it"
+            f"sliding_window={window} of {sliding} of {layers} layers is not supported; all or none may have it"
         )
-    return window if slides and slides[0] else None
+    return window if sliding else None
 
 
 def lacks(cfg: GPTConfig, model_type: str) -> str | None:
