@@ -210,3 +210,13 @@ def test_a_changed_key_changes_both_or_is_refused(family, number, tmp_path):
     assert not said
     assert not moved & keys.idle
     assert not keys.refused - refused
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_the_table_has_every_key_of_this_transformers(family):
+    import transformers  # pyright: ignore[reportMissingImports]
+
+    stored, now = json.loads(SCRIPT["KEYS"].read_text()), SCRIPT["config_keys"](family)
+    keys = KEYS[family]
+    assert not set(now) - keys.honoured - keys.refused - keys.idle - set(keys.aliases)
+    assert stored["transformers"] != transformers.__version__ or stored["keys"][family] == now
