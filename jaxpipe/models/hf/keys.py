@@ -59,7 +59,9 @@ _REPOSITORIES = _words("""
     dual_chunk_attention_config max_sequence_length model_max_length tokenizer_model_max_length seq_length max_seq_len
     vocab_size_or_config_json_file n_special predict_special_tokens adapters author created_date license
     is_composition use_flash_attention use_flash_attention_2 use_flash_attn flash_attn use_sdpa use_fused_rope
-    use_fused_rms_norm loss_type pad_token eos_token bos_token unk_token base_model
+    use_fused_rms_norm loss_type pad_token eos_token bos_token unk_token base_model processor_class n_ctx
+    cache_implementation bos_token_ids pad_token_ids reorder_and_upcast_attn summary_activation summary_first_dropout
+    summary_last_dropout summary_proj_to_labels summary_type summary_use_proj
 """)
 """What published repositories carry and no code of transformers' reads."""
 _EVERYWHERE = _ABOUT | _DROPOUT | _GENERATION | _REPOSITORIES
@@ -75,7 +77,7 @@ def _llama(honoured: str = "", refused: str = "", idle: str = "") -> Keys:
             rope_parameters original_max_position_embeddings {honoured}
         """),
         refused=_words(f"partial_rotary_factor is_causal per_layer_config layer_types {refused}"),
-        idle=_EVERYWHERE | _words(f"n_ctx n_positions decoder_start_token_id {idle}"),
+        idle=_EVERYWHERE | _words(f"n_positions decoder_start_token_id {idle}"),
         aliases={},
     )
 
@@ -89,12 +91,7 @@ KEYS: dict[str, Keys] = {
         refused=_words("""
             scale_attn_weights scale_attn_by_inverse_layer_idx add_cross_attention is_causal per_layer_config
         """),
-        idle=_EVERYWHERE
-        | _ROTARY
-        | _words("""
-            layer_types n_ctx decoder_start_token_id reorder_and_upcast_attn summary_activation summary_first_dropout
-            summary_last_dropout summary_proj_to_labels summary_type summary_use_proj
-        """),
+        idle=_EVERYWHERE | _ROTARY | _words("layer_types decoder_start_token_id"),
         aliases={
             "hidden_size": "n_embd",
             "max_position_embeddings": "n_positions",
@@ -115,7 +112,7 @@ KEYS: dict[str, Keys] = {
             tie_word_embeddings scale_decoder_outputs
         """),
         refused=_words("is_causal per_layer_config decoder_start_token_id"),
-        idle=_EVERYWHERE | _ROTARY | _words("layer_types n_positions n_ctx"),
+        idle=_EVERYWHERE | _ROTARY | _words("layer_types n_positions"),
         aliases={
             "hidden_size": "d_model",
             "num_attention_heads": "num_heads",
