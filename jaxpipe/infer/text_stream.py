@@ -9,6 +9,8 @@ from typing import Any
 
 INCOMPLETE = "\ufffd"
 """What decoders write for bytes that are no character, or not yet."""
+LONG = 64
+"""Tokens of a run; of a longer one all the text counts as the last one's."""
 
 
 def _never(token: int) -> bool:
@@ -65,12 +67,12 @@ class TokenTexts:
 
     def _settle(self, text: str) -> list[str]:
         """The texts of all that wait, whose whole text is `text`: a character counts as its last token's."""
-        texts, taken, at = [], 0, 0
+        texts, taken, at, few = [], 0, 0, len(self._fresh) <= LONG
         for speaks in self._waiting:
             own = ""
             if speaks:
                 taken += 1
-                part = text if taken == len(self._fresh) else self._text(taken)
+                part = text if taken == len(self._fresh) else self._text(taken) if few else ""
                 if text.startswith(part) and (part == text or not part.endswith(INCOMPLETE)):
                     own, at = text[at : len(part)], max(at, len(part))
             texts.append(own)

@@ -13,7 +13,7 @@ from jaxpipe.errors import ConfigError
 
 UNIGRAM, BPE = 1, 2
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
-SPACE = "▁"
+SPACE, MAX_PIECE = "▁", 1000
 
 _Field = tuple[str, int, str, str | None]
 _MESSAGES: dict[str, tuple[_Field, ...]] = {
@@ -75,6 +75,8 @@ def read_model(path: Path) -> Any:
         raise ConfigError(f"{path} is no SentencePiece model: {error}") from error
     if not model.pieces:
         raise ConfigError(f"{path} is no SentencePiece model: it holds no pieces")
+    if (longest := max(len(piece.piece) for piece in model.pieces)) > MAX_PIECE:
+        raise ConfigError(f"{path} is no SentencePiece model: a piece has {longest} characters, more than {MAX_PIECE}")
     if model.trainer.model_type not in (UNIGRAM, BPE) or model.trainer.treat_whitespace_as_suffix:
         raise ConfigError(f"{path} is a SentencePiece model of words or characters, which is not supported")
     return model

@@ -101,6 +101,7 @@ def answers(tokenizer: Tokenizer):
         yield [token for each in tokens for token in ([3] * rng.randint(0, 1) + [each])]
     for _ in range(150):
         yield [rng.randrange(tokenizer.vocab_size + 2) for _ in range(rng.randint(1, 14))]
+    yield [rng.randrange(tokenizer.vocab_size) for _ in range(200)]
     few = [rng.randrange(tokenizer.vocab_size) for _ in range(2)] + [*tokenizer.encode("日 a"), 3]
     for _ in range(100):
         yield [rng.choice(few) for _ in range(rng.randint(1, 9))]

@@ -78,9 +78,9 @@ def _folder(path: Path, model_type: str, **files: bytes) -> Path:
     return path
 
 
-def _model(**trainer) -> bytes:
+def _model(*more: str, **trainer) -> bytes:
     model = _messages()["Model"]()
-    for piece in ("<unk>", "a", "b"):
+    for piece in ("<unk>", "a", "b", *more):
         model.pieces.add(piece=piece, score=0.0)
     for name, value in trainer.items():
         setattr(model.trainer, name, value)
@@ -94,6 +94,7 @@ def _model(**trainer) -> bytes:
         ("llama", {"tokenizer_model": b""}, "tokenizer.model is no SentencePiece model: it holds no pieces"),
         ("llama", {"tokenizer_model": _model(model_type=4)}, "a SentencePiece model of words or characters"),
         ("llama", {"tokenizer_model": _model(unk_id=7)}, "unk_id=7 is none"),
+        ("llama", {"tokenizer_model": _model("c" * 10**6)}, "a piece has 1000000 characters, more than 1000"),
         ("mistral", {"tekken_json": b"{}"}, "has neither tokenizer.json nor tokenizer.model; save it there with"),
         ("gpt2", {"vocab_json": b"{}"}, "has neither tokenizer.json nor merges.txt"),
         ("gpt2", {"vocab_json": b"{", "merges_txt": b""}, "vocab.json and merges.txt cannot be read"),
