@@ -152,12 +152,10 @@ def _decode(what: str, data: bytes) -> str:
 
 
 def _encode(text: str, chat: bool, loaded: "Loaded") -> list[int]:
-    if chat:
-        told = loaded.tokenizer.chat([{"role": "user", "content": text}])
-        if told is None:
-            raise ConfigError("--chat: this model has no chat template; leave it out")
-        text = told
-    tokens = loaded.tokenizer.encode(text)
+    told = loaded.tokenizer.chat([{"role": "user", "content": text}]) if chat else None
+    if chat and told is None:
+        raise ConfigError("--chat: this model has no chat template; leave it out")
+    tokens = loaded.tokenizer.encode(text) if told is None else loaded.tokenizer.pieces(told)
     if not tokens:
         raise ConfigError("a prompt must hold at least 1 token but is empty")
     return tokens

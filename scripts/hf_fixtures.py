@@ -4,14 +4,29 @@
     python scripts/hf_fixtures.py
 
 Each folder is a model as `save_pretrained` writes it, all of its weights random, and ``expected.safetensors``: a batch,
-the logits, the mean loss, and of each tensor's gradient its norm and its product with the tensor.
+the logits, the mean loss, and of each tensor's gradient its norm and its product with the tensor. Beside them,
+``hf_config_keys.json`` has the keys that a config.json of each family may have for transformers.
 """
 
+import dataclasses
+import importlib
+import inspect
+import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parents[1] / "tests" / "data" / "hf"
+KEYS = FOLDER.parent / "hf_config_keys.json"
+FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "t5")
+READS = re.compile(r"config\.([a-z]\w*)\b(?!\()|getattr\(\s*(?:\w+\.)?config,\s*[\"']([a-z]\w*)[\"']")
+LEGACY = {
+    *("rope_theta", "rope_scaling", "partial_rotary_factor", "original_max_position_embeddings", "layer_types"),
+    *("torch_dtype", "name_or_path", "num_labels", "output_attentions", "per_layer_config", "is_causal"),
+    *("attn_implementation", "experts_implementation"),
+}
+"""Keys that transformers' base class reads though no config class has them as a field."""
 ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA: dict[str, Any] = {
     "vocab_size": 24,
@@ -109,7 +124,30 @@ def answer(model: Any, data: dict[str, Any]) -> dict[str, Any]:
     return {"logits": logits.detach(), "loss": loss.detach(), **grads}
 
 
+def config_keys(model_type: str) -> list[str]:
+    """The keys of a family: its config's fields, other names and computed ones, and what its model reads of it."""
+    from transformers import GenerationConfig  # pyright: ignore[reportMissingImports]
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # pyright: ignore[reportMissingImports]
+
+    config = CONFIG_MAPPING[model_type]
+    model = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    read = {one or other for one, other in READS.findall(inspect.getsource(model))}
+    found = {field.name for field in dataclasses.fields(config)} | set(config.attribute_map) | set(config().to_dict())
+    found |= read | LEGACY | set(GenerationConfig._get_default_generation_params())
+    return sorted(key for key in found if not key.startswith("_"))
+
+
 def main() -> int:
+    import transformers  # pyright: ignore[reportMissingImports]
+
+    keys = {name: config_keys(name) for name in FAMILIES}
+    KEYS.write_text(json.dumps({"transformers": transformers.__version__, "keys": keys}, indent=1) + "\n")
+    make_models()
+    return 0
+
+
+def make_models() -> None:
+    """Writes the tiny models."""
     import torch  # pyright: ignore[reportMissingImports]
     from safetensors.torch import save_file
 
@@ -127,7 +165,6 @@ def main() -> int:
         }
         save_file({**tensors, **found}, FOLDER / name / "expected.safetensors")
         print(name, sum(file.stat().st_size for file in (FOLDER / name).iterdir()), "bytes")
-    return 0
 
 
 if __name__ == "__main__":

@@ -28,6 +28,9 @@ class Bytes:
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(token for token in tokens if token < EOS).decode(errors="replace")
 
+    def pieces(self, text: str) -> list[int]:
+        return self.encode(text)
+
     def chat(self, messages: list[dict[str, str]]) -> str | None:
         if [message["role"] for message in messages[-1:]] == ["assistant"]:
             raise ValueError("the last message must be the user's")

@@ -56,7 +56,8 @@ class Engine:
     Args:
         generator: The model. Its slots are those of the engine; the engine's state takes the memory of one more set of
             caches if the generator is used beside it.
-        tokenizer: Turns tokens into text (``decode(tokens) -> str``), for `Piece.text` and stop strings.
+        tokenizer: Turns tokens into text (``decode(tokens) -> str``), for `Piece.text` and stop strings. See
+            `jaxpipe.infer.text_stream.TokenTexts` for what else it may have.
         queue: Sequences that may wait for a slot.
         ticks: Ticks between two looks at the requests, at least the ring's period. More cost less on the host and
             answer later. By default the period: one token for every slot.
@@ -164,7 +165,7 @@ class Engine:
         self.close(drain=kind is None)
 
     def _text(self, request: Request) -> TextStream | None:
-        return None if self.tokenizer is None else TextStream(self.tokenizer.decode, tuple(request.stop))
+        return None if self.tokenizer is None else TextStream(self.tokenizer, tuple(request.stop))
 
     def _wake(self) -> None:
         with self._changed:

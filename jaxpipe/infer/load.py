@@ -7,14 +7,14 @@ import jax
 from jax.sharding import Mesh
 
 from jaxpipe.errors import CheckpointError, ConfigError
-from jaxpipe.infer.text import Tokenizer, load_tokenizer
+from jaxpipe.infer.text import ByteTokenizer, Tokenizer, load_tokenizer
 from jaxpipe.models.hf.files import CONFIG
 from jaxpipe.runtime.mesh import make_mesh
 from jaxpipe.runtime.tree import Tree
 from jaxpipe.train.inherit import tokenizer_of
 from jaxpipe.train.resume import find
 from jaxpipe.train.store import read_meta
-from jaxpipe.train.tokenizer import FILE
+from jaxpipe.train.tokenizer import has_tokenizer
 from jaxpipe.train.weights import ModelConfig, model_of, open_hf, over, read_weights
 
 
@@ -42,7 +42,7 @@ def load_model(
         path: A checkpoint, a run's folder (then its newest checkpoint), or a Hugging Face folder.
         mesh: What weights are spread over; by default all devices, by their first dim that divides.
         dtype: Of weights and computation for a Hugging Face folder; by default its own, and float32 for float16.
-        tokenizer: A folder with a tokenizer.json; by default the model's, else bytes.
+        tokenizer: A folder with a tokenizer's files, or ``bytes``; by default the model's own.
 
     Raises:
         CheckpointError: There is no checkpoint, or it is damaged.
@@ -52,8 +52,8 @@ def load_model(
     mesh = make_mesh(pipe=len(jax.devices())) if mesh is None else mesh
     if (Path(path) / CONFIG).is_file():
         cfg, weights = open_hf(path, dtype, otherwise="float32")
-        own = tokenizer or (path if (Path(path) / FILE).is_file() else "")
-        return Loaded(cfg, weights.tree(over(mesh)), _tokenizer(own, cfg))
+        own = tokenizer or (path if has_tokenizer(path) else "")
+        return Loaded(cfg, weights.tree(over(mesh)), _tokenizer(own, cfg, path))
     try:
         found = find(str(path))
     except CheckpointError as error:
@@ -62,17 +62,30 @@ def load_model(
         raise ConfigError(f"dtype={dtype!r} is for Hugging Face folders; a checkpoint's weights stay what they are")
     meta = read_meta(found)
     cfg = model_of(meta, found)
-    return Loaded(cfg, read_weights(found, meta, over(mesh)), _tokenizer(tokenizer or tokenizer_of(found, meta), cfg))
+    own = tokenizer or tokenizer_of(found, meta)
+    if not own and meta.config.get("data", {}).get("source") in ("stdlib", "text"):
+        own = BYTES
+    return Loaded(cfg, read_weights(found, meta, over(mesh)), _tokenizer(own, cfg, path))
 
 
-def _tokenizer(path: str | Path, cfg: ModelConfig) -> Tokenizer:
+BYTES = "bytes"
+
+
+def _tokenizer(path: str | Path, cfg: ModelConfig, where: str | Path) -> Tokenizer:
     """A model's tokenizer.
 
     Raises:
-        ConfigError: It makes tokens that the model does not have.
+        ConfigError: It makes tokens that the model does not have, or there is none and the model's are no bytes.
     """
+    if path == BYTES or (not path and cfg.vocab_size == ByteTokenizer.vocab_size):
+        return ByteTokenizer()
+    if not path:
+        raise ConfigError(
+            f"{where} has no tokenizer, and its model's {cfg.vocab_size} tokens are no bytes; "
+            "put the tokenizer's files there, such as tokenizer.json"
+        )
     tokenizer = load_tokenizer(path)
-    if path and tokenizer.vocab_size > cfg.vocab_size:
+    if tokenizer.vocab_size > cfg.vocab_size:
         raise ConfigError(
             f"tokenizer {path} has {tokenizer.vocab_size} tokens but the model {cfg.vocab_size}; try the model's own"
         )

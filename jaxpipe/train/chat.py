@@ -40,7 +40,10 @@ def render(template: str, messages: list[dict[str, Any]], tokens: Mapping[str, s
     except ImportError as error:
         raise ConfigError("chat templates need the library jinja2; try pip install 'jaxpipe[hf]'") from error
     try:
-        parts = _compile(template).generate(messages=messages, add_generation_prompt=True, tools=None, **tokens)
+        said = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        parts = _compile(template).generate(
+            messages=said, add_generation_prompt=True, tools=None, documents=None, **tokens
+        )
         return _bounded(parts, MAX_TIMES * sum(map(len, _texts(messages))) + MAX_LENGTH)
     except jinja2.TemplateError as error:
         raise ConfigError(f"the model's chat template refuses this conversation: {error}") from error
@@ -99,14 +102,24 @@ def _sized(own: Callable[..., Any]) -> Callable[..., Any]:
 
 @lru_cache(maxsize=8)
 def _compile(template: str):
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """``{% generation %}`` marks for trainers what the assistant says; it writes what is in it."""
+
+        tags = {"generation"}  # noqa: RUF012, the library's
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
     def refuse(message: str):
         raise TemplateError(message)
 
-    def to_json(value: Any, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, **options)
+    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     class Environment(ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset({"*", "**", "%"})
@@ -114,7 +127,7 @@ def _compile(template: str):
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             return _calculate(operator, left, right)
 
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
     environment.filters["tojson"] = to_json
     environment.filters |= {name: _sized(environment.filters[name]) for name in PADDING}
     del environment.globals["lipsum"]

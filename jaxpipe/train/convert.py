@@ -32,7 +32,7 @@ from jaxpipe.train.resume import find
 from jaxpipe.train.sections import DataConfig, TrainConfig
 from jaxpipe.train.store import read_meta
 from jaxpipe.train.terminal import Report, Silent
-from jaxpipe.train.tokenizer import FILE, copy_tokenizer
+from jaxpipe.train.tokenizer import copy_tokenizer
 from jaxpipe.train.weights import DTYPES, HFWeights, ModelConfig, checkpoint_leaves, model_of, open_hf, read_checked
 
 CHECKPOINTS, CONFIG = "checkpoints", "config.json"
@@ -60,7 +60,7 @@ def from_hf(path: str | Path, out: str | Path, *, dtype: str | None = None, repo
         cfg, weights = open_hf(path, dtype)
         report.note(f"model      {_described(cfg, weights.shapes)}")
         found = copy_tokenizer(path, made / TOKENIZER, CONFIG)
-        report.note(f"tokenizer  {found or f'none: {path} has no {FILE}'}")
+        report.note(f"tokenizer  {found or f'none: {path} has no files of one'}")
         config = _config(cfg, str(out / TOKENIZER) if found else "")
         _write(weights, made / CHECKPOINTS / "0", config)
     report.note(f"done       {out}")
@@ -148,7 +148,9 @@ def to_hf(
     with _appears(out) as made:
         found = copy_tokenizer(source, made) if source else None
         if tokenizer is not None and not found:
-            raise ConfigError(f"tokenizer {tokenizer} has no {FILE}; name the folder of a tokenizer, or leave it out")
+            raise ConfigError(
+                f"tokenizer {tokenizer} has no files of one; name the folder of a tokenizer, or leave it out"
+            )
         report.note(f"model      {_described(cfg, shapes)}\ntokenizer  {found or 'none'}")
         to = dtype or str(leaves[table[0].path].dtype)
         tensors = [each for leaf in table for each in leaf.tensors(shapes[leaf.path])]

@@ -116,7 +116,7 @@ def test_other_ways_to_save_the_same_model_are_read(tmp_path):
         ({"hidden_size": None}, "has no 'hidden_size'"),
         ({"hidden_size": "8"}, "hidden_size='8' must be of type int"),
         ({"num_key_value_heads": 3}, "num_kv_heads=3 must divide"),
-        ({"mlp_bias": True}, "mlp_bias=True is not supported"),
+        ({"mlp_bias": True}, "attention_bias=False is not supported with mlp_bias=True"),
         ({"quantization_config": {}}, "quantization_config is not supported"),
         ({"router_bias": 1}, "unknown key router_bias=1"),
         ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, "1 of 2"),

@@ -6,6 +6,10 @@ from jaxpipe.infer.server.limits import Limits
 from jaxpipe.infer.server.problem import Problem
 from jaxpipe.infer.server.protocol import Tokenizer
 from jaxpipe.infer.server.schemas import Ask, Prompt
+from jaxpipe.infer.text_stream import TokenTexts
+
+_NEAR = 16
+"""Tokens of a prompt that its answer's text may depend on."""
 
 
 class Prompts:
@@ -52,7 +56,7 @@ class Prompts:
             raise Problem(
                 400, "this model has no chat template; try /v1/completions", param="messages", code="no_chat_template"
             )
-        return [self._one("messages", text, ask)]
+        return [self._one("messages", self._tokenizer.pieces(text), ask)]
 
     def room(self, tokens: list[int], ask: Ask) -> int:
         """How many tokens an answer to these may have."""
@@ -68,6 +72,17 @@ class Prompts:
             return self._tokenizer.decode(tokens)
         except BaseException as error:  # in Rust it may panic, which is no Exception
             raise _tokenizer_failed(error) from error
+
+    def gap(self, prompt: list[int], tokens: list[int]) -> str:
+        """What parts the text of a prompt from that of its answer: the blanks that decoders take off a beginning."""
+        prompt = prompt[-_NEAR:]
+        alone = self._tokenizer.decode(tokens)
+        rest = self._tokenizer.decode(prompt + tokens)[len(self._tokenizer.decode(prompt)) :]
+        return rest.removesuffix(alone) if rest.endswith(alone) else ""
+
+    def texts(self) -> TokenTexts:
+        """What tells of an answer's tokens, as they come, the text that each adds."""
+        return TokenTexts(self._tokenizer)
 
     def _check_choices(self, prompts: int, ask: Ask):
         most = self._limits.choices

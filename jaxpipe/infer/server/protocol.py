@@ -35,10 +35,14 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
+    def pieces(self, text: str) -> list[int]:
+        """The tokens of a text and no others."""
+        ...
+
     def decode(self, tokens: Sequence[int]) -> str: ...
 
     def chat(self, messages: list[dict[str, str]]) -> str | None:
-        """The conversation as the model's prompt; None where the model has no template."""
+        """The conversation as the model's prompt, to be cut by `pieces`; None where the model has no template."""
         ...
 
 

@@ -3,6 +3,7 @@
 import math
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ from jaxpipe.infer.server.problem import Problem, engine_failed
 from jaxpipe.infer.server.prompts import Prompts
 from jaxpipe.infer.server.protocol import Engine, Handle, Piece
 from jaxpipe.infer.server.schemas import Ask
+from jaxpipe.infer.text_stream import TokenTexts
 
 Arrival = tuple[int, Piece | BaseException]
 """The number of a choice, and what came for it."""
@@ -51,6 +53,9 @@ class Work:
     def __post_init__(self):
         self._handles: list[Handle] = []
         self._new_tokens = 0
+        self._unsaid: dict[int, list[int]] = {}
+        self._begun: set[int] = set()
+        self._told: dict[int, tuple[TokenTexts, deque[float]]] = {}
 
     def start(self):
         """Gives all answers to the engine.
@@ -90,7 +95,7 @@ class Work:
                 if self._new_tokens == 0:
                     self.metrics.first_token.add(time.monotonic() - began)
                 choice = new.setdefault(index, Choice(offset=offsets[index]))
-                self._add(choice, piece)
+                self._add(index, choice, piece)
                 left -= piece.finish_reason is not None
             for index, choice in new.items():
                 offsets[index] += sum(len(text) for text, _ in choice.tokens or ())
@@ -122,15 +127,34 @@ class Work:
         )
         return Request(prompt, sampling, stop=ask.stop, n=ask.n)
 
-    def _add(self, choice: Choice, piece: Piece):
-        choice.text += piece.text
+    def _add(self, index: int, choice: Choice, piece: Piece):
+        choice.text += self._after_echo(index, piece) + piece.text
         choice.finish_reason = piece.finish_reason
         if piece.token is None:
             return
         self._new_tokens += 1
-        if self.ask.logprobs and piece.logprob is not None and piece.token not in self.stop_ids:
-            logprob = piece.logprob if math.isfinite(piece.logprob) else IMPOSSIBLE
-            choice.add((self.prompts.decode([piece.token]), logprob))
+        if not self.ask.logprobs or piece.logprob is None:
+            return
+        texts, logprobs = self._told.setdefault(index, (self.prompts.texts(), deque()))
+        settled: list[str] = []
+        if piece.token not in self.stop_ids:
+            logprobs.append(piece.logprob if math.isfinite(piece.logprob) else IMPOSSIBLE)
+            settled = texts.push(piece.token)
+        if piece.finish_reason is not None:
+            settled += texts.finish()
+        for text in settled:
+            choice.add((text, logprobs.popleft()))
+
+    def _after_echo(self, index: int, piece: Piece) -> str:
+        """What belongs between an echoed prompt and the first text of its answer."""
+        if not self.ask.echo or piece.token is None or index in self._begun:
+            return ""
+        said = self._unsaid.setdefault(index, [])
+        said.append(piece.token)
+        if not piece.text:
+            return ""
+        self._begun.add(index)
+        return self.prompts.gap(list(self.tokens[index // self.ask.n]), said)
 
 
 def _arrive(mailbox: Mailbox[Arrival], first: int, piece: Piece | BaseException):

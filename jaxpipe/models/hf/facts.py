@@ -5,25 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxpipe.errors import ConfigError
+from jaxpipe.models.hf.keys import Keys
 
 _MISSING = object()
-
-_HARMLESS = """
-    architectures transformers_version model_type torch_dtype dtype use_cache auto_map
-    bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id decoder_start_token_id tokenizer_class prefix
-    initializer_range initializer_factor gradient_checkpointing attn_implementation pretraining_tp
-    attention_dropout attn_pdrop embd_pdrop resid_pdrop dropout_rate classifier_dropout
-    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
-    return_dict return_dict_in_generate output_hidden_states output_attentions output_scores output_past torchscript
-    use_bfloat16 tf_legacy_loss chunk_size_feed_forward is_encoder_decoder is_decoder cross_attention_hidden_size
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
-    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
-    num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values suppress_tokens
-    exponential_decay_length_penalty begin_suppress_tokens finetuning_task id2label label2id num_labels
-    task_specific_params problem_type n_ctx n_special predict_special_tokens reorder_and_upcast_attn n_positions
-"""
-HARMLESS = frozenset(_HARMLESS.split())
-"""Keys that change no number of the model (dropout is the training's own, see ``model.dropout``)."""
 
 CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 """Keys that our configs do not have and that go from a folder to the one written back."""
@@ -35,10 +19,24 @@ class Facts:
     Args:
         table: The keys.
         where: What messages call the file.
+        keys: What becomes of them.
+
+    Raises:
+        ConfigError: Two names of one thing have different values.
     """
 
-    def __init__(self, table: Mapping[str, Any], where: str):
-        self._table, self._where, self._seen = table, where, set()
+    def __init__(self, table: Mapping[str, Any], where: str, keys: Keys):
+        self._table, self._where, self._keys = table, where, keys
+        self.seen: set[str] = set()
+        for alias, key in keys.aliases.items():
+            if alias in table and table[alias] != table.get(key):
+                raise self.error(
+                    f"{alias}={table[alias]!r} names the same as {key}={table.get(key)!r}; make them equal"
+                )
+
+    def __contains__(self, key: str) -> bool:
+        """Whether the file says something of a key, if only null."""
+        return key in self._table
 
     def take(self, key: str, kind: type, otherwise: Any = _MISSING) -> Any:
         """The value of a key; null and a missing key are `otherwise`.
@@ -46,7 +44,7 @@ class Facts:
         Raises:
             ConfigError: There is none, or it is of another type.
         """
-        self._seen.add(key)
+        self.seen.add(key)
         value = self._table.get(key)
         if value is None:
             if otherwise is _MISSING:
@@ -73,20 +71,16 @@ class Facts:
             )
         return choices[value]
 
-    def must(self, key: str, value: Any) -> None:
-        """Refuses any value of a key but this one; null and a missing key are it.
+    def must(self, key: str, value: Any, *same: Any) -> None:
+        """Refuses any value of a key but this one; a missing key is it, and so are `same`.
 
         Raises:
             ConfigError: It has another.
         """
-        self._seen.add(key)
-        found = self._table.get(key)
-        if found is not None and found != value:
+        self.seen.add(key)
+        found = self._table.get(key, value)
+        if found not in (value, *same):
             raise ConfigError(f"{self._where}: {key}={found!r} is not supported; it must be {value!r}")
-
-    def skip(self, *keys: str) -> None:
-        """Says that keys have been looked at."""
-        self._seen |= set(keys)
 
     def end(self) -> None:
         """Refuses keys that nobody took.
@@ -94,8 +88,9 @@ class Facts:
         Raises:
             ConfigError: There is one that might change numbers.
         """
+        known = self.seen | self._keys.idle | set(self._keys.aliases)
         for key, value in self._table.items():
-            if key in self._seen or key in HARMLESS or key.startswith("_") or value is None:
+            if key in known or key.startswith("_") or value is None:
                 continue
             if key == "quantization_config":
                 raise ConfigError(f"{self._where}: {key} is not supported; try the weights that are not quantized")

@@ -8,6 +8,7 @@ from jaxpipe.errors import ConfigError
 from jaxpipe.models.hf.facts import Facts
 from jaxpipe.models.hf.family import Family, ModelConfig
 from jaxpipe.models.hf.gpt2 import GPT2
+from jaxpipe.models.hf.keys import KEYS
 from jaxpipe.models.hf.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from jaxpipe.models.hf.t5 import T5
 
@@ -53,7 +54,7 @@ def read_config(table: Mapping[str, Any], where: str, dtype: str) -> ModelConfig
         (768, True)
     """
     family = family_of(table, where)
-    facts = Facts(table, where)
+    facts = Facts(table, where, KEYS[family.model_type])
     fields = family.read(facts)
     facts.end()
     try:

@@ -7,7 +7,10 @@ from jaxpipe.models.hf.facts import Facts
 from jaxpipe.models.hf.family import Family
 from jaxpipe.models.hf.leaves import Interleaved, Leaf, leaf
 
-GELU_TANH = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
+GELU_TANH: dict[str, str] = dict.fromkeys(
+    ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate", "gelu_python_tanh"), "gelu"
+)
+"""The names in transformers of the GELU that goes through tanh; ``gelu`` is another."""
 
 
 def table(cfg: GPTConfig) -> tuple[Leaf, ...]:
@@ -40,6 +43,8 @@ def read(facts: Facts) -> dict[str, Any]:
     facts.must("scale_attn_weights", True)
     facts.must("scale_attn_by_inverse_layer_idx", False)
     facts.must("add_cross_attention", False)
+    facts.must("is_causal", True)
+    facts.must("per_layer_config", {}, None)
     return {
         "vocab_size": facts.take("vocab_size", int),
         "max_seq_len": facts.take("n_positions", int),

@@ -42,7 +42,9 @@ def table(cfg: GPTConfig) -> tuple[Leaf, ...]:
 
 def read(facts: Facts, model_type: str) -> dict[str, Any]:
     """A config.json as fields of ours."""
-    facts.choose("hidden_act", {"silu": None}, "silu")
+    facts.choose("hidden_act", {"silu": None, "swish": None}, "silu")
+    facts.must("is_causal", True)
+    facts.must("per_layer_config", {}, None)
     heads, width = facts.take("num_attention_heads", int), facts.take("hidden_size", int)
     head_dim = facts.take("head_dim", int, 128 if model_type == "qwen3" else None)
     fields = {
@@ -51,7 +53,9 @@ def read(facts: Facts, model_type: str) -> dict[str, Any]:
         "num_layers": facts.take("num_hidden_layers", int),
         "num_heads": heads,
         "d_model": width,
-        "num_kv_heads": facts.take("num_key_value_heads", int, _KV_HEADS.get(model_type, heads)),
+        "num_kv_heads": facts.take(
+            "num_key_value_heads", int, heads if "num_key_value_heads" in facts else _KV_HEADS.get(model_type, heads)
+        ),
         "head_width": None if head_dim and head_dim * heads == width else head_dim,
         "d_ff": facts.take("intermediate_size", int),
         "norm": "rmsnorm",
@@ -64,38 +68,53 @@ def read(facts: Facts, model_type: str) -> dict[str, Any]:
     }
     if model_type == "llama":
         fields["bias"] = facts.take("attention_bias", bool, False)
-        facts.must("mlp_bias", fields["bias"])
+        if (other := facts.take("mlp_bias", bool, False)) != fields["bias"]:
+            raise facts.error(
+                f"attention_bias={fields['bias']} is not supported with mlp_bias={other}; both or none may be true"
+            )
     elif model_type == "qwen2":
         fields["qkv_bias"] = True
-    else:
+    elif model_type == "qwen3":
         facts.must("attention_bias", False)
     return {**fields, **rope.read(facts)}
 
 
 _KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
-"""What a missing number of heads of keys and values stands for; elsewhere as many as queries."""
+"""What a missing number of heads of keys and values stands for; null, and elsewhere: as many as queries."""
+_KINDS = {"full_attention": False, "sliding_attention": True}
 
 
 def _window(facts: Facts, model_type: str) -> int | None:
     """The window of all layers.
 
+    Llama has none, whatever its config says. Mistral's is that of all layers. Qwen's is a choice for each.
+
     Raises:
-        ConfigError: Only some of them have it.
+        ConfigError: Only some layers have it, or one is of a kind that the model does not have.
     """
     layers, kinds = facts.take("num_hidden_layers", int), facts.take("layer_types", list, [])
-    window = facts.take("sliding_window", int, None)
-    if model_type == "llama":
-        return window
-    if model_type != "mistral":
-        whole = facts.take("max_window_layers", int, 28)
-        window = window if facts.take("use_sliding_window", bool, False) else None
-        kinds = kinds or ["sliding_attention" if window and i >= whole else "full_attention" for i in range(layers)]
-    if window is not None and kinds and len(set(kinds)) > 1:
+    wrong = [kind for kind in kinds if not isinstance(kind, str) or kind not in _KINDS]
+    if wrong or (kinds and len(kinds) != layers):
         raise facts.error(
-            f"sliding_window={window} of {kinds.count('sliding_attention')} of {layers} layers is not supported; "
-            "all or none may have it"
+            f"layer_types={kinds} must name one of {', '.join(map(repr, _KINDS))} for each of {layers} layers"
         )
-    return None if kinds and kinds[0] == "full_attention" else window
+    named = sum(_KINDS[kind] for kind in kinds)
+    window = None
+    if model_type != "llama":
+        window = facts.take("sliding_window", int, None if "sliding_window" in facts else 4096)
+    sliding = 0 if window is None else layers
+    if model_type.startswith("qwen"):
+        whole = facts.take("max_window_layers", int, 28)
+        if not facts.take("use_sliding_window", bool, False):
+            window = None
+        sliding = named if kinds else 0 if window is None else max(0, layers - max(0, whole))
+    elif kinds and named != sliding:
+        raise facts.error(f"layer_types={kinds} is not supported with sliding_window={window}; leave it out")
+    if 0 < sliding < layers:
+        raise facts.error(
+            f"sliding_window={window} of {sliding} of {layers} layers is not supported; all or none may have it"
+        )
+    return window if sliding else None
 
 
 def lacks(cfg: GPTConfig, model_type: str) -> str | None:

@@ -5,6 +5,7 @@ from typing import Any
 from jaxpipe.models.encdec_config import EncDecConfig
 from jaxpipe.models.hf.facts import Facts
 from jaxpipe.models.hf.family import Family
+from jaxpipe.models.hf.gpt2 import GELU_TANH
 from jaxpipe.models.hf.leaves import Heads, Leaf, Turned, leaf
 
 
@@ -54,7 +55,9 @@ def read(facts: Facts) -> dict[str, Any]:
     A head that is tied but not scaled, which transformers 5 makes of T5 1.1, becomes one of its own.
     """
     layers = facts.take("num_layers", int)
-    facts.skip("dense_act_fn", "is_gated_act")  # both follow from feed_forward_proj
+    facts.must("is_causal", True)
+    facts.must("per_layer_config", {}, None)
+    facts.must("decoder_start_token_id", 0, None)
     tied = facts.take("tie_word_embeddings", bool, True)
     return {
         "vocab_size": facts.take("vocab_size", int),
@@ -64,12 +67,24 @@ def read(facts: Facts) -> dict[str, Any]:
         "d_model": facts.take("d_model", int),
         "head_dim": facts.take("d_kv", int),
         "d_ff": facts.take("d_ff", int),
-        "mlp": facts.choose("feed_forward_proj", {"relu": "relu", "gated-gelu": "gated-gelu"}, "relu"),
+        "mlp": _mlp_kind(facts),
         "num_buckets": facts.take("relative_attention_num_buckets", int, 32),
         "max_distance": facts.take("relative_attention_max_distance", int, 128),
         "norm_eps": facts.take("layer_norm_epsilon", float, 1e-6),
         "tied": facts.take("scale_decoder_outputs", bool, tied),
     }
+
+
+def _mlp_kind(facts: Facts) -> str:
+    """The kind of MLP. ``feed_forward_proj`` names both halves of it, and two other keys override one each.
+
+    Raises:
+        ConfigError: One that we do not have.
+    """
+    named = facts.choose("feed_forward_proj", {"relu": "relu", "gated-gelu": "gated-gelu"}, "relu")
+    gated = facts.take("is_gated_act", bool, named == "gated-gelu")
+    choices = dict.fromkeys(GELU_TANH, "gated-gelu") if gated else {"relu": "relu"}
+    return facts.choose("dense_act_fn", choices, "relu" if named == "relu" else "gelu_new")
 
 
 def write(cfg: EncDecConfig) -> dict[str, Any]:
