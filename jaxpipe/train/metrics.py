@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 
 class Sink(Protocol):
@@ -44,13 +44,9 @@ class MetricsLog:
         warn: Callable[[str], None] = lambda text: None,
     ):
         self._path, self._sinks, self._warn = path, sinks, warn
-        self.lines: list[dict[str, Any]] = []
-        if after is None:
-            self._file = path.open("w", encoding="utf-8")
-        else:
-            self.lines = read_lines(path)
-            self._file = None
-            self.rewind(after)
+        self.lines: list[dict[str, Any]] = [] if after is None else read_lines(path)
+        self._file: TextIO | None = None
+        self.rewind(0 if after is None else after)
 
     def rewind(self, step: int) -> None:
         """Goes back to a step: later lines are dropped from the file, which is replaced as a whole."""

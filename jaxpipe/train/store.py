@@ -1,15 +1,16 @@
 """A folder of checkpoints: which are whole, how one is written, read, checked and removed.
 
 ``FOLDER/STEP/`` holds ``state`` (the arrays, written by Orbax, every process its own shards) and ``meta`` (see
-`jaxpipe.train.meta`). Orbax writes into a folder of another name and renames it when all is on disk, so a save that was
-killed leaves nothing that looks like a checkpoint; checksums in ``meta`` tell what changed afterwards.
+`jaxpipe.train.meta`). A save is written elsewhere and takes that name when all is on disk (see `jaxpipe.train.owned`),
+so one that was killed leaves nothing that looks like a checkpoint; checksums in ``meta`` tell what changed afterwards.
 """
 
 import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,15 +18,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jaxpipe.errors import CheckpointError
+from jaxpipe.errors import CheckpointError, UnavailableError
 from jaxpipe.runtime.checksum import as_text, checksum
 from jaxpipe.runtime.state import CanonicalLeaf
 from jaxpipe.train.agree import all_agree
+from jaxpipe.train.lock import Lock
 from jaxpipe.train.meta import Meta, from_json
+from jaxpipe.train.owned import META, OWN, STATE, TEXT, Owned
 from jaxpipe.train.quiet import forget_failures, hush
-
-STATE, META, TEXT = "state", "meta", "metadata"
-SAVING = ".orbax-checkpoint-tmp"
 
 Leaves = Sequence[tuple[CanonicalLeaf, jax.Array]]
 """Canonical leaves and their arrays."""
@@ -40,18 +40,43 @@ class Store:
 
     def __init__(self, path: Any):
         self.path = epath.Path(path)
+        self._own = Owned(self.path)
         self._writer: ocp.AsyncCheckpointer | None = None
         self._waiter: threading.Thread | None = None
         self._error: BaseException | None = None
         self._failed = False
 
     def steps(self) -> list[int]:
-        """The steps of the finished checkpoints, ascending."""
+        """The steps of the finished checkpoints that jaxpipe wrote, ascending.
+
+        Raises:
+            UnavailableError: The folder cannot be read.
+        """
         try:
-            names = [entry.name for entry in self.path.iterdir()] if self.path.is_dir() else []
+            return self._own.steps()
         except OSError as error:
-            raise CheckpointError(f"checkpoints in {self.path} cannot be listed: {error}") from error
-        return sorted(int(name) for name in names if name.isdecimal() and (self.path / name / META / TEXT).exists())
+            raise UnavailableError(f"checkpoints in {self.path} cannot be listed: {error}") from error
+
+    def foreign(self) -> list[str]:
+        """Names in the folder that look like checkpoints and are not jaxpipe's."""
+        return self._own.foreign()
+
+    @contextmanager
+    def locked(self, note: Callable[[str], Any]) -> Iterator[None]:
+        """Keeps other runs from saving here while entered, unless it is on no disk, such as ``gs://…``.
+
+        Args:
+            note: Is told that a lock of another machine is waited for.
+
+        Raises:
+            UnavailableError: Another run saves here.
+        """
+        with ExitStack() as stack:
+            if "://" not in str(self.path):
+                lock = Lock(Path(self.path) / OWN / "saves.lock", f"checkpoint.dir={str(self.path)!r}", note)
+                with suppress(OSError):  # the disk cannot be written: neither can a save, and that is told
+                    stack.enter_context(lock)
+            yield
 
     def at(self, step: int) -> epath.Path:
         """The folder of a checkpoint."""
@@ -72,6 +97,7 @@ class Store:
             Exception: The folder cannot be written; in the background it is raised by `finish`.
         """
         alone = jax.process_count() == 1
+        self.clear_unfinished()
         if not alone:
             self._write(step, *make())
 
@@ -80,6 +106,8 @@ class Store:
                 if alone:
                     self._write(step, *make())
                 self._open().wait_until_finished()
+                if jax.process_index() == 0:
+                    self._own.take(step)
                 then()
             except BaseException as error:
                 self._error, self._failed = error, True
@@ -95,8 +123,7 @@ class Store:
                 below = below.setdefault(word, {})
             below[leaf.path[-1]] = array
         self._open().save(
-            _absolute(self.at(step)),
-            force=True,
+            _absolute(self._own.room(step)),
             args=ocp.args.Composite(**{STATE: ocp.args.PyTreeSave(tree), META: ocp.args.JsonSave(meta.to_json())}),
         )
 
@@ -127,23 +154,22 @@ class Store:
         return read_meta(self.at(step))
 
     def remove(self, step: int) -> None:
-        """Deletes a checkpoint: first its description, so that a half-deleted one is none any more."""
-        (self.at(step) / META / TEXT).unlink(missing_ok=True)
-        self.at(step).rmtree(missing_ok=True)
+        """Deletes a checkpoint; what somebody else put into its folder stays there."""
+        self._own.remove(step)
 
     def clear(self) -> None:
         """Deletes all checkpoints."""
         for step in self.steps():
             self.remove(step)
 
-    def clear_torn(self) -> list[str]:
-        """Deletes what killed saves and deletions left, and names it."""
-        torn = []
-        for entry in self.path.iterdir() if self.path.is_dir() else ():
-            if SAVING in entry.name or (entry.name.isdecimal() and not (entry / META / TEXT).exists()):
-                entry.rmtree(missing_ok=True)
-                torn.append(entry.name)
-        return torn
+    def clear_unfinished(self) -> list[str]:
+        """Deletes what saves and deletions that were cut off have left, and names it. Only process 0 does.
+
+        A disk that cannot be written now is no reason to stop: it is tried again before the next save.
+        """
+        with suppress(OSError):
+            return self._own.clear_unfinished() if jax.process_index() == 0 else []
+        return []
 
     def _open(self) -> ocp.AsyncCheckpointer:
         if self._writer is None:
@@ -160,10 +186,13 @@ class Store:
         if self._waiter is not None:
             self._waiter.join()
         if self._writer is not None:
+            failed = self._failed
             # What failed is raised again here, and was raised by `finish` before.
-            with suppress(Exception) if self._failed else nullcontext():
+            with suppress(Exception) if failed else nullcontext():
                 self._writer.close()
             self._writer, self._failed = None, False
+            if failed:
+                self.clear_unfinished()  # threads of a save that failed may have written after it
 
 
 def read_meta(path: epath.Path) -> Meta:
@@ -182,7 +211,10 @@ def read_meta(path: epath.Path) -> Meta:
         facts = json.loads(text)
     except ValueError as error:
         raise CheckpointError(f"{path}: its description is not JSON, it was cut off or is damaged") from error
-    return from_json(facts, str(path))
+    meta = from_json(facts, str(path))
+    if path.name.isdecimal() and path.name != str(meta.step):
+        raise CheckpointError(f"{path} holds step {meta.step}, not {path.name}; rename it to {meta.step}")
+    return meta
 
 
 def check_leaves(path: epath.Path, meta: Meta, leaves: Sequence[CanonicalLeaf]) -> None:

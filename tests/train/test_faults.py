@@ -18,7 +18,8 @@ from forked_runs import Runs
 
 from jaxpipe.cli import main
 from jaxpipe.train.metrics import MetricsLog
-from jaxpipe.train.store import SAVING, Store
+from jaxpipe.train.owned import OWN
+from jaxpipe.train.store import Store
 
 CONFIG = """
 [model]
@@ -98,7 +99,7 @@ def test_twenty_kills_lose_nothing_and_never_corrupt(runs, folder):
     safe, torn, reached = 0, 0, 0
 
     def saving() -> bool:
-        return any(SAVING in path.name for path in store.path.glob("*"))
+        return any(store.path.glob(f"{OWN}/unfinished/*"))
 
     for kill in range(20):
         process = runs.start("train", f"{folder}/run.toml")
@@ -215,17 +216,17 @@ def test_the_supervisor_starts_again_until_the_run_is_done(folder):
     fake = folder / "fake.sh"
     fake.write_text(
         'n=$(cat count 2>/dev/null || echo 0); echo $((n + 1)) > count; echo "$@" >> words\n'
+        'echo "$JAXPIPE_START" >> starts\n'
         "case $n in 0) exit 1;; 1) kill -9 $$;; 2) exit 3;; *) exit 0;; esac\n"
     )
     script = Path(__file__).parents[2] / "scripts" / "supervise.sh"
     environment = {**os.environ, "SUPERVISE_FIRST_WAIT_S": "0.1"}
-    words = ["bash", script, "bash", fake, "a.toml", "train.overwrite=true", "resume=x", "train.steps=3"]
+    words = ["bash", script, "bash", fake, "a.toml", "train.overwrite=true", "train.steps=3"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=folder, env=environment, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert (folder / "words").read_text().splitlines() == [
-        "a.toml train.overwrite=true resume=x train.steps=3",
-        *["a.toml train.steps=3"] * 3,
-    ]
+    assert (folder / "words").read_text().splitlines() == ["a.toml train.overwrite=true train.steps=3"] * 4
+    first, *others = (folder / "starts").read_text().splitlines()
+    assert first and others == [first] * 3
     (folder / "count").write_text("9")
     fake.write_text("exit 2\n")
     done = subprocess.run(words, capture_output=True, text=True, cwd=folder, env=environment, timeout=60)

@@ -106,7 +106,7 @@ def state_layout(config):
 def checksums(config, path) -> dict[str, str]:
     """By name, the checksums of a checkpoint restored to the config's mesh and taken back to the canonical layout."""
     state, layout = state_layout(config)
-    flat, _ = restore(Start((path,)), layout, lambda *_: None, Silent())
+    flat, _, _ = restore(Start((path,)), layout, lambda *_: None, Silent())
     for old, new in zip(layout.flatten(state), flat, strict=True):
         assert (old.shape, old.dtype, old.sharding) == (new.shape, new.dtype, new.sharding)
     return {
@@ -266,7 +266,7 @@ def test_damage_is_found_and_the_checkpoint_before_is_taken(whole, one_device, t
     with suppress(CheckpointError):  # where it cannot even say what it holds
         assert [wrong for _, wrong in damage(store.at(6)) if wrong]
     notes = Notes()
-    _, meta = restore(Start((store.at(6), store.at(3))), one_device, lambda *_: None, notes)
+    _, meta, _ = restore(Start((store.at(6), store.at(3))), one_device, lambda *_: None, notes)
     assert meta.step == 3
     assert "damaged" in str(notes)
     with pytest.raises(CheckpointError, match=r"there is no other; to start over pass train\.overwrite=true"):
