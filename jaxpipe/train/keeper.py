@@ -1,7 +1,8 @@
 """When a run is saved, which of its checkpoints stay, and what happens when a save fails.
 
 Only checkpoints on the run's own way count: where it went back, because those of later steps are damaged or led
-nowhere, these are neither among the newest nor among the best. They stay until the run is past them.
+nowhere, these are neither among the newest nor among the best. They stay until the run is past them. And for a state
+that may yet turn out to be ruined, whose gradient nobody has seen, no other is deleted.
 
 A save that fails never ends the training: it is told, and tried again. Only the end of the run asks whether the last
 state is safe.
@@ -21,7 +22,7 @@ from jaxpipe.runtime.checksum import as_text
 from jaxpipe.runtime.state import CanonicalLeaf, StateLayout, host_copies
 from jaxpipe.train.agree import all_agree, first_says
 from jaxpipe.train.meta import Meta
-from jaxpipe.train.quiet import forget_failures
+from jaxpipe.train.quiet import forget_failures, in_one_line
 from jaxpipe.train.sections import CheckpointConfig
 from jaxpipe.train.store import Leaves, Store
 from jaxpipe.train.terminal import Report
@@ -44,13 +45,14 @@ class Keeper:
 
     Attributes:
         safe: Step of the newest state that is on disk; -1 before the first.
+        good: Step of the newest state from which a step was good; checkpoints after it replace none before.
         stall_s: How long each save stopped the loop.
     """
 
     def __init__(
         self, store: Store, config: CheckpointConfig, layout: StateLayout, describe: Callable[..., Meta], report: Report
     ):
-        self.safe, self.stall_s = -1, []
+        self.safe, self.good, self.stall_s = -1, -1, []
         self._store, self._config, self._layout, self._describe, self._report = store, config, layout, describe, report
         self._writing: int | None = None
         self._val_loss: dict[int, float] = {}
@@ -82,13 +84,12 @@ class Keeper:
             same = meta.data.get("val_digest", data.get("val_digest")) == data.get("val_digest")
             self._val_loss[step] = math.inf if meta.val_loss is None or not same else meta.val_loss
         self.go_back(safe if made_here else -1)
-        self._prune()  # a run that was killed between save and deletion
         for chunk in self._layout.chunks if not self._on_host else ():
             chunk.compile()
 
     def go_back(self, step: int) -> None:
         """Takes note that the run goes on from an earlier step: later ones count for nothing."""
-        self.safe = step
+        self.safe, self.good = step, min(self.good, step)
         later = {other for other in self._val_loss if other > step}
         self._left |= later
         for other in later:
@@ -116,6 +117,10 @@ class Keeper:
         if self._late or (self._store.busy and jax.process_count() == 1):
             return False
         return first_says(bool(minutes and now - self._last_time >= 60 * minutes) or now >= self._retry_at)
+
+    def postpone(self) -> None:
+        """The state is not to be saved now; the next one is due."""
+        self._late = True
 
     def save(self, state: Any, step: int, row: int) -> None:
         """Begins to save a state; returns when it may be changed.
@@ -172,6 +177,8 @@ class Keeper:
             self.save(state, step, row)
             self._settle(wait=True)
             if self.safe == step:
+                self.good = step
+                self._prune()
                 break
         self._store.close()
         return self.safe == step
@@ -215,9 +222,9 @@ class Keeper:
     def _failed(self, step: int, error: Exception) -> None:
         self._retry_at = time.monotonic() + RETRY_S
         self._store.clear_unfinished()  # its last bytes would be missed on a disk that is full
-        text = " ".join(str(error).split())
+        text = in_one_line(error, most=300)
         self._report.note(
-            f"warning    checkpoint of step {step} was not saved: {text[:300]}; the run goes on and tries again"
+            f"warning    checkpoint of step {step} was not saved: {text}; the run goes on and tries again"
         )
 
     def _saved(self, step: int, val_loss: float | None) -> None:
@@ -230,7 +237,8 @@ class Keeper:
         """Deletes what is neither among the newest nor among the best, and what the run has passed by."""
         if jax.process_index() != 0:
             return
-        for step in [*stale(self._val_loss, self._config.keep, self._config.keep_best), *passed]:
+        good = {step: loss for step, loss in self._val_loss.items() if step <= self.good}
+        for step in [*stale(good, self._config.keep, self._config.keep_best), *passed]:
             try:
                 self._store.remove(step)
             except OSError as error:

@@ -72,7 +72,9 @@ def train(
     data = _describe_data(run) if crew or saves or start.candidates else {}
     if crew is not None:
         crew.at_end(report.close)
-        crew.agree("the check of the data", data | {"checkpoints found": len(start.candidates)})
+        names = {"digest": "digest of the training data", "val_digest": "digest of the validation data"}
+        facts = {names.get(name, name): value for name, value in data.items()}
+        crew.agree("the check of the data", facts | {"checkpoints found": len(start.candidates)})
     start = check_start(config, start, data)
     with folder.locked(report.note), store.locked(report.note) if saves and lead else nullcontext():
         if lead and store.steps() != before:

@@ -25,7 +25,7 @@ from jaxpipe.train.agree import all_agree
 from jaxpipe.train.lock import Lock
 from jaxpipe.train.meta import Meta, from_json
 from jaxpipe.train.owned import META, OWN, STATE, TEXT, Owned
-from jaxpipe.train.quiet import forget_failures, hush
+from jaxpipe.train.quiet import forget_failures, hush, in_one_line
 
 Leaves = Sequence[tuple[CanonicalLeaf, jax.Array]]
 """Canonical leaves and their arrays."""
@@ -251,7 +251,7 @@ def read_leaves(path: epath.Path, leaves: Sequence[CanonicalLeaf]) -> list[jax.A
     try:
         arrays = _read(path, {leaf.path: leaf.abstract for leaf in leaves})
     except Exception as error:
-        wrong = _one_line(error)
+        wrong = in_one_line(error)
     if not all_agree(wrong is None):
         forget_failures()
         raise CheckpointError(f"{path} cannot be read: {wrong or 'another process failed'}")
@@ -295,7 +295,7 @@ def damage(path: epath.Path) -> Iterator[tuple[str, str | None]]:
             if as_text(checksum(array)) != stored["sum"]:
                 wrong = "does not match its checksum"
         except Exception as error:
-            wrong, failed = f"cannot be read: {_one_line(error)}", True
+            wrong, failed = f"cannot be read: {in_one_line(error)}", True
         yield name, wrong
     if failed:
         forget_failures()
@@ -325,8 +325,3 @@ def _read(path: epath.Path, shapes: dict[tuple[str, ...], jax.ShapeDtypeStruct])
 def _absolute(path: epath.Path) -> epath.Path:
     """The path as Orbax asks for it."""
     return path if "://" in str(path) else epath.Path(os.path.abspath(path))
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else f"{text[:200]}…"

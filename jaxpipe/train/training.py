@@ -111,6 +111,7 @@ class Training:
         # [1] An accelerator computes a step while the host reads the numbers of the one before. CPU devices share the
         # host's threads, and two programs with collectives in flight there can starve each other.
         self.keeper = None
+        self._suspects: set[int] = set()  # steps that the run went back to and that no good step followed since
         self._sound_at = -1  # step of the state that was last found to have a finite loss
         self._fresh = not start.candidates or start.weights_only
         self._data, self._store = data, store
@@ -172,9 +173,12 @@ class Training:
         self._settle(0 if measure or save else self._in_flight)
         if measure:
             self._validate()
-        if save and self.keeper and self.step < config.steps and self._is_sound():
+        if save and self.keeper and self.step < config.steps:
             self.watch.alive(f"saving step {self.step}")
-            self.keeper.save(self.state, self.step, self.row)
+            if self.health.in_a_row or not self._is_sound():
+                self.keeper.postpone()
+            else:
+                self.keeper.save(self.state, self.step, self.row)
             self.track.restart_clock()
 
     def _settle(self, in_flight: int):
@@ -187,6 +191,9 @@ class Training:
             self.watch.alive(f"running step {step + 1}")
             if self.keeper:
                 self._heart.beat(step)
+                if not self.health.in_a_row:
+                    self.keeper.good = step - 1  # the state before it
+                    self._suspects.clear()
                 self.keeper.poll()
 
     def _validate(self):
@@ -257,7 +264,9 @@ class Training:
         own = self.keeper.settled() if self.keeper else ()
         if not (self.keeper and own):
             raise NonFiniteError(f"{reason}; there is no checkpoint to go back to")
+        own = [step for step in own if step not in self._suspects] or own
         self._restore(Start(tuple(self._store.at(step) for step in own), own=True))
+        self._suspects.add(self.step)
         self.keeper.go_back(self.step)
         self.row = row
         self.log.write(step=self.step, event="rolled back", reason=reason)
