@@ -14,6 +14,10 @@ from jaxpipe.train import lock as module
 from jaxpipe.train.lock import LEASE_S, Lock
 
 
+def never(seconds: float):
+    raise AssertionError("nobody is waited for")
+
+
 def test_the_second_is_refused_with_the_name_of_the_first_and_comes_in_after_it(tmp_path):
     file = tmp_path / "a" / "run.lock"
     with Lock(file, "train.out='a'"):
@@ -35,14 +39,14 @@ def test_a_holder_that_was_killed_holds_nothing(tmp_path):
     assert json.loads(file.read_text())["pid"] != os.getpid()
     file.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getppid()}))  # its number lives, in another
     Lock(file, "").check()
-    with Lock(file, "", sleep=pytest.fail):
+    with Lock(file, "", sleep=never):
         assert json.loads(file.read_text())["pid"] == os.getpid()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"host": 3}', "\x00" * 40, "[" * 900], ids=repr)
 def test_a_file_that_names_nobody_stops_nobody(tmp_path, text):
     (tmp_path / "run.lock").write_text(text)
-    with Lock(tmp_path / "run.lock", "", sleep=pytest.fail):
+    with Lock(tmp_path / "run.lock", "", sleep=never):
         pass
 
 
@@ -75,5 +79,5 @@ def test_without_locks_of_the_file_system_the_process_decides(tmp_path, monkeypa
     with pytest.raises(UnavailableError, match="in use"):
         Lock(file, "", sleep=lambda seconds: os.utime(file, (1e9, 1e9))).__enter__()
     file.write_text(json.dumps({"host": socket.gethostname(), "pid": 2**22 + 1}))
-    with Lock(file, "", sleep=pytest.fail):
+    with Lock(file, "", sleep=never):
         pass
