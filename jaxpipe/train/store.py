@@ -8,6 +8,7 @@ so one that was killed leaves nothing that looks like a checkpoint; checksums in
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -27,6 +28,9 @@ from jaxpipe.train.meta import Meta, from_json
 from jaxpipe.train.owned import META, OWN, STATE, TEXT, Owned
 from jaxpipe.train.quiet import forget_failures, hush, in_one_line
 
+STRAGGLE_S = 3.0
+"""The longest time that the end of a run waits for threads of a save that has failed."""
+
 Leaves = Sequence[tuple[CanonicalLeaf, jax.Array]]
 """Canonical leaves and their arrays."""
 
@@ -45,6 +49,7 @@ class Store:
         self._waiter: threading.Thread | None = None
         self._error: BaseException | None = None
         self._failed = False
+        self._others: set[threading.Thread] = set()
 
     def steps(self) -> list[int]:
         """The steps of the finished checkpoints that jaxpipe wrote, ascending.
@@ -174,6 +179,7 @@ class Store:
     def _open(self) -> ocp.AsyncCheckpointer:
         if self._writer is None:
             hush()
+            self._others = {thread for thread in threading.enumerate() if thread is not self._waiter}
             # Folders are made at once: where that fails in the background, Orbax's threads wait 20 minutes for them and
             # keep the process from ending.
             at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
@@ -192,7 +198,15 @@ class Store:
                 self._writer.close()
             self._writer, self._failed = None, False
             if failed:
-                self.clear_unfinished()  # threads of a save that failed may have written after it
+                self._outwait_stragglers()
+                self.clear_unfinished()
+
+    def _outwait_stragglers(self) -> None:
+        """Waits for threads of Orbax, which go on with a save that has failed and may still make folders."""
+        end = time.monotonic() + STRAGGLE_S
+        for thread in set(threading.enumerate()) - self._others:
+            with suppress(Exception):  # that of the save: Orbax's threads raise it again
+                thread.join(max(0.0, end - time.monotonic()))
 
 
 def read_meta(path: epath.Path) -> Meta:
