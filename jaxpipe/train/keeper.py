@@ -68,7 +68,7 @@ class Keeper:
             made_here: Whether that step is in this run's own folder.
             data: What the run's data are, see `Meta.data`; losses on other validation data are not compared.
         """
-        if cleared := self._store.clear_unfinished():
+        if cleared := self._store.clear_torn():
             self._report.note(f"cleared    what was not written to the end: {', '.join(cleared)}")
         if jax.process_index() == 0 and (foreign := self._store.foreign()):
             self._report.note(
@@ -221,7 +221,7 @@ class Keeper:
 
     def _failed(self, step: int, error: Exception) -> None:
         self._retry_at = time.monotonic() + RETRY_S
-        self._store.clear_unfinished()  # its last bytes would be missed on a disk that is full
+        self._store.clear_torn()  # its last bytes would be missed on a disk that is full
         text = in_one_line(error, most=300)
         self._report.note(
             f"warning    checkpoint of step {step} was not saved: {text}; the run goes on and tries again"

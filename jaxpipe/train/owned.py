@@ -93,7 +93,7 @@ class Owned:
             at.rmdir()
         away.rmtree()
 
-    def clear_unfinished(self) -> list[str]:
+    def clear_torn(self) -> list[str]:
         """Deletes what saves and deletions that were cut off have left, and names it."""
         entries = _entries(self._unfinished)
         for entry in entries:

@@ -50,11 +50,13 @@ def choose(config: Config, store: Store, folder: RunFolder) -> Start:
 
     Raises:
         CheckpointError: What it names is not there, or the run's own checkpoints would contradict it.
-        ConfigError: The folder holds another run that was never saved.
+        ConfigError: The folder holds another run that was never saved, or checkpoints have no folder.
     """
     wanted, overwrite = config.checkpoint.resume, config.train.overwrite
     steps = () if overwrite else store.steps()
     own = tuple(store.at(step) for step in reversed(steps))
+    if config.checkpoint.enabled and store.path.exists() and not store.path.is_dir():
+        raise ConfigError(f"checkpoint.dir={str(store.path)!r} must be a folder, a file is there; try another")
     if config.checkpoint.enabled and str(config.train.steps) in store.foreign():
         raise CheckpointError(
             f"{store.at(config.train.steps)} has the place of the run's last checkpoint and is not jaxpipe's; move it "

@@ -102,7 +102,7 @@ class Store:
             Exception: The folder cannot be written; in the background it is raised by `finish`.
         """
         alone = jax.process_count() == 1
-        self.clear_unfinished()
+        self.clear_torn()
         if not alone:
             self._write(step, *make())
 
@@ -167,13 +167,13 @@ class Store:
         for step in self.steps():
             self.remove(step)
 
-    def clear_unfinished(self) -> list[str]:
+    def clear_torn(self) -> list[str]:
         """Deletes what saves and deletions that were cut off have left, and names it. Only process 0 does.
 
         A disk that cannot be written now is no reason to stop: it is tried again before the next save.
         """
         with suppress(OSError):
-            return self._own.clear_unfinished() if jax.process_index() == 0 else []
+            return self._own.clear_torn() if jax.process_index() == 0 else []
         return []
 
     def _open(self) -> ocp.AsyncCheckpointer:
@@ -199,7 +199,7 @@ class Store:
             self._writer, self._failed = None, False
             if failed:
                 self._outwait_stragglers()
-                self.clear_unfinished()
+                self.clear_torn()
 
     def _outwait_stragglers(self) -> None:
         """Waits for threads of Orbax, which go on with a save that has failed and may still make folders."""

@@ -128,8 +128,8 @@ def test_skip_leaves_the_step_out_and_rollback_its_data(config):
 def ruinous(step: int, ruin) -> optax.GradientTransformation:
     """An optimizer whose update at a step ruins the weights, and which leaves them alone before."""
 
-    def update(grads, count, params=None):
-        return jax.tree.map(lambda leaf: jnp.where(count == step - 1, ruin(leaf), 0.0), grads), count + 1
+    def update(updates, state, params=None):
+        return jax.tree.map(lambda leaf: jnp.where(state == step - 1, ruin(leaf), 0.0), updates), state + 1
 
     return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
 

@@ -90,7 +90,7 @@ def test_what_others_put_there_is_named_and_stays(folder):
     assert keeper.safe != 2024
     assert "2024 is there and is not jaxpipe's; move it away" in notes.texts[-1]
     store.clear()
-    assert store.clear_unfinished() == []
+    assert store.clear_torn() == []
     assert foreign_in(folder) == list(FOREIGN)
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         {name.partition("/")[0] for name in FOREIGN} | {OWN}
@@ -132,7 +132,7 @@ def test_deletions_and_saves_that_were_cut_off_are_ended(tmp_path):
     away.mkdir()
     os.rename(tmp_path / "3" / "meta", away / "meta")  # killed here
     assert Store(tmp_path).steps() == [4]
-    assert Store(tmp_path).clear_unfinished() == ["3", "5", "5"]
+    assert Store(tmp_path).clear_torn() == ["3", "5", "5"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [OWN, "4"]
     assert not list((tmp_path / OWN / "unfinished").iterdir())
 

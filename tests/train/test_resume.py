@@ -207,6 +207,11 @@ REFUSED = {
     ),
     "another order": (["train.seed=5"], CheckpointError, r"train\.seed differs .*: was 0, is 5; .*allow_new_data=true"),
     "start over": (["checkpoint.resume=never"], ConfigError, "already holds a run.*train.overwrite=true"),
+    "a file for a folder": (
+        ["checkpoint.dir={out}/config.toml"],
+        ConfigError,
+        r"config\.toml' must be a folder, a file is",
+    ),
     "nowhere": (["resume=nowhere"], CheckpointError, "nowhere does not exist; name a run's folder"),
     "the past": (["resume={out}/checkpoints/3"], CheckpointError, r"would go on beside .*/6; .*prune .* --after 3`"),
     "two starts": (["resume=a", "init_from=b"], ConfigError, "name two starts; leave one out"),
