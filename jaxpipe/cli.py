@@ -24,7 +24,7 @@ from jaxpipe import (
     cli_schedule,
     cli_serve,
 )
-from jaxpipe.errors import JaxpipeError
+from jaxpipe.errors import JaxpipeError, UnavailableError
 from jaxpipe.reader import ends_unread
 from jaxpipe.screen import screened
 
@@ -135,6 +135,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _train_here(options: argparse.Namespace, crew: "Crew | None" = None) -> int:
     from jaxpipe.train import load, train
+    from jaxpipe.train.owned import OWN
     from jaxpipe.train.terminal import Silent, terminal_report
 
     report = terminal_report() if crew is None or crew.lead else Silent()
@@ -150,7 +151,7 @@ def _train_here(options: argparse.Namespace, crew: "Crew | None" = None) -> int:
         report.note(f"\n--- sample ---\n{result.sample}\n--------------\n")
     if crew is not None and not crew.lead:
         return FAILED if result.saved is False else DONE
-    files = ", ".join(sorted(path.name for path in result.out.iterdir()))
+    files = ", ".join(sorted(path.name for path in result.out.iterdir() if path.name != OWN))
     unit = config.data.unit
     report.note(f"done       validation loss {result.val_loss:.3f} nats per {unit}; {result.out} holds {files}")
     if result.saved is False:
@@ -163,6 +164,8 @@ def exit_code(error: BaseException) -> int:
     """Whether an error is one of the input or happened later, with input that was good."""
     later = [("jaxpipe.train.health", "NonFiniteError"), ("jaxpipe.train.processes.line", "LineError")]
     modules = [(sys.modules.get(module), name) for module, name in later]  # loaded only by those that need them
-    if not isinstance(error, JaxpipeError) or any(isinstance(error, getattr(m, name)) for m, name in modules if m):
+    if isinstance(error, UnavailableError) or not isinstance(error, JaxpipeError):
+        return FAILED
+    if any(isinstance(error, getattr(m, name)) for m, name in modules if m):
         return FAILED
     return BAD_INPUT

@@ -126,12 +126,10 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _prune(options: argparse.Namespace) -> int:
-    import math
-
     from jaxpipe.train.keeper import stale
 
     store = _store(options.path)
-    steps = store.steps()
+    steps, damaged = store.steps(), []
     if (options.after is None) == (options.keep is None):
         raise ConfigError("prune needs --keep or --after, one of them; try --keep 3")
     if options.keep is not None and options.keep < 1:
@@ -141,21 +139,49 @@ def _prune(options: argparse.Namespace) -> int:
             raise ConfigError(f"--keep-best {options.keep_best} has no effect with --after; leave it out")
         gone = [step for step in steps if step > options.after]
     else:
-        losses = {}
-        for step in steps:
-            loss = store.meta(step).val_loss
-            losses[step] = math.inf if loss is None else loss
+        losses = _whole(store, options.keep, options.keep_best or 0)
         gone = stale(losses, options.keep, options.keep_best or 0)
+        damaged = [step for step in steps if step not in losses]
     if not options.dry_run:
         for step in gone:
             store.remove(step)
-    kept = [step for step in steps if step not in gone]
+    kept = [step for step in steps if step not in (*gone, *damaged)]
     if options.json:
-        print(json.dumps({"deleted": gone, "kept": kept, "dry_run": options.dry_run}))
+        print(json.dumps({"deleted": gone, "kept": kept, "damaged": damaged, "dry_run": options.dry_run}))
     else:
         verb = "would delete" if options.dry_run else "deleted"
         print(f"{verb} {', '.join(map(str, gone)) or 'nothing'}; kept {', '.join(map(str, kept)) or 'nothing'}")
+        if damaged:
+            print(f"damaged, neither counted nor deleted: {', '.join(map(str, damaged))}")
     return DONE
+
+
+def _whole(store: "Store", keep: int, keep_best: int) -> dict[int, float]:
+    """Validation losses of the checkpoints, without those that would be kept and are damaged, and those that say none.
+
+    What stays is read to the end before anything is deleted for it.
+    """
+    import math
+
+    from jaxpipe.runtime.mesh import simulate_devices
+    from jaxpipe.train.keeper import stale
+    from jaxpipe.train.store import damage
+
+    simulate_devices(1)
+    losses: dict[int, float] = {}
+    for step in store.steps():
+        try:
+            loss = store.meta(step).val_loss
+        except CheckpointError:
+            continue
+        losses[step] = math.inf if loss is None else loss
+    read: set[int] = set()
+    while unread := set(losses) - set(stale(losses, keep, keep_best)) - read:
+        step = max(unread)
+        read.add(step)
+        if any(wrong for _, wrong in damage(store.at(step))):
+            del losses[step]
+    return losses
 
 
 def _store(path: str) -> "Store":

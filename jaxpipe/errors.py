@@ -32,6 +32,13 @@ class DataError(JaxpipeError):
     """A data file that is missing, empty or out of the model's range."""
 
 
+class UnavailableError(JaxpipeError):
+    """Input that is right but cannot be used now: a folder that another run uses, a disk that is full or read-only.
+
+    Commands end with exit code 1, so that whoever supervises them tries again.
+    """
+
+
 class QueueFullError(JaxpipeError):
     """An engine that has as many requests waiting as it takes."""
 

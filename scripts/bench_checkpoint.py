@@ -80,7 +80,7 @@ def measure(config: Config, folder: Path, saves: int) -> dict[str, float]:
         return Meta(step, row, time.time(), None, None, [0, 0], {}, {}, {}, "", leaves)
 
     keeper = Keeper(Store(folder), CheckpointConfig(keep=1, keep_best=0), layout, describe, Silent())
-    keeper.begin(-1, False)
+    keeper.begin(-1, False, {})
     steps, copies, writes = [], [], []
     for number in range(1, saves + 1):
         start = time.perf_counter()
@@ -92,7 +92,7 @@ def measure(config: Config, folder: Path, saves: int) -> dict[str, float]:
         del kept
         keeper.save(state, number, 0)
         start = time.perf_counter()
-        keeper.wait()
+        keeper.settled()
         writes.append(time.perf_counter() - start)
     stalls = keeper.stall_s
     return {

@@ -4,9 +4,10 @@
 #   bash scripts/supervise.sh jaxpipe train configs/quickstart.toml train.steps=100000
 #
 # Ends when the run is done (0), its arguments are wrong (2), or it was asked to stop by a signal to this script (3).
-# Words that make a run start over (train.overwrite=…, resume=…, init_from=…) count for the first start only: afterwards
-# the run goes on from its own checkpoints. SUPERVISE_FIRST_WAIT_S (10), SUPERVISE_LONGEST_WAIT_S (600) and
-# SUPERVISE_MOST_FAILURES (20, in a row, each within 10 minutes) can be set.
+# Words that make a run start over (train.overwrite=true, checkpoint.resume=never) count once: each start has the same
+# JAXPIPE_START, and a run that has begun under that name goes on from its own checkpoints.
+# SUPERVISE_FIRST_WAIT_S (10), SUPERVISE_LONGEST_WAIT_S (600) and SUPERVISE_MOST_FAILURES (20, in a row, each within
+# 10 minutes) can be set.
 set -u
 wait_s=${SUPERVISE_FIRST_WAIT_S:-10}
 longest=${SUPERVISE_LONGEST_WAIT_S:-600}
@@ -19,10 +20,10 @@ trap 'forward TERM' TERM
 trap 'forward INT' INT
 
 failures=0 delay=$wait_s
-words=("$@")
+export JAXPIPE_START=${JAXPIPE_START:-$(uname -n).$$.$(date +%s)}
 while true; do
     started=$SECONDS
-    "${words[@]}" &
+    "$@" &
     child=$!
     wait "$child"; code=$?
     while kill -0 "$child" 2>/dev/null; do wait "$child"; code=$?; done  # a signal to this script ends `wait` early
@@ -45,12 +46,4 @@ while true; do
     child=0
     [ -n "$asked" ] && exit 3
     delay=$(awk -v now="$delay" -v most="$longest" 'BEGIN { next_s = 2 * now; print next_s < most ? next_s : most }')
-    kept=()
-    for word in "${words[@]}"; do
-        case $word in
-            train.overwrite=* | resume=* | init_from=* | checkpoint.resume=* | checkpoint.init_from=*) ;;
-            *) kept+=("$word") ;;
-        esac
-    done
-    words=("${kept[@]}")
 done

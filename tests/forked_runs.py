@@ -4,12 +4,14 @@ A fork is a process like any other: it can be killed, and it has a JAX of its ow
 only saves the seconds that importing takes.
 """
 
+import atexit
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -64,10 +66,17 @@ class Runs:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._folder.cleanup()
 
-    def start(self, *words: str, hang_at: int = 0) -> Run:
+    def start(self, *words: str, hang_at: int = 0, kill: dict | None = None) -> Run:
+        """Starts a run.
+
+        Args:
+            words: The command.
+            hang_at: Step after which it waits for ever; 0 for none.
+            kill: Arguments of `kill_at`, and of it ``cold``: whether nothing it needs was compiled before.
+        """
         self._count += 1
         path = Path(self._folder.name) / f"{self._count}.txt"
-        return Run(self, self.ask(["start", str(path), list(words), hang_at]), path)
+        return Run(self, self.ask(["start", str(path), list(words), hang_at, kill]), path)
 
     def ask(self, request: list) -> int:
         assert self._process.stdin is not None
@@ -91,6 +100,46 @@ def hang(step: int):
     setattr(Track, "settle", hang_after)  # noqa: B010
 
 
+def compile_anew(folder: str):
+    """Has this process find nothing that was compiled before."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", folder)
+
+
+CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.utime", "shutil.rmtree"}
+
+
+def kill_at(folder: str, change: int = 0, delay_s: float = 0.0):
+    """Has this process killed, as by ``kill -9``: at once, or a little after a change to a file.
+
+    Args:
+        folder: Files below it count.
+        change: Number of the change, as it is about to be made; 0 counts from the start of the process.
+        delay_s: How long after it.
+    """
+    made = [0]
+
+    def die():
+        threading.Thread(
+            target=lambda: (time.sleep(delay_s), os.kill(os.getpid(), signal.SIGKILL)), daemon=True
+        ).start()
+
+    def look(event: str, words: tuple):
+        written = event == "open" and isinstance(words[2], int) and words[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if (written or event in CHANGES) and str(words[0]).startswith(folder):
+            made[0] += 1
+            if made[0] == change and delay_s:
+                die()
+            elif made[0] == change:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(look)
+    atexit.register(lambda: print("changes", made[0], flush=True))
+    if not change:
+        die()
+
+
 def serve():
     """Forks a run for each request."""
     import jaxpipe.train.evaluate  # noqa: F401
@@ -102,7 +151,7 @@ def serve():
             _, status = os.waitpid(rest[0], 0)
             print(os.waitstatus_to_exitcode(status), flush=True)
             continue
-        path, words, hang_at = rest
+        path, words, hang_at, kill = rest
         pid = os.fork()
         if pid == 0:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -112,6 +161,10 @@ def serve():
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             if hang_at:
                 hang(hang_at)
+            if kill and kill.pop("cold"):
+                compile_anew(f"{path}.cache")
+            if kill:
+                kill_at(**kill)
             sys.exit(main(words))
         print(pid, flush=True)
 

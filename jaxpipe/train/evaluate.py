@@ -93,7 +93,7 @@ def evaluate(
     for leaf in jax.tree.leaves(params):
         leaf.delete()  # room for what comes
 
-    flat, _ = restore(Start((path,), weights_only=True), layout, lambda *_: None, report)
+    flat, _, _ = restore(Start((path,), weights_only=True), layout, lambda *_: None, report)
     params = layout.unflatten(flat)["params"]
     count = -(-run.val.num_windows // config.train.batch_size)
     count = min(count, batches) if batches else count

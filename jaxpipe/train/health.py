@@ -32,12 +32,12 @@ class Health:
     Attributes:
         skipped: Steps that were left out so far.
         rollbacks: How often the run went back so far.
+        in_a_row: Steps left out since the last good one.
     """
 
     def __init__(self, config: HealthConfig):
-        self.skipped = self.rollbacks = 0
+        self.skipped = self.rollbacks = self.in_a_row = 0
         self._config = config
-        self._in_a_row = 0
         self._losses: deque[float] = deque(maxlen=WINDOW)
 
     def is_bad(self, what: str, value: float, last_good: str) -> bool:
@@ -65,16 +65,16 @@ class Health:
             raise RollBack(text)
         if policy == "skip" and not name.startswith("validation"):
             most = self._config.max_skips
-            self._in_a_row += 1
+            self.in_a_row += 1
             self.skipped += 1
-            if self._in_a_row > most:
+            if self.in_a_row > most:
                 raise NonFiniteError(f"{text}; health.max_skips={most} in a row are used up; {ADVICE}")
             return True
         raise NonFiniteError(f"{text}; {ADVICE}")
 
     def spike(self, values: Mapping[str, float]) -> float | None:
         """The mean that a finite loss is far above, or None where it is not; remembers the loss."""
-        self._in_a_row = 0
+        self.in_a_row = 0
         loss, found = values["loss"], None
         if self._config.spike and len(self._losses) >= FEWEST:
             mean = fmean(self._losses)

@@ -57,15 +57,12 @@ def keep_tokenizer(source: str, run: Path) -> None:
     """Copies a tokenizer into a run's folder, whose checkpoints are no use without it.
 
     Raises:
-        ConfigError: The folder cannot be written.
+        OSError: The folder cannot be written.
     """
     own = run / TOKENIZER
     folder = Path(source).parent if Path(source).name == FILE else Path(source)
-    try:
-        if folder.resolve() != own.resolve():
-            copy_tokenizer(folder, own, "config.json")
-    except OSError as error:
-        raise ConfigError(f"train.out={str(run)!r} cannot be written: {error}") from error
+    if folder.resolve() != own.resolve():
+        copy_tokenizer(folder, own, "config.json")
 
 
 def tokenizer_of(path: epath.Path, meta: Meta) -> str:

@@ -13,8 +13,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import future, type_handlers
 
 from jaxpipe.train.meta import Meta
+from jaxpipe.train.owned import META, STATE
 from jaxpipe.train.quiet import hush
-from jaxpipe.train.store import META, STATE
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """The door to a training run: what is checked and opened before it, and closed and drawn after it."""
 
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
 import optax
 
-from jaxpipe.errors import ConfigError
+from jaxpipe.errors import ConfigError, UnavailableError
 from jaxpipe.runtime.gpu import set_gpu_options
 from jaxpipe.train.assemble import Assembly, assemble
 from jaxpipe.train.config import Config
@@ -17,7 +18,7 @@ from jaxpipe.train.predict import Beside
 from jaxpipe.train.processes.crew import Crew
 from jaxpipe.train.processes.share import check_crew
 from jaxpipe.train.products import draw
-from jaxpipe.train.resume import check_start, choose
+from jaxpipe.train.resume import Start, check_start, choose
 from jaxpipe.train.signals import StopSignal
 from jaxpipe.train.sinks import check_sinks, open_sinks
 from jaxpipe.train.store import Store
@@ -56,28 +57,55 @@ def train(
         raise ConfigError(f"sample.length={config.sample.length} needs the config's own model; try sample.length=0")
     lead = crew is None or crew.lead
     report = report if report and lead else Silent()
-    resume = config.checkpoint.resume != "never"
-    folder = RunFolder(config.train.out, overwrite=config.train.overwrite, resume=resume, lead=lead)
+    saves, resume = config.checkpoint.enabled, config.checkpoint.resume != "never"
+    folder = RunFolder(config.train.out, overwrite=config.train.overwrite, resume=resume, saves=saves, lead=lead)
+    if folder.begun:
+        config = _going_on(config)
     gpus = "" if config.mesh.simulate else set_gpu_options(config.gpu)
     store = Store(config.checkpoint.dir or folder.checkpoints)
+    before = store.steps()
     start = choose(config, store, folder)
     check_sinks(config)
     run = assemble(config, model)
     config = run.config
     check_crew(crew)
-    data = _describe_data(run) if crew or config.checkpoint.enabled or start.candidates else {}
+    data = _describe_data(run) if crew or saves or start.candidates else {}
     if crew is not None:
         crew.at_end(report.close)
-        crew.agree("the check of the data", data | {"checkpoints found": len(start.candidates)})
+        names = {"digest": "digest of the training data", "val_digest": "digest of the validation data"}
+        facts = {names.get(name, name): value for name, value in data.items()}
+        crew.agree("the check of the data", facts | {"checkpoints found": len(start.candidates)})
     start = check_start(config, start, data)
-    folder.make(keep_metrics=start.own)
+    with folder.locked(report.note), store.locked(report.note) if saves and lead else nullcontext():
+        if lead and store.steps() != before:
+            raise UnavailableError(
+                f"{store.path} was saved to by another run while this one started; the same command goes on from there"
+            )
+        return _run(run, start, data, optimizer, folder, store, report, crew, gpus)
+
+
+def _run(
+    run: Assembly,
+    start: Start,
+    data: dict[str, Any],
+    optimizer: optax.GradientTransformation | None,
+    folder: RunFolder,
+    store: Store,
+    report: Report,
+    crew: Crew | None,
+    gpus: str,
+) -> Result:
+    """The run in its folder, which no other run uses now."""
+    config, lead = run.config, crew is None or crew.lead
     if config.train.overwrite and lead:
         store.clear()
+    folder.make(keep_metrics=start.own)
     resolved = replace(config, train=replace(config.train, overwrite=False))  # whoever reruns it decides that anew
-    folder.write(folder.config, resolved.to_toml())
+    folder.begin(resolved.to_toml())
     folder.write(folder.schedule, run.timetable_svg())
     if config.data.tokenizer and lead:
-        keep_tokenizer(config.data.tokenizer, folder.path)
+        with folder.writing():
+            keep_tokenizer(config.data.tokenizer, folder.path)
     report.note("\n".join([run.describe(), *([f"gpus       {gpus}"] if gpus else [])]))
     sinks = open_sinks(config, folder, asdict(resolved)) if lead else []
     beside = Beside(run.plan, report)
@@ -106,7 +134,18 @@ def train(
             draw(run, log, folder, report, summary)
 
 
+def _going_on(config: Config) -> Config:
+    """The config of a start that is repeated: what it said of starting over has had its effect."""
+    resume = "auto" if config.checkpoint.resume == "never" else config.checkpoint.resume
+    return replace(
+        config,
+        train=replace(config.train, overwrite=False),
+        checkpoint=replace(config.checkpoint, resume=resume),
+    )
+
+
 def _describe_data(run: Assembly) -> dict[str, Any]:
-    """What the training data are and how they are ordered, see `Meta.data`."""
-    digest = fingerprint(run.train.segments)
-    return {"digest": digest, "seed": run.train.seed, "seq_len": run.train.seq_len, "windows": run.train.num_windows}
+    """What the data are and how they are ordered, see `Meta.data`."""
+    train = run.train
+    order = {"seed": train.seed, "seq_len": train.seq_len, "windows": train.num_windows}
+    return {"digest": fingerprint(train.segments), **order, "val_digest": fingerprint(run.val.segments)}

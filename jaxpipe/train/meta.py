@@ -38,7 +38,8 @@ class Meta:
         loss: Training loss of the last step, None before the first.
         val_loss: Last validation loss, None before the first.
         key: The run's root random key, as words.
-        data: What the data are: ``digest`` of the tokens, and ``seed``, ``seq_len`` and ``windows`` of their order.
+        data: What the data are: ``digest`` of the tokens, ``seed``, ``seq_len`` and ``windows`` of their order, and
+            ``val_digest`` of the validation data.
         config: The resolved config, section by section.
         mesh: Devices by mesh axis.
         schedule: The schedule in words.

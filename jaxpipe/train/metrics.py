@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from jaxpipe.documents import parse_json
 
@@ -49,13 +49,9 @@ class MetricsLog:
         warn: Callable[[str], None] = lambda text: None,
     ):
         self._path, self._sinks, self._warn = path, sinks, warn
-        self.lines: list[dict[str, Any]] = []
-        if after is None:
-            self._file = path.open("w", encoding="utf-8")
-        else:
-            self.lines = read_lines(path)
-            self._file = None
-            self.rewind(after)
+        self.lines: list[dict[str, Any]] = [] if after is None else read_lines(path)
+        self._file: TextIO | None = None
+        self.rewind(0 if after is None else after)
 
     def rewind(self, step: int) -> None:
         """Goes back to a step: later lines are dropped from the file, which is replaced as a whole."""

@@ -31,6 +31,12 @@ def forget_failures() -> None:
         gc.collect()
 
 
+def in_one_line(error: BaseException, most: int = 200) -> str:
+    """What an error of Orbax says, without what it prints of Python's own objects."""
+    text = " ".join(str(error).split()).partition("<bound method")[0].removesuffix("See full TensorStore details: ")
+    return text.rstrip() if len(text) <= most else f"{text[:most]}…"
+
+
 class _NotOrbax(logging.Filter):
     """Drops Orbax's own log lines, and asyncio's about what Orbax ran."""
 

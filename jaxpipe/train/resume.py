@@ -51,21 +51,28 @@ def choose(config: Config, store: Store, folder: RunFolder) -> Start:
 
     Raises:
         CheckpointError: What it names is not there, or the run's own checkpoints would contradict it.
-        ConfigError: The folder holds another run that was never saved.
+        ConfigError: The folder holds another run that was never saved, or checkpoints have no folder.
     """
     wanted, overwrite = config.checkpoint.resume, config.train.overwrite
     steps = () if overwrite else store.steps()
     own = tuple(store.at(step) for step in reversed(steps))
-    if wanted == "auto" and own:
+    if config.checkpoint.enabled and store.path.exists() and not store.path.is_dir():
+        raise ConfigError(f"checkpoint.dir={str(store.path)!r} must be a folder, a file is there; try another")
+    if config.checkpoint.enabled and str(config.train.steps) in store.foreign():
+        raise CheckpointError(
+            f"{store.at(config.train.steps)} has the place of the run's last checkpoint and is not jaxpipe's; move it "
+            "away, or pass another checkpoint.dir=…"
+        )
+    if own and (wanted == "auto" or _began_with(wanted, own)):
         return Start(own, own=True)
     if wanted not in ("auto", "never"):
         return _named(wanted, store, steps, overwrite)
     if own:
         raise CheckpointError(
-            f"checkpoint.resume={wanted!r} would start over beside the checkpoints in {store.path}; "
-            "pass train.overwrite=true to delete them, or another train.out"
+            f"checkpoint.resume={wanted!r} would start over beside the checkpoints in {store.path}; leave it out to go "
+            "on from them, pass train.overwrite=true to delete them, or another train.out"
         )
-    if folder.heartbeat.exists() and not overwrite and not _is_same(config, folder):
+    if folder.config.exists() and not overwrite and not _is_same(config, folder):
         raise ConfigError(
             f"train.out={str(folder.path)!r} already holds a run of another model; to start over pass "
             "train.overwrite=true, to keep it pass another train.out=…"
@@ -90,6 +97,16 @@ def _named(wanted: str, store: Store, steps: Sequence[int], overwrite: bool) -> 
             f"`jaxpipe checkpoint prune {store.path} --after {path.name if own else -1}`, or pass another train.out"
         )
     return Start((path,), own=own)
+
+
+def _began_with(wanted: str, own: Sequence[epath.Path]) -> bool:
+    """Whether the run that saved here was started by this very word, so that the same command goes on with it."""
+    for path in own if wanted != "never" else ():
+        try:
+            return read_meta(path).config.get("checkpoint", {}).get("resume") == wanted
+        except CheckpointError:
+            continue
+    return False
 
 
 def _is_same(config: Config, folder: RunFolder) -> bool:
@@ -185,7 +202,7 @@ def check_data(config: Config, meta: Meta, data: dict[str, Any], where: Any) -> 
     Raises:
         CheckpointError: They are others, or in another order, and the config does not allow it.
     """
-    changed = [name for name, value in data.items() if meta.data.get(name) != value]
+    changed = [name for name, value in data.items() if name != "val_digest" and meta.data.get(name) != value]
     if not changed:
         return True
     if not config.checkpoint.allow_new_data:
@@ -198,7 +215,7 @@ def check_data(config: Config, meta: Meta, data: dict[str, Any], where: Any) -> 
     return False
 
 
-def restore(start: Start, template: StateLayout, check, report: Report) -> tuple[list, Meta]:
+def restore(start: Start, template: StateLayout, check, report: Report) -> tuple[list, Meta, epath.Path]:
     """Reads the first candidate that is whole into the pipeline's layout, chunk by chunk.
 
     Args:
@@ -208,7 +225,8 @@ def restore(start: Start, template: StateLayout, check, report: Report) -> tuple
         report: Is told of candidates that are damaged.
 
     Returns:
-        The flattened state (with ``weights_only`` only the parameters; other entries are None), and the description.
+        The flattened state (with ``weights_only`` only the parameters; other entries are None), the description, and
+        the candidate that they are from.
 
     Raises:
         CheckpointError: No candidate can be used.
@@ -216,7 +234,7 @@ def restore(start: Start, template: StateLayout, check, report: Report) -> tuple
     chunks = template.chunks_of("params") if start.weights_only else template.chunks
     reasons: list[str] = []
 
-    def damaged(error: CheckpointError):
+    def damaged(error: CheckpointError) -> None:
         reasons.append(str(error))
         if len(reasons) < len(start.candidates):
             report.note(f"damaged    {error}; going back to {start.candidates[len(reasons)]}")
@@ -232,7 +250,7 @@ def restore(start: Start, template: StateLayout, check, report: Report) -> tuple
         check(meta, path)
         try:
             check_leaves(path, meta, [leaf for chunk in chunks for leaf in chunk.leaves])
-            return _read(path, meta, chunks, len(template.rest)), meta
+            return _read(path, meta, chunks, len(template.rest)), meta, path
         except CheckpointError as error:
             damaged(error)
     others = f"nor is any of the {len(reasons) - 1} before it whole" if len(reasons) > 1 else "there is no other"

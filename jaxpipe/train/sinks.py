@@ -43,7 +43,7 @@ class WeightsAndBiases:
     def __init__(self, project: str, folder: RunFolder, config: dict[str, Any]):
         package = _package("wandb", "metrics.wandb", "wandb")
         if not folder.wandb_id.exists():
-            folder.wandb_id.write_text(uuid.uuid4().hex, encoding="utf-8")
+            folder.write(folder.wandb_id, uuid.uuid4().hex)
         own = read_text(folder.wandb_id, ConfigError, most=1000).strip()
         where, name = str(folder.path), folder.path.name
         self._run = package.init(project=project, name=name, id=own, resume="allow", dir=where, config=config)

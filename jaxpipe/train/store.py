@@ -1,15 +1,17 @@
 """A folder of checkpoints: which are whole, how one is written, read, checked and removed.
 
 ``FOLDER/STEP/`` holds ``state`` (the arrays, written by Orbax, every process its own shards) and ``meta`` (see
-`jaxpipe.train.meta`). Orbax writes into a folder of another name and renames it when all is on disk, so a save that was
-killed leaves nothing that looks like a checkpoint; checksums in ``meta`` tell what changed afterwards.
+`jaxpipe.train.meta`). A save is written elsewhere and takes that name when all is on disk (see `jaxpipe.train.owned`),
+so one that was killed leaves nothing that looks like a checkpoint; checksums in ``meta`` tell what changed afterwards.
 """
 
 import math
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,15 +20,17 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jaxpipe.documents import parse_json, read_text
-from jaxpipe.errors import CheckpointError
+from jaxpipe.errors import CheckpointError, UnavailableError
 from jaxpipe.runtime.checksum import as_text, checksum
 from jaxpipe.runtime.state import CanonicalLeaf
 from jaxpipe.train.agree import all_agree
+from jaxpipe.train.lock import Lock
 from jaxpipe.train.meta import Meta, from_json
-from jaxpipe.train.quiet import forget_failures, hush
+from jaxpipe.train.owned import META, OWN, STATE, TEXT, Owned
+from jaxpipe.train.quiet import forget_failures, hush, in_one_line
 
-STATE, META, TEXT = "state", "meta", "metadata"
-SAVING = ".orbax-checkpoint-tmp"
+STRAGGLE_S = 3.0
+"""The longest time that the end of a run waits for threads of a save that has failed."""
 
 Leaves = Sequence[tuple[CanonicalLeaf, jax.Array]]
 """Canonical leaves and their arrays."""
@@ -41,18 +45,44 @@ class Store:
 
     def __init__(self, path: Any):
         self.path = epath.Path(path)
+        self._own = Owned(self.path)
         self._writer: ocp.AsyncCheckpointer | None = None
         self._waiter: threading.Thread | None = None
         self._error: BaseException | None = None
         self._failed = False
+        self._others: set[threading.Thread] = set()
 
     def steps(self) -> list[int]:
-        """The steps of the finished checkpoints, ascending."""
+        """The steps of the finished checkpoints that jaxpipe wrote, ascending.
+
+        Raises:
+            UnavailableError: The folder cannot be read.
+        """
         try:
-            names = [entry.name for entry in self.path.iterdir()] if self.path.is_dir() else []
+            return self._own.steps()
         except OSError as error:
-            raise CheckpointError(f"checkpoints in {self.path} cannot be listed: {error}") from error
-        return sorted(int(name) for name in names if name.isdecimal() and (self.path / name / META / TEXT).exists())
+            raise UnavailableError(f"checkpoints in {self.path} cannot be listed: {error}") from error
+
+    def foreign(self) -> list[str]:
+        """Names in the folder that look like checkpoints and are not jaxpipe's."""
+        return self._own.foreign()
+
+    @contextmanager
+    def locked(self, note: Callable[[str], Any]) -> Iterator[None]:
+        """Keeps other runs from saving here while entered, unless it is on no disk, such as ``gs://…``.
+
+        Args:
+            note: Is told that a lock of another machine is waited for.
+
+        Raises:
+            UnavailableError: Another run saves here.
+        """
+        with ExitStack() as stack:
+            if "://" not in str(self.path):
+                lock = Lock(Path(self.path) / OWN / "saves.lock", f"checkpoint.dir={str(self.path)!r}", note)
+                with suppress(OSError):  # the disk cannot be written: neither can a save, and that is told
+                    stack.enter_context(lock)
+            yield
 
     def at(self, step: int) -> epath.Path:
         """The folder of a checkpoint."""
@@ -73,6 +103,7 @@ class Store:
             Exception: The folder cannot be written; in the background it is raised by `finish`.
         """
         alone = jax.process_count() == 1
+        self.clear_torn()
         if not alone:
             self._write(step, *make())
 
@@ -81,6 +112,8 @@ class Store:
                 if alone:
                     self._write(step, *make())
                 self._open().wait_until_finished()
+                if jax.process_index() == 0:
+                    self._own.take(step)
                 then()
             except BaseException as error:
                 self._error, self._failed = error, True
@@ -96,8 +129,7 @@ class Store:
                 below = below.setdefault(word, {})
             below[leaf.path[-1]] = array
         self._open().save(
-            _absolute(self.at(step)),
-            force=True,
+            _absolute(self._own.room(step)),
             args=ocp.args.Composite(**{STATE: ocp.args.PyTreeSave(tree), META: ocp.args.JsonSave(meta.to_json())}),
         )
 
@@ -128,9 +160,8 @@ class Store:
         return read_meta(self.at(step))
 
     def remove(self, step: int) -> None:
-        """Deletes a checkpoint: first its description, so that a half-deleted one is none any more."""
-        (self.at(step) / META / TEXT).unlink(missing_ok=True)
-        self.at(step).rmtree(missing_ok=True)
+        """Deletes a checkpoint; what somebody else put into its folder stays there."""
+        self._own.remove(step)
 
     def clear(self) -> None:
         """Deletes all checkpoints."""
@@ -138,17 +169,18 @@ class Store:
             self.remove(step)
 
     def clear_torn(self) -> list[str]:
-        """Deletes what killed saves and deletions left, and names it."""
-        torn = []
-        for entry in self.path.iterdir() if self.path.is_dir() else ():
-            if SAVING in entry.name or (entry.name.isdecimal() and not (entry / META / TEXT).exists()):
-                entry.rmtree(missing_ok=True)
-                torn.append(entry.name)
-        return torn
+        """Deletes what saves and deletions that were cut off have left, and names it. Only process 0 does.
+
+        A disk that cannot be written now is no reason to stop: it is tried again before the next save.
+        """
+        with suppress(OSError):
+            return self._own.clear_torn() if jax.process_index() == 0 else []
+        return []
 
     def _open(self) -> ocp.AsyncCheckpointer:
         if self._writer is None:
             hush()
+            self._others = {thread for thread in threading.enumerate() if thread is not self._waiter}
             # Folders are made at once: where that fails in the background, Orbax's threads wait 20 minutes for them and
             # keep the process from ending.
             at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
@@ -161,10 +193,21 @@ class Store:
         if self._waiter is not None:
             self._waiter.join()
         if self._writer is not None:
+            failed = self._failed
             # What failed is raised again here, and was raised by `finish` before.
-            with suppress(Exception) if self._failed else nullcontext():
+            with suppress(Exception) if failed else nullcontext():
                 self._writer.close()
             self._writer, self._failed = None, False
+            if failed:
+                self._outwait_stragglers()
+                self.clear_torn()
+
+    def _outwait_stragglers(self) -> None:
+        """Waits for threads of Orbax, which go on with a save that has failed and may still make folders."""
+        end = time.monotonic() + STRAGGLE_S
+        for thread in set(threading.enumerate()) - self._others:
+            with suppress(Exception):  # that of the save: Orbax's threads raise it again
+                thread.join(max(0.0, end - time.monotonic()))
 
 
 def read_meta(path: epath.Path) -> Meta:
@@ -183,7 +226,10 @@ def read_meta(path: epath.Path) -> Meta:
         facts = parse_json(text)
     except ValueError as error:
         raise CheckpointError(f"{path}: its description is not JSON, it was cut off or is damaged") from error
-    return from_json(facts, str(path))
+    meta = from_json(facts, str(path))
+    if path.name.isdecimal() and path.name != str(meta.step):
+        raise CheckpointError(f"{path} holds step {meta.step}, not {path.name}; rename it to {meta.step}")
+    return meta
 
 
 def check_leaves(path: epath.Path, meta: Meta, leaves: Sequence[CanonicalLeaf]) -> None:
@@ -222,7 +268,7 @@ def read_leaves(path: epath.Path, leaves: Sequence[CanonicalLeaf]) -> list[jax.A
         check_fits(path, shapes.values())
         arrays = _read(path, shapes)
     except Exception as error:
-        wrong = _one_line(error)
+        wrong = in_one_line(error)
     if not all_agree(wrong is None):
         forget_failures()
         raise CheckpointError(f"{path} cannot be read: {wrong or 'another process failed'}")
@@ -267,7 +313,7 @@ def damage(path: epath.Path) -> Iterator[tuple[str, str | None]]:
             if as_text(checksum(array)) != stored["sum"]:
                 wrong = "does not match its checksum"
         except Exception as error:
-            wrong, failed = f"cannot be read: {_one_line(error)}", True
+            wrong, failed = f"cannot be read: {in_one_line(error)}", True
         yield name, wrong
     if failed:
         forget_failures()
@@ -314,8 +360,3 @@ def _read(path: epath.Path, shapes: dict[tuple[str, ...], jax.ShapeDtypeStruct])
 def _absolute(path: epath.Path) -> epath.Path:
     """The path as Orbax asks for it."""
     return path if "://" in str(path) else epath.Path(os.path.abspath(path))
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else f"{text[:200]}…"

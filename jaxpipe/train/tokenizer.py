@@ -1,5 +1,6 @@
 """Text to tokens and back: by a model's own tokenizer, else byte by byte."""
 
+import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property

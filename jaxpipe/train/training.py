@@ -4,6 +4,7 @@ A run ends in one of three ways: all steps done; a signal came and was noticed b
 a loss that is not finite is the one that no check at the door can foresee. In the first two its state is saved.
 """
 
+import math
 import time
 from collections import deque
 from dataclasses import asdict, dataclass
@@ -110,6 +111,8 @@ class Training:
         # [1] An accelerator computes a step while the host reads the numbers of the one before. CPU devices share the
         # host's threads, and two programs with collectives in flight there can starve each other.
         self.keeper = None
+        self._suspects: set[int] = set()  # steps that the run went back to and that no good step followed since
+        self._sound_at = -1  # step of the state that was last found to have a finite loss
         self._fresh = not start.candidates or start.weights_only
         self._data, self._store = data, store
         if start.candidates:
@@ -119,7 +122,7 @@ class Training:
             self._heart.beat(self.step, now=True)
             self._key = [int(word) for word in np.asarray(jax.random.key_data(root))]
             self.keeper = Keeper(store, config.checkpoint, self.layout, self._describe, report)
-            self.keeper.begin(self.step, start.own)
+            self.keeper.begin(self.step, start.own, data)
 
     def go(self) -> Result:
         """Trains, saves and samples."""
@@ -140,11 +143,11 @@ class Training:
             except RollBack as reason:
                 self._go_back(str(reason))
         self.watch.alive("saving the last state")
-        saved = keeper.finish(self.state, self.step, self.row) if keeper else None
+        saved = keeper.finish(self.state, self.step, self.row, tries=3 if self._is_sound() else 0) if keeper else None
         sample = None
         if config.sample.length and not self.stop.reached(self.step):
             sample = sample_text(self.run, self.state, self.sample_key)
-            self.folder.sample.write_text(sample, encoding="utf-8")
+            self.folder.write_late(self.folder.sample, sample, self.report.note)
         return Result(
             step=self.step,
             metrics=self.track.last,
@@ -172,7 +175,10 @@ class Training:
             self._validate()
         if save and self.keeper and self.step < config.steps:
             self.watch.alive(f"saving step {self.step}")
-            self.keeper.save(self.state, self.step, self.row)
+            if self.health.in_a_row or not self._is_sound():
+                self.keeper.postpone()
+            else:
+                self.keeper.save(self.state, self.step, self.row)
             self.track.restart_clock()
 
     def _settle(self, in_flight: int):
@@ -185,6 +191,9 @@ class Training:
             self.watch.alive(f"running step {step + 1}")
             if self.keeper:
                 self._heart.beat(step)
+                if not self.health.in_a_row:
+                    self.keeper.good = step - 1  # the state before it
+                    self._suspects.clear()
                 self.keeper.poll()
 
     def _validate(self):
@@ -197,21 +206,38 @@ class Training:
             return float(np.mean([self.eval_step(self.state.params, run.put(run.val, row)) for row in rows]))
 
         self.track.validate(self.step, measure)
+        self._sound_at = self.step
+
+    def _is_sound(self) -> bool:
+        """Whether the loss of the state is finite. One that is not is worth no checkpoint, and none is deleted for it.
+
+        Its own loss is what the next step measures; the first batch of the validation data, on which every run begins
+        with a finite loss, tells at once.
+        """
+        if self._sound_at != self.step:
+            loss = float(self.eval_step(self.state.params, self.run.put(self.run.val, 0)))
+            if not math.isfinite(loss):
+                self.report.note(f"warning    the state after step {self.step} is not saved: its loss is {loss}")
+                return False
+            self._sound_at = self.step
+        return True
 
     def _begin_at(self, start: Start):
         """Takes a checkpoint, or its weights, and says so."""
-        meta = self._restore(start)
+        meta, path = self._restore(start)
         if start.weights_only:
-            self.report.note(f"weights    of step {meta.step} of {start.candidates[0]}")
+            self.report.note(f"weights    of step {meta.step} of {path}")
             return
         self.log.write(step=meta.step, event="resumed")
-        changes = compare(self.run.config, meta, start.candidates[0])
+        changes = compare(self.run.config, meta, path)
         if self.row == 0 and meta.row:
             changes.append("data are others; their first batch comes next")
+        if meta.data.get("val_digest", self._data.get("val_digest")) != self._data.get("val_digest"):
+            changes.append("validation data are others; losses on them are not compared with those before")
         self.report.note("\n           ".join([f"resumed    after step {meta.step}", *changes]))
 
-    def _restore(self, start: Start) -> Meta:
-        """Replaces the state by a checkpoint's."""
+    def _restore(self, start: Start) -> tuple[Meta, Any]:
+        """Replaces the state by a checkpoint's. Returns what that says about itself, and its folder."""
         old, config = self.layout.flatten(self.state), self.run.config
         for leaf, at in zip(old, self.layout.in_params, strict=True):
             if at or not start.weights_only:
@@ -220,26 +246,28 @@ class Training:
         def check(meta: Meta, where: Any):
             compare(config, meta, where)
 
-        flat, meta = restore(start, self.layout, check, self.report)
+        flat, meta, path = restore(start, self.layout, check, self.report)
         self.state = self.layout.unflatten([o if new is None else new for o, new in zip(old, flat, strict=True)])
         if not start.weights_only:
-            same = check_data(config, meta, self._data, start.candidates[0])
+            same = check_data(config, meta, self._data, path)
             self.step, self.row = meta.step, meta.row if same else 0
+            self._sound_at = meta.step
             self.track.resume(meta.step, meta.loss, meta.val_loss)
             if start.own:
                 self.log.rewind(meta.step)
-        return meta
+        return meta, path
 
     def _go_back(self, reason: str):
         """Takes the newest checkpoint, and goes on with the data after those that were read since."""
-        if self.keeper is not None:
-            self.keeper.wait()
         self._waiting.clear()
         bad, row = self.step, self.row
-        own = tuple(self._store.at(step) for step in reversed(self._store.steps()))
-        if not own:
+        own = self.keeper.settled() if self.keeper else ()
+        if not (self.keeper and own):
             raise NonFiniteError(f"{reason}; there is no checkpoint to go back to")
-        self._restore(Start(own, own=True))
+        own = [step for step in own if step not in self._suspects] or own
+        self._restore(Start(tuple(self._store.at(step) for step in own), own=True))
+        self._suspects.add(self.step)
+        self.keeper.go_back(self.step)
         self.row = row
         self.log.write(step=self.step, event="rolled back", reason=reason)
         skipped = f"data of steps {self.step + 1} to {bad} are skipped"

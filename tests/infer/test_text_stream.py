@@ -155,7 +155,7 @@ def test_an_answer_of_the_server_has_the_texts_of_its_tokens_and_the_blanks_afte
     plain: Any = None
     ask: Any = SimpleNamespace(logprobs=True, echo=True, n=1)
     prompt, tokens = tokenizer.pieces("the dog"), [*tokenizer.pieces("cat <extra_id_0> sat 日本"), 1]
-    work = Work(plain, Prompts(tokenizer, Limits(), 500), plain, plain, ask, [prompt], (1,))
+    work = Work(plain, Prompts(tokenizer, Limits(), 500), plain, plain, ask, [prompt], [""], (1,))
     stream, choice = TextStream(tokenizer), Choice()
     for token in tokens:
         last = token == tokens[-1]

@@ -18,7 +18,8 @@ from forked_runs import Runs
 
 from jaxpipe.cli import main
 from jaxpipe.train.metrics import MetricsLog
-from jaxpipe.train.store import SAVING, Store
+from jaxpipe.train.owned import OWN
+from jaxpipe.train.store import Store
 
 CONFIG = """
 [model]
@@ -98,7 +99,7 @@ def test_twenty_kills_lose_nothing_and_never_corrupt(runs, folder):
     safe, torn, reached = 0, 0, 0
 
     def saving() -> bool:
-        return any(SAVING in path.name for path in store.path.glob("*"))
+        return any(store.path.glob(f"{OWN}/unfinished/*"))
 
     for kill in range(20):
         process = runs.start("train", f"{folder}/run.toml")
@@ -181,6 +182,7 @@ def test_a_disk_that_is_full_or_read_only_does_not_stop_the_run(runs, folder, si
         assert "was not saved: " in out and "the run goes on and tries again" in out
         assert "No space left" in out or "Read-only" in out or "RESOURCE_EXHAUSTED" in out
         assert "failed     the last state was not saved" in out
+        assert not list((disk / "checkpoints").glob(f"{OWN}/unfinished/*"))  # which would hold the disk's last bytes
         assert "Traceback" not in out and "Error:" not in out
         assert [line["step"] for line in lines(folder, "bad") if "loss" in line] == list(range(1, 121))
 
@@ -193,6 +195,42 @@ def test_a_disk_that_is_full_or_read_only_does_not_stop_the_run(runs, folder, si
         assert code == 3, out
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounts a file system, which only root may do")
+def test_a_run_on_a_disk_that_turned_read_only_can_be_started_again_later(runs, folder):
+    disk = folder / "disk"
+    if not mounted(disk, "50m"):
+        pytest.skip("this machine mounts no file systems")
+    try:
+        command = ("train", f"{folder}/run.toml", f"train.out={disk}/run", "train.steps=3")
+        assert runs.start(*command).wait()[0] == 0
+        remount(disk, "ro")
+        code, out = runs.start(*command, "train.steps=4").wait()
+        assert code == 1, out  # not 2, at which a supervisor gives up
+        assert "Read-only file system" in out and "the same command goes on when it can" in out
+        assert "Traceback" not in out
+        remount(disk, "rw")
+        code, out = runs.start(*command, "train.steps=4").wait()
+        assert code == 0, out
+        assert "resumed    after step 3" in out
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_two_runs_in_one_folder_are_noticed(runs, folder):
+    first = runs.start("train", f"{folder}/run.toml")
+    wait_for(lambda: step_in(folder) > 0, "a step")
+    for second in ((), (f"train.out={folder}/other", f"checkpoint.dir={folder}/run/checkpoints")):
+        code, out = runs.start("train", f"{folder}/run.toml", "train.overwrite=true", *second).wait()
+        assert code == 1, out
+        assert f"is in use by another run, process {first.pid} on " in out
+        assert "Traceback" not in out
+    first.send_signal(signal.SIGKILL)
+    assert first.wait()[0] == -signal.SIGKILL
+    code, out = runs.start("train", f"{folder}/run.toml", f"train.steps={step_in(folder) + 1}").wait()
+    assert code == 0, out
+    assert "resumed    after step" in out
 
 
 def test_a_run_that_hangs_ends_with_its_stacks_in_a_file(runs, folder):
@@ -215,17 +253,17 @@ def test_the_supervisor_starts_again_until_the_run_is_done(folder):
     fake = folder / "fake.sh"
     fake.write_text(
         'n=$(cat count 2>/dev/null || echo 0); echo $((n + 1)) > count; echo "$@" >> words\n'
+        'echo "$JAXPIPE_START" >> starts\n'
         "case $n in 0) exit 1;; 1) kill -9 $$;; 2) exit 3;; *) exit 0;; esac\n"
     )
     script = Path(__file__).parents[2] / "scripts" / "supervise.sh"
     environment = {**os.environ, "SUPERVISE_FIRST_WAIT_S": "0.1"}
-    words = ["bash", script, "bash", fake, "a.toml", "train.overwrite=true", "resume=x", "train.steps=3"]
+    words = ["bash", script, "bash", fake, "a.toml", "train.overwrite=true", "train.steps=3"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=folder, env=environment, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert (folder / "words").read_text().splitlines() == [
-        "a.toml train.overwrite=true resume=x train.steps=3",
-        *["a.toml train.steps=3"] * 3,
-    ]
+    assert (folder / "words").read_text().splitlines() == ["a.toml train.overwrite=true train.steps=3"] * 4
+    first, *others = (folder / "starts").read_text().splitlines()
+    assert first and others == [first] * 3
     (folder / "count").write_text("9")
     fake.write_text("exit 2\n")
     done = subprocess.run(words, capture_output=True, text=True, cwd=folder, env=environment, timeout=60)

@@ -4,8 +4,10 @@ import json
 import math
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxpipe as jp
@@ -13,8 +15,11 @@ from jaxpipe.train import NonFiniteError, load, train
 from jaxpipe.train.corpus import Segment
 from jaxpipe.train.data import Batches
 from jaxpipe.train.health import FEWEST, Health, RollBack
+from jaxpipe.train.keeper import Keeper
 from jaxpipe.train.model import gpt_model
 from jaxpipe.train.sections import HealthConfig
+from jaxpipe.train.store import Store
+from jaxpipe.train.terminal import Silent
 
 POISON = 1
 """A byte that makes the loss of its window nan."""
@@ -68,6 +73,16 @@ def config(tmp_path):
     return lambda *overrides: load(tmp_path / "run.toml", [f"train.seed={seed}", *overrides])
 
 
+class Notes(Silent):
+    """Remembers what it is told."""
+
+    def __init__(self):
+        self.texts: list[str] = []
+
+    def note(self, text):
+        self.texts.append(text)
+
+
 def poisoned(config):
     model = gpt_model(config.model)
     head = model.head_loss
@@ -108,6 +123,59 @@ def test_skip_leaves_the_step_out_and_rollback_its_data(config):
     run = config(f"train.out={run.train.out}-stop")
     with pytest.raises(NonFiniteError, match=f"loss is nan at step {bad}; last good: step {bad - 1}"):
         train(run, model=poisoned(run))
+
+
+def ruinous(step: int, ruin) -> optax.GradientTransformation:
+    """An optimizer whose update at a step ruins the weights, and which leaves them alone before."""
+
+    def update(updates, state, params=None):
+        return jax.tree.map(lambda leaf: jnp.where(state == step - 1, ruin(leaf), 0.0), updates), state + 1
+
+    return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
+
+
+@pytest.fixture
+def saves_at_once(monkeypatch):
+    """Each save is waited for, so that it is known which of them are made."""
+    save = Keeper.save
+
+    def save_and_wait(self, *state):
+        save(self, *state)
+        self.settled()
+
+    monkeypatch.setattr(Keeper, "save", save_and_wait)
+
+
+def saving_each_step(config, policy: str):
+    """A run that keeps the newest checkpoint alone."""
+    saves = ("checkpoint.every_steps=1", "checkpoint.keep=1", "checkpoint.keep_best=0")
+    return config(f"data.train={config().data.val[0]}", f"health.nonfinite={policy}", *saves)
+
+
+@pytest.mark.parametrize("policy", ["skip", "stop", "rollback"])
+@pytest.mark.usefixtures("saves_at_once")
+def test_a_state_whose_loss_is_not_finite_is_not_saved(config, policy):
+    run, told = saving_each_step(config, policy), Notes()
+    with pytest.raises(NonFiniteError):
+        train(run, optimizer=ruinous(4, lambda leaf: jnp.full_like(leaf, jnp.nan)), report=told)
+    assert "the state after step 4 is not saved: its loss is nan" in "".join(told.texts)
+    assert max(Store(run.train.out + "/checkpoints").steps()) == 3
+
+
+@pytest.mark.usefixtures("saves_at_once")
+def test_no_checkpoint_is_deleted_for_one_from_which_no_step_is_good(config):
+    """Huge weights: their loss is finite and their gradient is not. The run goes back to before them."""
+    run, told = saving_each_step(config, "rollback"), Notes()
+    with pytest.raises(NonFiniteError, match=r"max_rollbacks=3 are used up"):
+        train(run, optimizer=ruinous(4, lambda leaf: 1e30 * leaf), report=told)
+    back = [text.split(",")[0] for text in told.texts if text.startswith("rolled")]
+    assert back == [f"rolled     back to step {step}" for step in (4, 3, 4)]
+
+
+def test_no_state_is_saved_at_a_step_that_is_left_out(config):
+    run = config("health.nonfinite=skip", "checkpoint.every_steps=5", "checkpoint.keep=9")
+    train(run, model=poisoned(run))
+    assert Store(run.train.out + "/checkpoints").steps() == [6, 8]  # 5 is left out, and the next one due
 
 
 def test_a_policy_runs_out():

@@ -20,9 +20,11 @@ from jaxpipe.train.assemble import assemble
 from jaxpipe.train.corpus import Segment
 from jaxpipe.train.data import Batches
 from jaxpipe.train.evaluate import evaluate, mean_loss
+from jaxpipe.train.folder import RunFolder
 from jaxpipe.train.meta import _digest
 from jaxpipe.train.optim import adamw
-from jaxpipe.train.resume import Start, check_data, find, restore
+from jaxpipe.train.processes.hub import differences
+from jaxpipe.train.resume import Start, check_data, choose, find, restore
 from jaxpipe.train.step import init_state
 from jaxpipe.train.store import Store, damage, read_meta
 from jaxpipe.train.terminal import Silent
@@ -108,7 +110,7 @@ def state_layout(config):
 def checksums(config, path) -> dict[str, str]:
     """By name, the checksums of a checkpoint restored to the config's mesh and taken back to the canonical layout."""
     state, layout = state_layout(config)
-    flat, _ = restore(Start((path,)), layout, lambda *_: None, Silent())
+    flat, _, _ = restore(Start((path,)), layout, lambda *_: None, Silent())
     for old, new in zip(layout.flatten(state), flat, strict=True):
         assert (old.shape, old.dtype, old.sharding) == (new.shape, new.dtype, new.sharding)
     return {
@@ -181,6 +183,9 @@ def test_on_another_mesh_the_curves_are_equal_to_rounding(whole, tmp_path, mesh)
         rest = [point for point in before if point[0] > 3]
         assert [step for step, _ in after] == [step for step, _ in rest]
         np.testing.assert_allclose([v for _, v in after], [v for _, v in rest], rtol=2e-5)
+    same = config(*mesh, f"resume={out}/checkpoints/3", f"train.out={tmp_path}/run")  # the same command, given again
+    store = Store(tmp_path / "run" / "checkpoints")
+    assert choose(same, store, RunFolder(tmp_path / "run", resume=True)) == Start((store.at(6),), own=True)
 
 
 def test_weights_alone_start_a_new_run(whole, tmp_path):
@@ -204,6 +209,11 @@ REFUSED = {
     ),
     "another order": (["train.seed=5"], CheckpointError, r"train\.seed differs .*: was 0, is 5; .*allow_new_data=true"),
     "start over": (["checkpoint.resume=never"], ConfigError, "already holds a run.*train.overwrite=true"),
+    "a file for a folder": (
+        ["checkpoint.dir={out}/config.toml"],
+        ConfigError,
+        r"config\.toml' must be a folder, a file is",
+    ),
     "nowhere": (["resume=nowhere"], CheckpointError, "nowhere does not exist; name a run's folder"),
     "the past": (["resume={out}/checkpoints/3"], CheckpointError, r"would go on beside .*/6; .*prune .* --after 3`"),
     "two starts": (["resume=a", "init_from=b"], ConfigError, "name two starts; leave one out"),
@@ -298,9 +308,10 @@ def test_damage_is_found_and_the_checkpoint_before_is_taken(whole, one_device, t
     with suppress(CheckpointError):  # where it cannot even say what it holds
         assert harm is DAMAGES["another random key"] or [wrong for _, wrong in damage(store.at(6)) if wrong]
     notes = Notes()
-    _, meta = restore(Start((store.at(6), store.at(3))), one_device, lambda *_: None, notes)
+    _, meta, _ = restore(Start((store.at(6), store.at(3))), one_device, lambda *_: None, notes)
     assert meta.step == 3
     assert "damaged" in str(notes)
+    assert "<bound method" not in str(notes)
     with pytest.raises(CheckpointError, match=r"there is no other; to start over pass train\.overwrite=true"):
         restore(Start((store.at(6),)), one_device, lambda *_: None, notes)
 
@@ -347,18 +358,55 @@ def test_the_commands_list_show_verify_and_prune(whole, tmp_path, capsys):
     assert "d_model = 16" in shown
     assert main(["checkpoint", "verify", path]) == 0
     assert capsys.readouterr().out.count("whole") == 2
+    assert main(["checkpoint", "prune", path, "--keep", "1", "--dry-run"]) == 0
+    assert capsys.readouterr().out == "would delete 3; kept 6\n"
     flip(largest(tmp_path / "checkpoints" / "6" / "state"))
     assert main(["checkpoint", "verify", path, "--json"]) == 1
     answer = json.loads(capsys.readouterr().out)
     assert [bool(found) for found in answer.values()] == [False, True]
-    assert main(["checkpoint", "prune", path, "--keep", "1", "--dry-run"]) == 0
-    assert capsys.readouterr().out == "would delete 3; kept 6\n"
     assert main(["checkpoint", "prune", path, "--after", "3"]) == 0
     assert capsys.readouterr().out == "deleted 6; kept 3\n"
     assert Store(tmp_path / "checkpoints").steps() == [3]
     for words, message in ((["prune", path], "needs --keep or --after"), (["ls", "nowhere"], "nowhere does not exist")):
         assert main(["checkpoint", *words]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_pruning_keeps_what_is_whole(whole, tmp_path, capsys):
+    """The newest and the best are read before anything is deleted for them."""
+    shutil.copytree(whole[1] / "checkpoints", tmp_path / "checkpoints")
+    for harm in (lambda path: flip(largest(path / "state")), lambda path: (path / "meta" / "metadata").write_text("{")):
+        harm(tmp_path / "checkpoints" / "6")
+        assert main(["checkpoint", "prune", str(tmp_path), "--keep", "1", "--keep-best", "1"]) == 0
+        assert capsys.readouterr().out == "deleted nothing; kept 3\ndamaged, neither counted nor deleted: 6\n"
+        assert Store(tmp_path / "checkpoints").steps() == [3, 6]
+
+
+def test_other_validation_data_are_told_to_the_other_processes(whole, tmp_path):
+    facts = []
+
+    class Process:
+        """As far as the check of the data."""
+
+        lead = True
+
+        def at_end(self, action):
+            pass
+
+        def agree(self, name, own):
+            facts.append(own)
+            raise InterruptedError
+
+    for number, text in enumerate((TEXT, TEXT, TEXT[:-3] + b"4.\n")):
+        file = tmp_path / f"{number}.txt"
+        file.write_bytes(text)
+        run = whole[0](f"data.val={file}", f"train.out={tmp_path}/run")
+        with pytest.raises(InterruptedError):
+            train(run, crew=Process())  # pyright: ignore[reportArgumentType]
+    assert not differences(dict(enumerate(facts[:2])))
+    told = differences(dict(enumerate(facts)))
+    assert told.startswith("digest of the validation data must be the same in all processes: ")
+    assert "training" not in told
 
 
 def test_the_page_of_a_run_stands_alone(whole):

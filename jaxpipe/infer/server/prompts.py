@@ -71,7 +71,7 @@ class Prompts:
         try:
             return self._tokenizer.decode(tokens)
         except BaseException as error:  # in Rust it may panic, which is no Exception
-            raise _tokenizer_failed(error) from error
+            raise tokenizer_failed(error) from error
 
     def gap(self, prompt: list[int], tokens: list[int]) -> str:
         """What parts the text of a prompt from that of its answer: the blanks that decoders take off a beginning."""
@@ -118,7 +118,7 @@ class Prompts:
         try:
             return self._tokenizer.encode(text)
         except BaseException as error:  # see `decode`
-            raise _tokenizer_failed(error) from error
+            raise tokenizer_failed(error) from error
 
     def _check_room(self, name: str, tokens: list[int], ask: Ask):
         most = self._most(tokens)
@@ -137,6 +137,6 @@ class Prompts:
         return min(left, self._limits.new_tokens or left)
 
 
-def _tokenizer_failed(error: BaseException) -> Problem:
+def tokenizer_failed(error: BaseException) -> Problem:
     said = " ".join(str(error).split()) or type(error).__name__
     return Problem(500, f"the tokenizer failed: {shown(said)}", code="tokenizer_failed")

@@ -15,7 +15,7 @@ from jaxpipe.infer.server.form import Choice, usage
 from jaxpipe.infer.server.mailbox import Mailbox
 from jaxpipe.infer.server.metrics import Metrics
 from jaxpipe.infer.server.problem import Problem, engine_failed
-from jaxpipe.infer.server.prompts import Prompts
+from jaxpipe.infer.server.prompts import Prompts, tokenizer_failed
 from jaxpipe.infer.server.protocol import Engine, Handle, Piece
 from jaxpipe.infer.server.schemas import Ask
 from jaxpipe.infer.text_stream import TokenTexts
@@ -95,7 +95,10 @@ class Work:
                 if self._new_tokens == 0:
                     self.metrics.first_token.add(time.monotonic() - began)
                 choice = new.setdefault(index, Choice(offset=offsets[index]))
-                self._add(index, choice, piece)
+                try:
+                    self._add(index, choice, piece)
+                except ConfigError as error:  # of the tokenizer, which makes text of tokens here too
+                    raise tokenizer_failed(error) from error
                 left -= piece.finish_reason is not None
             for index, choice in new.items():
                 offsets[index] += sum(len(text) for text, _ in choice.tokens or ())
