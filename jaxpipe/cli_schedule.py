@@ -15,7 +15,8 @@ from typing import Any
 from jaxpipe.errors import ConfigError, ScheduleError
 from jaxpipe.schedule import show, text
 from jaxpipe.schedule.auto import auto
-from jaxpipe.schedule.catalog import CATALOG, build
+from jaxpipe.schedule.by_name import build
+from jaxpipe.schedule.catalog import CATALOG
 from jaxpipe.schedule.costs import Costs
 from jaxpipe.schedule.ir import Schedule
 from jaxpipe.schedule.show.timeline import hop_count

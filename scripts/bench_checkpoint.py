@@ -20,8 +20,9 @@ import jax
 import numpy as np
 
 from jaxpipe.runtime.state import StateLayout
+from jaxpipe.train import load
 from jaxpipe.train.assemble import assemble
-from jaxpipe.train.config import SCHEMA, Config, from_tables, load
+from jaxpipe.train.config import SCHEMA, Config, from_tables
 from jaxpipe.train.keeper import Keeper
 from jaxpipe.train.meta import Meta
 from jaxpipe.train.optim import adamw, learning_rate

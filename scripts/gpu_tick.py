@@ -25,8 +25,8 @@ import jaxpipe as jp
 from jaxpipe.runtime.mesh import AXES
 from jaxpipe.runtime.sizes import memory_of
 from jaxpipe.runtime.traffic import Turn, turns_of_loops
+from jaxpipe.train import load
 from jaxpipe.train.assemble import pipeline, schedule_of
-from jaxpipe.train.config import load
 from jaxpipe.train.model import gpt_model
 from jaxpipe.train.targets import h100_devices
 

@@ -22,9 +22,9 @@ from jaxpipe.models.gpt_config import PRESETS
 from jaxpipe.schedule import Costs, build, from_csv, lower, simulate, to_csv
 from jaxpipe.schedule.json_form import from_json, to_json
 from jaxpipe.screen import Screen, printable
-from jaxpipe.train import toml
+from jaxpipe.train import load, toml
 from jaxpipe.train.chat import render
-from jaxpipe.train.config import SCHEMA, load
+from jaxpipe.train.config import SCHEMA
 from jaxpipe.train.meta import Meta, _digest
 from jaxpipe.train.metrics import read_lines
 from jaxpipe.train.panics import no_panics

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from jaxpipe.jax_internals import cudnn_checks
 from jaxpipe.models.attention_choice import Requested, capability_here, choose, is_present
 from jaxpipe.models.blockwise import blockwise, by_distance
-from jaxpipe.models.fields import wide
+from jaxpipe.models.dtypes import wide
 from jaxpipe.models.tensor import TENSOR, tensor_devices
 
 ABSENT_CUDNN = 91000

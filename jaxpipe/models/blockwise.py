@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxpipe.models.fields import wide
+from jaxpipe.models.dtypes import wide
 
 BLOCK = 512
 """The longest block: one of scores takes ``BLOCK² * heads * rows`` numbers."""

@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 from jaxpipe.errors import ConfigError
 from jaxpipe.models.attention_choice import Requested, check_attention
-from jaxpipe.models.fields import WideDType, check_above_zero, check_fields, wide
+from jaxpipe.models.dtypes import wide
+from jaxpipe.models.fields import WideDType, check_above_zero, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)

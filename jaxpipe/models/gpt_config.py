@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from jaxpipe.errors import ConfigError
 from jaxpipe.models.attention_choice import Choice, Requested, check_attention, choose
-from jaxpipe.models.fields import DType, WideDType, check_above_zero, check_fields, wide
+from jaxpipe.models.dtypes import wide
+from jaxpipe.models.fields import DType, WideDType, check_above_zero, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)

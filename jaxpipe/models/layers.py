@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpipe.flax_nnx import nnx
 from jaxpipe.models.attention_choice import LONG
-from jaxpipe.models.fields import wide
+from jaxpipe.models.dtypes import wide
 from jaxpipe.models.tensor import TENSOR, tensor_devices
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpipe.flax_nnx import nnx
-from jaxpipe.models.fields import wide
+from jaxpipe.models.dtypes import wide
 from jaxpipe.models.layers import cut, normal
 
 

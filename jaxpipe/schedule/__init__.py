@@ -2,7 +2,8 @@
 
 from jaxpipe.schedule import show as show
 from jaxpipe.schedule.auto import Choice, auto
-from jaxpipe.schedule.catalog import CATALOG, build
+from jaxpipe.schedule.by_name import build
+from jaxpipe.schedule.catalog import CATALOG
 from jaxpipe.schedule.costs import Costs
 from jaxpipe.schedule.ir import Action, Schedule
 from jaxpipe.schedule.lower import ModelBytes, TickTable, lower

@@ -11,7 +11,7 @@ from itertools import product
 from typing import Literal, NamedTuple
 
 from jaxpipe.errors import ScheduleError
-from jaxpipe.schedule.catalog import CATALOG, build
+from jaxpipe.schedule.catalog import CATALOG, entry
 from jaxpipe.schedule.costs import Costs
 from jaxpipe.schedule.greedy import Policy, list_schedule
 from jaxpipe.schedule.ir import Placement, Schedule
@@ -147,7 +147,7 @@ def _entries(devices: int, microbatches: int, tried: Sequence[int]) -> Iterator[
     for (name, family), repeats in product(CATALOG.items(), tried):
         factor, plus = family.least
         if name != "inference" and family.repeats in (None, repeats) and microbatches >= factor * devices + plus:
-            yield build(name, devices=devices, microbatches=microbatches, repeats=repeats)
+            yield entry(name, devices=devices, microbatches=microbatches, repeats=repeats)
 
 
 def _searched(

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxpipe.errors import ScheduleError
+from jaxpipe.schedule.grids import cells_of
 from jaxpipe.schedule.ir import Action, Placement, Schedule
 from jaxpipe.schedule.reading import content_of, fail, read_action
-from jaxpipe.schedule.show.grids import cells_of
 from jaxpipe.schedule.verify import BrokenRule, verify
 
 _PAIR = re.compile(r"\(([^;()]*);([^;()]*)\)OVERLAP_F_B")

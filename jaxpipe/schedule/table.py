@@ -42,6 +42,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from jaxpipe.schedule.grids import table_text
 from jaxpipe.schedule.ir import Action, Placement, Schedule
 
 Column = tuple[tuple[int, ...], ...]
@@ -206,8 +207,6 @@ class TickTable:
         return temporary_bytes(self.slots, self.schedule.placement, model, offload)
 
     def __str__(self) -> str:
-        from jaxpipe.schedule.show import table_text
-
         return table_text(self)
 
 

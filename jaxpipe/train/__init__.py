@@ -7,14 +7,15 @@ Reading order: `sections` and `config` (what can be said), `corpus` and `data` (
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from jaxpipe.train.config import Config, load
+from jaxpipe.train.config import Config
 from jaxpipe.train.health import NonFiniteError
 
 if TYPE_CHECKING:
+    from jaxpipe.train.inherit import load
     from jaxpipe.train.loop import train
     from jaxpipe.train.training import Result
 
-_LAZY = {"train": "jaxpipe.train.loop", "Result": "jaxpipe.train.training"}
+_LAZY = {"load": "jaxpipe.train.inherit", "train": "jaxpipe.train.loop", "Result": "jaxpipe.train.training"}
 """Imported at first use: a plan reads a run's config and needs no model."""
 
 __all__ = ["Config", "NonFiniteError", "Result", "load", "train"]

@@ -1,7 +1,7 @@
 """A whole run as one value: its sections together, read from a TOML file and written back.
 
-A file is read with `load`; `Config.to_toml` writes the same run with every default filled in, those of the model's
-preset included.
+A file is read with `jaxpipe.train.load`; `Config.to_toml` writes the same run with every default filled in, those of
+the model's preset included.
 """
 
 import dataclasses
@@ -82,25 +82,17 @@ class Config:
         return toml.write(dataclasses.asdict(self))
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a run from a TOML file, with `section.key=value` overrides on top.
+def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """The checked sections of a TOML file, with `section.key=value` overrides on top.
 
-    The keys `resume` and `init_from` of the section `checkpoint` can be given without it. A run that starts from a
-    checkpoint takes over what its own sections leave out, see `jaxpipe.train.inherit`.
+    The keys `resume` and `init_from` of the section `checkpoint` can be given without it.
 
     Raises:
         ConfigError: See `jaxpipe.train.toml` and the sections.
     """
     tables = toml.check(toml.read(path), SCHEMA)
     pairs = [f"checkpoint.{pair}" if pair.partition("=")[0] in ("resume", "init_from") else pair for pair in overrides]
-    tables = toml.override(tables, pairs, SCHEMA)
-    start = tables.get("checkpoint", {})
-    name = start.get("init_from") or start.get("resume", "auto")
-    if name not in ("auto", "never", ""):
-        from jaxpipe.train.inherit import inherit  # reads checkpoints, which say what they are by a `Config`
-
-        tables = inherit(tables, name)
-    return from_tables(tables)
+    return toml.override(tables, pairs, SCHEMA)
 
 
 def from_tables(tables: dict[str, dict[str, Any]]) -> Config:

@@ -1,5 +1,6 @@
 """What a run takes over from the checkpoint that it starts from, where its config does not say: model and tokenizer."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from etils import epath
 
 from jaxpipe.errors import CheckpointError, ConfigError
 from jaxpipe.models.gpt_config import GPTConfig
+from jaxpipe.train.config import Config, from_tables, read
 from jaxpipe.train.meta import Meta
 from jaxpipe.train.resume import find
 from jaxpipe.train.store import read_meta
@@ -17,6 +19,21 @@ TOKENIZER = "tokenizer"
 """The folder of a run that takes the tokenizer's files."""
 SIZES = {"preset", "num_layers", "num_heads", "d_model"}
 """Keys of which a section `[model]` that describes a whole model has one."""
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a run from a TOML file, with `section.key=value` overrides on top.
+
+    A run that starts from a checkpoint takes over what its own sections leave out, see `inherit`.
+
+    Raises:
+        ConfigError: See `jaxpipe.train.toml` and the sections.
+        CheckpointError: What it takes over is not there.
+    """
+    tables = read(path, overrides)
+    start = tables.get("checkpoint", {})
+    name = start.get("init_from") or start.get("resume", "auto")
+    return from_tables(tables if name in ("auto", "never", "") else inherit(tables, name))
 
 
 def inherit(tables: dict[str, dict[str, Any]], name: str) -> dict[str, dict[str, Any]]:

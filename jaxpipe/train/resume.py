@@ -12,7 +12,7 @@ from etils import epath
 
 from jaxpipe.errors import CheckpointError, ConfigError
 from jaxpipe.runtime.state import Chunk, StateLayout
-from jaxpipe.train.config import Config, load
+from jaxpipe.train.config import Config, from_tables, read
 from jaxpipe.train.folder import RunFolder
 from jaxpipe.train.meta import Meta
 from jaxpipe.train.store import Store, check_leaves, check_sums, read_leaves, read_meta
@@ -112,7 +112,7 @@ def _began_with(wanted: str, own: Sequence[epath.Path]) -> bool:
 def _is_same(config: Config, folder: RunFolder) -> bool:
     """Whether the run in a folder that has no checkpoint yet is the one that shall start there again."""
     try:
-        return load(folder.config).model == config.model
+        return from_tables(read(folder.config)).model == config.model
     except ConfigError:
         return False
 

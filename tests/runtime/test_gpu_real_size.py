@@ -15,7 +15,7 @@ from hlo import holds_product, products
 
 from jaxpipe.plan import find_device
 from jaxpipe.runtime.sizes import tree_bytes
-from jaxpipe.train.config import load
+from jaxpipe.train import load
 from jaxpipe.train.planning import resolve
 
 pytestmark = h100.MARKS

@@ -9,7 +9,8 @@ import pytest
 from jaxpipe.errors import ConfigError
 from jaxpipe.models.gpt import GPT2_TOKENS, PRESETS, num_params
 from jaxpipe.plan import find_device
-from jaxpipe.train.config import Config, load
+from jaxpipe.train import load
+from jaxpipe.train.config import Config
 from jaxpipe.train.planning import resolve
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))

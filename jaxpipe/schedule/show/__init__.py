@@ -3,7 +3,7 @@
 Every picture takes a schedule, a `TickTable`, a `Timeline`, or a list of them to compare on one time axis.
 """
 
-from jaxpipe.schedule.show.grids import coloured, grid, table_text, text
+from jaxpipe.schedule.grids import coloured, grid, table_text, text
 from jaxpipe.schedule.show.page import html
 from jaxpipe.schedule.show.raster import png
 from jaxpipe.schedule.show.timeline import Timeline, timed, timeline

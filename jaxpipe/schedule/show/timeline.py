@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from jaxpipe.schedule.costs import Costs
+from jaxpipe.schedule.grids import tick_actions, title
 from jaxpipe.schedule.ir import Action, Schedule
 from jaxpipe.schedule.rules import writes
-from jaxpipe.schedule.show.grids import tick_actions, title
 from jaxpipe.schedule.simulate import Interval, Runtime, Timing, simulate
 
 if TYPE_CHECKING:

@@ -8,16 +8,17 @@ import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from jaxpipe.schedule.ir import Action, Schedule
+from jaxpipe.schedule.ir import Action, Schedule, print_with
 from jaxpipe.schedule.rules import Deadlock, Value, reads, run_order, writes
 
 if TYPE_CHECKING:
-    from jaxpipe.schedule.lower import TickTable
+    from jaxpipe.schedule.table import TickTable
 
 _TERMINAL = {"F": "48;5;24;38;5;231", "W": "48;5;29;38;5;231", "B": "48;5;214;38;5;16", "I": "48;5;229;38;5;16"}
 """Background and foreground in the 256 colours of a terminal, the nearest to those of the pictures."""
 
 
+@print_with
 def text(schedule: Schedule) -> str:
     """The order as a text grid: one row per device, one column per unit of time, ``.`` where a device is idle.
 
