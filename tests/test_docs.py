@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 
-from jaxpipe.cli import main
+from jaxpipe.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

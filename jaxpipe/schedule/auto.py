@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from jaxpipe.errors import ScheduleError
 from jaxpipe.schedule.catalog import CATALOG, entry
 from jaxpipe.schedule.costs import Costs
-from jaxpipe.schedule.greedy import Policy, list_schedule
+from jaxpipe.schedule.families.craft.greedy import Policy, list_schedule
 from jaxpipe.schedule.ir import Placement, Schedule
 from jaxpipe.schedule.simulate import Runtime, Timing, simulate
 from jaxpipe.schedule.verify import verify

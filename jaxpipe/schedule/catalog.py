@@ -4,7 +4,7 @@ import difflib
 from typing import Any
 
 from jaxpipe.errors import ScheduleError, whole_number
-from jaxpipe.schedule import (
+from jaxpipe.schedule.families import (
     breadth_first,
     circular,
     dualpipe_v,

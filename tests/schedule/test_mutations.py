@@ -10,7 +10,7 @@ import pytest
 
 from jaxpipe.errors import ScheduleError
 from jaxpipe.schedule import CATALOG, Action, Schedule, build, from_csv, from_json, parse, to_json, verify
-from jaxpipe.schedule.grids import title
+from jaxpipe.schedule.forms.grids import title
 from jaxpipe.schedule.ir import PHASES
 
 Mutation = tuple[str, set[str], Schedule]
