@@ -45,7 +45,7 @@ class Setup:
 
     def plan(self, fsdp: int, microbatches: int, schedule: str) -> Plan:
         """What the planner makes of one point: everything given, nothing to choose."""
-        shape = gpt_shape(self.config, SEQ_LEN)
+        shape = gpt_shape(self.config, SEQ_LEN, DEVICE.capability)
         space = Space(
             schedules=(schedule,),
             pipe=(self.pipe,),

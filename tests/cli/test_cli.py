@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -200,7 +201,7 @@ def test_wrong_arguments_exit_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
-    assert "usage: jaxpipe" in capsys.readouterr().err
+    assert re.fullmatch(r"jaxpipe( train)?: error: .* \(see jaxpipe( train)? --help\)\n", capsys.readouterr().err)
 
 
 def test_help_and_version_need_no_jax():

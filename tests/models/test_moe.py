@@ -270,7 +270,7 @@ def test_capacity_is_the_mean_times_the_factor_and_never_above_the_sequence():
         ({"moe_every": 5}, "moe_every=5 must not exceed num_layers=3, or no block has the num_experts=4; try 3"),
         ({"capacity_factor": 0.0}, "capacity_factor=0.0 must be above 0; try 1.25"),
         ({"aux_loss_weight": -0.1}, "aux_loss_weight=-0.1 must be at least 0; try 0.0"),
-        ({"router_z_weight": math.nan}, "router_z_weight=nan must be at least 0; try 0.0"),
+        ({"router_z_weight": math.nan}, "router_z_weight=nan must be finite; try 1.0"),
     ],
 )
 def test_a_wrong_config_says_the_rule_the_value_and_a_choice(wrong, message):

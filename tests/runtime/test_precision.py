@@ -76,7 +76,7 @@ def loop_carries(jaxpr: Any) -> list[Any]:
         if eqn.primitive.name == "scan":
             first, carried = scan_counts(eqn)
             found += [v.aval for v in eqn.invars[first : first + carried]]
-        elif inner := eqn.params.get("jaxpr"):
+        elif inner := eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr"):
             found += loop_carries(getattr(inner, "jaxpr", inner))
     return found
 

@@ -186,7 +186,7 @@ def loss_dtype(model: Model, *known: Any) -> Any:
         model: The model.
         known: Shapes of what the head is called with.
     """
-    loss = jax.eval_shape(lambda *known: jnp.asarray(model.head_loss.apply(*known)[0]), *known)
+    loss = jax.eval_shape(lambda *known: jnp.asarray(loss_and_metrics(model.head_loss.apply(*known))[0]), *known)
     return accumulator_dtype(loss.dtype)
 
 
