@@ -11,9 +11,10 @@ from collections import defaultdict
 from graphlib import TopologicalSorter
 from html import escape
 from pathlib import Path
+from statistics import fmean
 
 ROOT = Path(__file__).parents[1] / "jaxpipe"
-BOX, ROW, GAP = (118, 44), 92, 26
+BOX, ROW, GAP = (118, 44), 84, 74
 LOWEST = {"errors", "documents", "screen", "reader", "jax_internals", "flax_nnx", "terminal"}
 """Single files that almost all import: one box, and no arrows to it."""
 
@@ -57,14 +58,16 @@ def direct(graph: dict[str, set[str]]) -> list[tuple[str, str]]:
 
 def draw(graph: dict[str, set[str]]) -> str:
     """The picture as SVG."""
-    rows = rows_of(graph)[::-1]
-    wide = max(map(len, rows))
-    width, height = wide * (BOX[0] + GAP) + GAP, (len(rows) + 1) * ROW + GAP
-    at = {}
+    rows, arrows = rows_of(graph)[::-1], direct(graph)
+    width, height = max(map(len, rows)) * (BOX[0] + GAP) + GAP, (len(rows) + 1) * ROW + 20
+    at: dict[str, tuple[float, float]] = {}
     for line, row in enumerate(rows):
+        # Those come under whatever imports them.
+        users = {part: [at[user][0] for user, used in arrows if used == part] for part in row}
+        row = sorted(row, key=lambda part: fmean(users[part] or [0]))
         left = (width - len(row) * (BOX[0] + GAP) + GAP) / 2
         for place, part in enumerate(row):
-            at[part] = (left + place * (BOX[0] + GAP), GAP + line * ROW)
+            at[part] = (left + place * (BOX[0] + GAP), 10 + line * ROW)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         'font-family="sans-serif" font-size="15">',
@@ -74,14 +77,14 @@ def draw(graph: dict[str, set[str]]) -> str:
         '<marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         '<polygon points="0,0 8,4 0,8" fill="#5b7f95"/></marker>',
     ]
-    for part, other in direct(graph):
+    for part, other in arrows:
         (x, y), (u, v) = at[part], at[other]
         x, y, u = x + BOX[0] / 2, y + BOX[1], u + BOX[0] / 2
         lines.append(f'<path d="M{x:.0f},{y:.0f} C{x:.0f},{y + 30:.0f} {u:.0f},{v - 34:.0f} {u:.0f},{v - 2:.0f}"/>')
     for part, (x, y) in at.items():
         lines += _box(x, y, BOX[0], part, f"{len(list((ROOT / part).rglob('*.py')))} files")
-    below = GAP + len(rows) * ROW
-    lines += _box(GAP, below, width - 2 * GAP, " · ".join(sorted(LOWEST)), "single files that all may import")
+    below = 10 + len(rows) * ROW
+    lines += _box(10, below, width - 20, " · ".join(sorted(LOWEST)), "single files that all may import")
     return "\n".join([*lines, "</svg>\n"])
 
 
