@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxpipe.checkpoint.inherit import TOKENIZER, tokenizer_of
 from jaxpipe.checkpoint.later import Later, write_checkpoint
-from jaxpipe.checkpoint.meta import Meta
+from jaxpipe.checkpoint.meta import Meta, model_of
 from jaxpipe.checkpoint.resume import find
 from jaxpipe.checkpoint.store import read_meta
 from jaxpipe.checkpoint.weights import (
@@ -27,7 +27,6 @@ from jaxpipe.checkpoint.weights import (
     HFWeights,
     ModelConfig,
     checkpoint_leaves,
-    model_of,
     open_hf,
     read_checked,
 )

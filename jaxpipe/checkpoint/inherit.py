@@ -6,10 +6,9 @@ from typing import Any
 
 from etils import epath
 
-from jaxpipe.checkpoint.meta import Meta
+from jaxpipe.checkpoint.meta import Meta, model_of
 from jaxpipe.checkpoint.resume import find
 from jaxpipe.checkpoint.store import read_meta
-from jaxpipe.checkpoint.weights import model_of
 from jaxpipe.config.run import Config, from_tables, read
 from jaxpipe.data.tokenizer import FILE, copy_tokenizer
 from jaxpipe.errors import CheckpointError, ConfigError

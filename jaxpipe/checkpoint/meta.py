@@ -16,8 +16,13 @@ from importlib.metadata import version
 from typing import Any
 
 import jaxpipe
+from jaxpipe.config import toml
 from jaxpipe.documents import check_depth, shown
-from jaxpipe.errors import CheckpointError
+from jaxpipe.errors import CheckpointError, ConfigError
+from jaxpipe.models.encdec_config import EncDecConfig
+from jaxpipe.models.gpt_config import GPTConfig
+
+ModelConfig = GPTConfig | EncDecConfig
 
 FORMAT = "jaxpipe-checkpoint-1"
 SHOWN_VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -199,3 +204,17 @@ def _numpy_name(dtype: str) -> str:
 def _digest(facts: dict[str, Any]) -> str:
     text = json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def model_of(meta: Meta, where: Any) -> ModelConfig:
+    """The model of a checkpoint.
+
+    Raises:
+        CheckpointError: Its description has none that this jaxpipe knows.
+    """
+    table = {key: value for key, value in meta.config.get("model", {}).items() if value is not None}
+    kind = EncDecConfig if "num_encoder_layers" in table else GPTConfig
+    try:
+        return kind(**toml.check({"model": table}, {"model": toml.fields_of(kind)})["model"])
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{where}: its model is not one that this jaxpipe knows: {error}") from error

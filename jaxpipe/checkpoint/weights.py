@@ -6,7 +6,6 @@ Leaves are read one after the other, each device its own part, and nothing is co
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +13,9 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, Sharding
 
-from jaxpipe.checkpoint.meta import Meta
+from jaxpipe.checkpoint.meta import Meta, ModelConfig
 from jaxpipe.checkpoint.store import check_fits, check_sums, read_leaves
-from jaxpipe.config import toml
-from jaxpipe.errors import CheckpointError, ConfigError
-from jaxpipe.models.encdec_config import EncDecConfig
-from jaxpipe.models.gpt_config import GPTConfig
+from jaxpipe.errors import ConfigError
 from jaxpipe.models.hf import HFFolder, Leaf, family_of, leaf_shapes, read_config, read_part
 from jaxpipe.runtime.layout.checksum import checksum
 from jaxpipe.runtime.layout.mesh import FSDP, PIPE, TENSOR
@@ -27,7 +23,6 @@ from jaxpipe.runtime.layout.rest import Sizes, end_rest
 from jaxpipe.runtime.layout.state import CanonicalLeaf
 from jaxpipe.runtime.layout.tree import Tree, set_path
 
-ModelConfig = GPTConfig | EncDecConfig
 Place = Callable[[Sequence[int]], Sharding]
 """Shape of a leaf -> how it rests."""
 DTYPES = ("float32", "bfloat16", "float64")
@@ -97,20 +92,6 @@ class HFWeights:
             array = jax.make_array_from_callback(shape, place(shape), lambda index, own=leaf: self.part(own, index))
             tree = set_path(tree, leaf.path, array)
         return tree
-
-
-def model_of(meta: Meta, where: Any) -> ModelConfig:
-    """The model of a checkpoint.
-
-    Raises:
-        CheckpointError: Its description has none that this jaxpipe knows.
-    """
-    table = {key: value for key, value in meta.config.get("model", {}).items() if value is not None}
-    kind = EncDecConfig if "num_encoder_layers" in table else GPTConfig
-    try:
-        return kind(**toml.check({"model": table}, {"model": toml.fields_of(kind)})["model"])
-    except (ConfigError, TypeError) as error:
-        raise CheckpointError(f"{where}: its model is not one that this jaxpipe knows: {error}") from error
 
 
 def checkpoint_leaves(meta: Meta, place: Place) -> list[CanonicalLeaf]:

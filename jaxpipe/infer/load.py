@@ -7,9 +7,10 @@ import jax
 from jax.sharding import Mesh
 
 from jaxpipe.checkpoint.inherit import tokenizer_of
+from jaxpipe.checkpoint.meta import ModelConfig, model_of
 from jaxpipe.checkpoint.resume import find
 from jaxpipe.checkpoint.store import read_meta
-from jaxpipe.checkpoint.weights import ModelConfig, model_of, open_hf, over, read_weights
+from jaxpipe.checkpoint.weights import open_hf, over, read_weights
 from jaxpipe.data.tokenizer import has_tokenizer
 from jaxpipe.errors import CheckpointError, ConfigError
 from jaxpipe.infer.serving.text import ByteTokenizer, Tokenizer, load_tokenizer

@@ -74,6 +74,7 @@ def auto(
         ScheduleError: The limit is below one microbatch, or the numbers contradict each other.
 
     Example:
+        >>> from jaxpipe.schedule import build
         >>> choice = auto(devices=4, microbatches=8, memory=4)
         >>> choice.timing.makespan <= simulate(build("1f1b", devices=4, microbatches=8)).makespan
         True

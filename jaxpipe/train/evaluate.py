@@ -10,10 +10,9 @@ import jax
 import numpy as np
 
 from jaxpipe.checkpoint.inherit import tokenizer_of
-from jaxpipe.checkpoint.meta import Meta
+from jaxpipe.checkpoint.meta import Meta, model_of
 from jaxpipe.checkpoint.resume import Start, find, restore
 from jaxpipe.checkpoint.store import read_meta
-from jaxpipe.checkpoint.weights import model_of
 from jaxpipe.config import toml
 from jaxpipe.config.run import SCHEMA, Config, from_tables
 from jaxpipe.config.sections import MeshConfig
