@@ -15,9 +15,9 @@ import tomli_w
 from etils import epath
 from odd_values import ODD, RAW, odd_documents
 
-from jaxpipe.checkpoint.meta import Meta, _digest
+from jaxpipe.checkpoint.meta import Meta, _digest, model_of
 from jaxpipe.checkpoint.store import read_meta
-from jaxpipe.checkpoint.weights import model_of, open_hf
+from jaxpipe.checkpoint.weights import open_hf
 from jaxpipe.cli.main import main
 from jaxpipe.config import toml
 from jaxpipe.config.run import SCHEMA
