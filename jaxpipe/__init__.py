@@ -3,16 +3,15 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from jaxpipe import errors as errors
-from jaxpipe import schedule as schedule
+from jaxpipe import errors as errors, schedule as schedule
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from jaxpipe import nn as nn
-    from jaxpipe.models.losses import linear_cross_entropy
+    from jaxpipe.ops.losses import linear_cross_entropy
     from jaxpipe.runtime.gpu import GpuOptions, set_gpu_options
-    from jaxpipe.runtime.mesh import describe, make_mesh, simulate_devices
+    from jaxpipe.runtime.layout.mesh import describe, make_mesh, simulate_devices
     from jaxpipe.runtime.model import Block, Embed, HeadLoss, Model, VocabEmbed, VocabHead
     from jaxpipe.runtime.pipeline import Pipeline
     from jaxpipe.runtime.sequential import sequential
@@ -20,9 +19,9 @@ if TYPE_CHECKING:
 _LAZY = {
     "GpuOptions": "jaxpipe.runtime.gpu",
     "set_gpu_options": "jaxpipe.runtime.gpu",
-    "describe": "jaxpipe.runtime.mesh",
-    "make_mesh": "jaxpipe.runtime.mesh",
-    "simulate_devices": "jaxpipe.runtime.mesh",
+    "describe": "jaxpipe.runtime.layout.mesh",
+    "make_mesh": "jaxpipe.runtime.layout.mesh",
+    "simulate_devices": "jaxpipe.runtime.layout.mesh",
     "Block": "jaxpipe.runtime.model",
     "Embed": "jaxpipe.runtime.model",
     "HeadLoss": "jaxpipe.runtime.model",
@@ -30,7 +29,7 @@ _LAZY = {
     "VocabEmbed": "jaxpipe.runtime.model",
     "VocabHead": "jaxpipe.runtime.model",
     "Pipeline": "jaxpipe.runtime.pipeline",
-    "linear_cross_entropy": "jaxpipe.models.losses",
+    "linear_cross_entropy": "jaxpipe.ops.losses",
     "sequential": "jaxpipe.runtime.sequential",
 }
 """Names that need jax, imported at first use: `import jaxpipe.schedule` must not load jax."""

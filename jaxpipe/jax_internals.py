@@ -1,8 +1,8 @@
 """The names of JAX that may change without notice, all of them and nowhere else.
 
-Traced programs are read and rewritten (`jaxpipe.runtime.residuals`, `split`, `logical`), for which JAX has no public
-interface. Whoever moves to a new JAX looks here first. Checked with jax 0.10.2, 0.11.0, 0.11.2 and 0.12.0.1. From
-0.12 on `Jaxpr` and `ClosedJaxpr` are two names of one class, a program that holds its constants.
+Traced programs are read and rewritten (`jaxpipe.runtime.stage.residuals`, `split`, `logical`), for which JAX has no
+public interface. Whoever moves to a new JAX looks here first. Checked with jax 0.10.2, 0.11.0, 0.11.2 and 0.12.0.1.
+From 0.12 on `Jaxpr` and `ClosedJaxpr` are two names of one class, a program that holds its constants.
 
 What only a few users need is imported inside its function, so that a name that is gone breaks that one alone.
 """

@@ -2,7 +2,7 @@
 
 import sys
 
-from jaxpipe.cli import main
+from jaxpipe.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["bench", *sys.argv[1:]]))

@@ -19,17 +19,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxpipe.runtime.state import StateLayout
+from jaxpipe.checkpoint.meta import Meta
+from jaxpipe.checkpoint.store import Store
+from jaxpipe.config.run import SCHEMA, Config, from_tables
+from jaxpipe.config.sections import CheckpointConfig
+from jaxpipe.config.toml import override
+from jaxpipe.runtime.layout.state import StateLayout
+from jaxpipe.terminal import Silent
+from jaxpipe.train import load
 from jaxpipe.train.assemble import assemble
-from jaxpipe.train.config import SCHEMA, Config, from_tables, load
 from jaxpipe.train.keeper import Keeper
-from jaxpipe.train.meta import Meta
 from jaxpipe.train.optim import adamw, learning_rate
-from jaxpipe.train.sections import CheckpointConfig
 from jaxpipe.train.step import init_state, make_train_step
-from jaxpipe.train.store import Store
-from jaxpipe.train.terminal import Silent
-from jaxpipe.train.toml import override
 
 DEFAULT: dict[str, dict[str, Any]] = {
     "model": {"num_layers": 8, "num_heads": 8, "d_model": 448},

@@ -12,7 +12,7 @@ from flax import nnx
 
 import jaxpipe as jp
 from jaxpipe.nn import Pipelined, nnx_model
-from jaxpipe.runtime.sizes import memory_of
+from jaxpipe.runtime.measure.sizes import memory_of
 from jaxpipe.schedule import build
 
 WIDTH, ROWS, LAYERS = 256, 64, 8

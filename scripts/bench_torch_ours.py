@@ -11,8 +11,8 @@ import optax
 from bench_case import Case
 from bench_workers import serve
 
+from jaxpipe.measure.bench import Workload, accumulation_step, in_groups
 from jaxpipe.models.gpt import GPTConfig
-from jaxpipe.train.bench import Workload, accumulation_step, in_groups
 
 
 def main() -> None:

@@ -4,7 +4,7 @@
     python scripts/gpu_tick.py --schedule interleaved_1f1b --repeats 2
     python scripts/gpu_tick.py --forms inside deferred       # only some of the forms
 
-Each form of the lanes (`jaxpipe.runtime.lane`) is compiled in turn: ``inside``, what JAX's present XLA runs if it
+Each form of the lanes (`jaxpipe.runtime.loop.lane`) is compiled in turn: ``inside``, what JAX's present XLA runs if it
 passes buffers through conditionals in place; ``branch``, with embedding and head in lanes of their own; ``deferred``,
 where what lanes make is added to the sums outside of the conditionals. For each loop of the program come the bytes that
 its kernels read and write per turn: outside of the lanes, and in each lane for each branch.
@@ -22,13 +22,13 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 import jaxpipe as jp
-from jaxpipe.runtime.mesh import AXES
-from jaxpipe.runtime.sizes import memory_of
-from jaxpipe.runtime.traffic import Turn, turns_of_loops
+from jaxpipe.measure.targets import h100_devices
+from jaxpipe.models.build import gpt_model
+from jaxpipe.runtime.layout.mesh import AXES
+from jaxpipe.runtime.measure.sizes import memory_of
+from jaxpipe.runtime.measure.traffic import Turn, turns_of_loops
+from jaxpipe.train import load
 from jaxpipe.train.assemble import pipeline, schedule_of
-from jaxpipe.train.config import load
-from jaxpipe.train.model import gpt_model
-from jaxpipe.train.targets import h100_devices
 
 CONFIG = Path(__file__).parents[1] / "configs" / "llama-7b-8gpu.toml"
 FORMS: dict[str, dict[str, Any]] = {

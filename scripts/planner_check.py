@@ -6,7 +6,7 @@
     python scripts/planner_check.py --h100              # temporaries alone, of programs for H100s (extra gpu-aot)
     python scripts/planner_check.py --json
 
-All cases are compiled, then one block of each kind is timed (`jaxpipe.train.profiling`), then the cases in turn, then
+All cases are compiled, then one block of each kind is timed (`jaxpipe.measure.profiling`), then the cases in turn, then
 the blocks once more: where the two differ, the machine was not at one speed. Predictions are the mean of both.
 Devices share this machine's cores: with P = 4 on 2 cores a tick takes half of all its work. Run it on a quiet machine.
 """
@@ -25,22 +25,22 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 import jaxpipe as jp
+from jaxpipe.config import toml
+from jaxpipe.config.run import SCHEMA, Config, from_tables
+from jaxpipe.measure.bench import num_cores
+from jaxpipe.measure.bench.case import DEFAULT
+from jaxpipe.measure.bench.memory import keep_freed_memory
+from jaxpipe.measure.compiled import compiled_costs
+from jaxpipe.measure.planning import Costing, ask
+from jaxpipe.measure.profile import Profile
+from jaxpipe.measure.profiling import profile
+from jaxpipe.measure.targets import h100_devices, mesh_of
+from jaxpipe.models.build import gpt_model
 from jaxpipe.plan import DeviceSpec, Plan, Space, find_device, search
 from jaxpipe.plan.device import MEMORY_FRACTION
-from jaxpipe.runtime.mesh import AXES, make_mesh, simulate_devices
-from jaxpipe.runtime.sizes import memory_of
+from jaxpipe.runtime.layout.mesh import AXES, make_mesh, simulate_devices
+from jaxpipe.runtime.measure.sizes import memory_of
 from jaxpipe.schedule import build
-from jaxpipe.train import toml
-from jaxpipe.train.bench import num_cores
-from jaxpipe.train.bench.case import DEFAULT
-from jaxpipe.train.bench.memory import keep_freed_memory
-from jaxpipe.train.compiled import compiled_costs
-from jaxpipe.train.config import SCHEMA, Config, from_tables
-from jaxpipe.train.model import gpt_model
-from jaxpipe.train.planning import Costing, ask
-from jaxpipe.train.profile import Profile
-from jaxpipe.train.profiling import profile
-from jaxpipe.train.targets import h100_devices, mesh_of
 
 MODEL: dict[str, dict[str, Any]] = DEFAULT | {
     "schedule": {"microbatches": 8},

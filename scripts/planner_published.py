@@ -16,7 +16,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jaxpipe.plan import Attention, BlockShape, DeviceSpec, Mlp, ModelShape, Plan, Problem, Space, analytic, find_device
+from jaxpipe.plan import (
+    Attention,
+    BlockShape,
+    DeviceSpec,
+    Mlp,
+    ModelShape,
+    Plan,
+    Problem,
+    Space,
+    analytic,
+    find_device,
+)
 from jaxpipe.plan.search import search
 
 VOCAB, SEQ_LEN = 51200, 2048

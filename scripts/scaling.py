@@ -10,10 +10,10 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
+from jaxpipe.measure.planning import gpt_shape
 from jaxpipe.models.gpt_config import GPTConfig
 from jaxpipe.plan import Plan, Problem, Space, analytic, find_device
 from jaxpipe.plan.search import search
-from jaxpipe.train.planning import gpt_shape
 
 DEVICE = find_device("h100")
 SEQ_LEN = 4096

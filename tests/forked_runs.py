@@ -143,7 +143,7 @@ def kill_at(folder: str, change: int = 0, delay_s: float = 0.0):
 def serve():
     """Forks a run for each request."""
     import jaxpipe.train.evaluate  # noqa: F401
-    from jaxpipe.cli import main
+    from jaxpipe.cli.main import main
 
     for line in sys.stdin:
         what, *rest = json.loads(line)

@@ -11,19 +11,19 @@ from hlo import Hop, computations, hlo_text, hops, loop_bodies, typed_copies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxpipe as jp
+from jaxpipe.config.run import Config
+from jaxpipe.measure.targets import can_compile_for_h100, h100_devices
+from jaxpipe.models.build import encdec_model, gpt_model
 from jaxpipe.models.encdec_config import EncDecConfig
 from jaxpipe.models.gpt import GPTConfig
-from jaxpipe.runtime.compile import Program
-from jaxpipe.runtime.ends import accumulator_dtype
-from jaxpipe.runtime.mesh import AXES, batch_shards
-from jaxpipe.runtime.sizes import Share, memory_of
+from jaxpipe.runtime.layout.mesh import AXES, batch_shards
+from jaxpipe.runtime.loop.compile import Program
+from jaxpipe.runtime.measure.sizes import Share, memory_of
+from jaxpipe.runtime.stage.ends import accumulator_dtype
 from jaxpipe.schedule import build
 from jaxpipe.train.assemble import pipeline, schedule_of
-from jaxpipe.train.config import Config
-from jaxpipe.train.model import encdec_model, gpt_model
 from jaxpipe.train.optim import adamw, learning_rate
 from jaxpipe.train.step import TrainState, lower_train_step
-from jaxpipe.train.targets import can_compile_for_h100, h100_devices
 
 MARKS = [
     pytest.mark.gpu_aot,

@@ -12,9 +12,9 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 import jaxpipe as jp
-from jaxpipe.models.losses import cross_entropy
+from jaxpipe.models.build import targets
+from jaxpipe.ops.losses import cross_entropy
 from jaxpipe.schedule import build
-from jaxpipe.train.model import targets
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12, "bfloat16": 2e-2, "int32": 0}
 """Largest error of a leaf over its largest entry, by dtype."""

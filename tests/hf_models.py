@@ -9,13 +9,13 @@ import numpy as np
 import optax
 from helpers import QUICK
 
+from jaxpipe.checkpoint.weights import HFWeights
+from jaxpipe.models.build import encdec_model, gpt_model
 from jaxpipe.models.gpt_config import GPTConfig
 from jaxpipe.models.hf import config_json, family_for, leaf_shapes, write_shards
-from jaxpipe.models.products import vocab_logits
+from jaxpipe.ops.products import vocab_logits
+from jaxpipe.runtime.layout.tree import get_path, tie
 from jaxpipe.runtime.model import Model, carry_and_aux
-from jaxpipe.runtime.tree import get_path, tie
-from jaxpipe.train.model import encdec_model, gpt_model
-from jaxpipe.train.weights import HFWeights
 
 CPU = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from jaxpipe.runtime.traffic import branches_of, computations
+from jaxpipe.runtime.measure.traffic import branches_of, computations
 
 __all__ = [
     "branches_of",

@@ -11,7 +11,7 @@ from typing import Any
 import httpx2
 import openai
 
-from jaxpipe.infer.server import Auth, Limits, Server, Service, listen_on, url_of
+from jaxpipe.serve import Auth, Limits, Server, Service, listen_on, url_of
 
 POST = (
     b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"

@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 
-from jaxpipe.cli import main
+from jaxpipe.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -58,3 +59,14 @@ def test_a_picture_is_what_its_command_draws(command, name, tmp_path):
     drawn = tmp_path / "drawn.svg"
     assert main([*shlex.split(command), str(drawn)]) == 0
     assert drawn.read_text() == (DOCS / name).read_text()
+
+
+def test_the_picture_of_the_folders_is_what_the_imports_are():
+    architecture = runpy.run_path(str(ROOT / "scripts" / "architecture.py"))
+    assert (DOCS / "images" / "architecture.svg").read_text() == architecture["draw"](architecture["imports"]())
+
+
+def test_the_page_on_how_it_is_built_names_files_that_are_there():
+    page = (DOCS / "architecture.md").read_text()
+    for name in re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.(?:py|md))`", page):
+        assert any((ROOT / folder / name).exists() for folder in ("", "jaxpipe", "jaxpipe/runtime")), name

@@ -4,6 +4,8 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,47 +13,29 @@ import pytest
 import jaxpipe
 
 ROOT = Path(jaxpipe.__file__).parent
-MAY_IMPORT = {
-    "errors": set(),
-    "documents": {"errors"},
-    "screen": set(),
-    "jax_internals": set(),
-    "flax_nnx": {"errors"},
-    "reader": set(),
-    "schedule": {"documents", "errors"},
-    "plan": {"documents", "errors", "schedule"},
-    "runtime": {"errors", "jax_internals", "schedule", "models"},
-    "models": {"documents", "errors", "jax_internals", "flax_nnx"},
-    "nn": {"errors", "jax_internals", "flax_nnx", "schedule", "plan", "runtime"},
-    "data": {"documents", "errors"},
-    "train": {
-        "data",
-        "documents",
-        "errors",
-        "flax_nnx",
-        "jax_internals",
-        "models",
-        "nn",
-        "plan",
-        "reader",
-        "runtime",
-        "schedule",
-        "screen",
-    },
-    "infer": {
-        "documents",
-        "errors",
-        "jax_internals",
-        "flax_nnx",
-        "schedule",
-        "plan",
-        "runtime",
-        "models",
-        "nn",
-        "train",
-    },
-}
-FILES = sorted(path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0].removesuffix(".py") in MAY_IMPORT)
+LAYERS = (
+    "errors screen reader jax_internals",
+    "documents flax_nnx terminal",
+    "schedule ops",
+    "plan runtime",
+    "nn",
+    "models",
+    "config",
+    "hosts data",
+    "checkpoint",
+    "measure",
+    "train infer",
+    "serve",
+    "cli",
+)
+"""What is in one line may import what is in the lines above it."""
+ALONE = {"schedule": {"documents", "errors"}, "plan": {"errors", "schedule"}}
+"""What may import these and no more: they load without jax."""
+PARTS = {part: number for number, line in enumerate(LAYERS) for part in line.split()}
+MOST, LARGER = 14, {"plan"}
+"""Files of a folder, and those that may have more."""
+FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.stem in PARTS)
+FOLDERS = sorted({path.parent for path in FILES} - {ROOT})
 
 
 PROJECT = sorted(
@@ -81,7 +65,42 @@ def imported(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_down_only(path):
     part = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    assert imported(path) <= MAY_IMPORT[part] | {part}
+    below = ALONE.get(part, {other for other, number in PARTS.items() if number < PARTS[part]})
+    assert imported(path) - {"__version__"} <= below | {part}
+
+
+def loaded(tree: ast.AST) -> Iterator[ast.ImportFrom | ast.Import]:
+    """The imports that happen when a module is loaded or its functions run."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            yield node
+        yield from loaded(node)
+
+
+def test_no_import_goes_in_a_circle():
+    """Not within functions either."""
+    modules = {".".join(("jaxpipe", *path.relative_to(ROOT).with_suffix("").parts)): path for path in FILES}
+    modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
+    graph: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        found = graph[name] = set()
+        for node in loaded(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    full = f"{node.module}.{alias.name}"
+                    found |= {full if full in modules else node.module or ""} & modules.keys() - {name}
+    TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: str(folder.relative_to(ROOT)))
+def test_a_folder_is_small_and_its_map_names_every_file(folder):
+    """So that who looks for something finds the file."""
+    names = [path.stem for path in folder.glob("*.py") if path.stem != "__init__"]
+    assert len(names) <= MOST or folder.name in LARGER
+    page = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+    assert [name for name in names if not re.search(rf"\b{name}\b", page)] == []
 
 
 def test_private_names_of_jax_are_in_one_module():

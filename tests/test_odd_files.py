@@ -15,24 +15,25 @@ import tomli_w
 from etils import epath
 from odd_values import ODD, RAW, odd_documents
 
-from jaxpipe.cli import main
+from jaxpipe.checkpoint.meta import Meta, _digest, model_of
+from jaxpipe.checkpoint.store import read_meta
+from jaxpipe.checkpoint.weights import open_hf
+from jaxpipe.cli.main import main
+from jaxpipe.config import toml
+from jaxpipe.config.run import SCHEMA
+from jaxpipe.data.chat import render
+from jaxpipe.data.panics import no_panics
+from jaxpipe.data.tokenizer import load_tokenizer
 from jaxpipe.documents import MAX_BYTES, parse_json, read_bytes, read_object
 from jaxpipe.errors import CheckpointError, ConfigError, DataError, JaxpipeError
+from jaxpipe.measure.profile import Profile, read_profile
 from jaxpipe.models.gpt_config import PRESETS
 from jaxpipe.schedule import Costs, build, from_csv, lower, simulate, to_csv
-from jaxpipe.schedule.json_form import from_json, to_json
+from jaxpipe.schedule.forms.json_form import from_json, to_json
 from jaxpipe.screen import Screen, printable
-from jaxpipe.train import toml
-from jaxpipe.train.chat import render
-from jaxpipe.train.config import SCHEMA, load
-from jaxpipe.train.meta import Meta, _digest
-from jaxpipe.train.metrics import read_lines
-from jaxpipe.train.panics import no_panics
-from jaxpipe.train.profile import Profile, read_profile
-from jaxpipe.train.report_page import CURVES, _points, plot
-from jaxpipe.train.store import read_meta
-from jaxpipe.train.tokenizer import load_tokenizer
-from jaxpipe.train.weights import model_of, open_hf
+from jaxpipe.train import load
+from jaxpipe.train.report.metrics import read_lines
+from jaxpipe.train.report.page import CURVES, _points, plot
 
 HF = Path(__file__).parent / "data" / "hf"
 SECONDS = 5.0
@@ -284,10 +285,23 @@ TEMPLATES = [
     "{{",
     "{{ 'a'.encode('zz') }}",
     "{{ strftime_now(5) }}",
+    # A hundred doublings, each by another way.
+    "{% set n = namespace(a='x' * 999) %}{% for i in range(100) %}{% set n.a = n.a ~ n.a %}{% endfor %}",
+    "{% set n = namespace(a='x' * 999) %}{% for i in range(100) %}{% set n.a = n.a + n.a %}{% endfor %}",
+    "{% set n = namespace(a=[1] * 999) %}{% for i in range(100) %}{% set n.a = n.a + n.a %}{% endfor %}",
+    "{% set n = namespace(a='x' * 999) %}{% for i in range(100) %}{% set n.a = n.a.replace('x', 'xx') %}{% endfor %}",
+    "{% set n = namespace(a='x' * 999) %}{% for i in range(100) %}{% set n.a = n.a|replace('x', 'xx') %}{% endfor %}",
+    "{% set n = namespace(a='x' * 999) %}{% for i in range(100) %}{% set n.a = [n.a, n.a]|join('') %}{% endfor %}",
+    "{% set n = namespace(a='x' * 999) %}{% for i in range(100) %}{% set n.a = ''.join([n.a, n.a]) %}{% endfor %}",
+    "{% set n = namespace(a='x' * 999) %}{% for i in range(100) %}{% set n.a = '%s%s' % (n.a, n.a) %}{% endfor %}",
+    "{% set n = namespace(a='x' * 999) %}{% for i in range(100) %}{% set n.a = '{}{}'.format(n.a, n.a) %}{% endfor %}",
+    "{{ 'x'.ljust(10**10) }}",
+    "{{ '{:>10000000000}'.format('x') }}",
+    "{{ '{:>{}}'.format('x', 10**10) }}",
 ]
 
 
-@pytest.mark.parametrize("template", TEMPLATES, ids=lambda text: text[:30])
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda text: text[-50:])
 def test_a_template_that_takes_too_much_or_fails_is_one_error(template):
     began = time.monotonic()
     with pytest.raises(ConfigError, match="chat template refuses") as caught:

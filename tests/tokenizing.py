@@ -17,7 +17,7 @@ from tokenizers import (
     trainers,
 )
 
-from jaxpipe.infer.text import FileTokenizer
+from jaxpipe.infer.serving.text import FileTokenizer
 
 TEXT = [
     "the cat sat on the mat, and the dog sat on the log.",

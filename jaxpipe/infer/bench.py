@@ -23,12 +23,12 @@ import numpy as np
 from jaxpipe.errors import ConfigError
 from jaxpipe.infer.generator import Generator
 from jaxpipe.infer.sampling import Sampling
+from jaxpipe.measure.bench import OneCore
+from jaxpipe.models.build import gpt_model
 from jaxpipe.models.gpt_config import GPTConfig
-from jaxpipe.runtime.mesh import make_mesh
+from jaxpipe.runtime.layout.mesh import make_mesh
+from jaxpipe.runtime.layout.tree import Tree
 from jaxpipe.runtime.sequential import sequential
-from jaxpipe.runtime.tree import Tree
-from jaxpipe.train.bench import OneCore
-from jaxpipe.train.model import gpt_model
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,16 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxpipe.documents import shown
 from jaxpipe.errors import ConfigError
-from jaxpipe.infer.books import empty_books
+from jaxpipe.infer.loop.books import empty_books
+from jaxpipe.infer.loop.program import Programs
+from jaxpipe.infer.loop.ring import Ring
 from jaxpipe.infer.model import decoder_of
-from jaxpipe.infer.program import Programs
-from jaxpipe.infer.ring import Ring
 from jaxpipe.infer.sampling import Sampling
 from jaxpipe.infer.weights import weights_of
 from jaxpipe.models.encdec_config import EncDecConfig
 from jaxpipe.models.gpt_config import GPTConfig
-from jaxpipe.runtime.mesh import PIPE, batch_shards, check_axes, make_mesh, on_cpu
-from jaxpipe.runtime.tree import Tree
+from jaxpipe.runtime.layout.mesh import PIPE, batch_shards, check_axes, make_mesh, on_cpu
+from jaxpipe.runtime.layout.tree import Tree
 
 Finish = Literal["stop", "length"]
 
@@ -88,7 +88,7 @@ class Generator:
     Example:
         >>> from dataclasses import replace
         >>> from jaxpipe.models.gpt import PRESETS
-        >>> from jaxpipe.train.model import gpt_model
+        >>> from jaxpipe.models.build import gpt_model
         >>> from jaxpipe.runtime.sequential import sequential
         >>> cfg = replace(PRESETS["tiny"], num_layers=2, d_model=16)
         >>> batch = {name: jnp.zeros((1, 8), int) for name in ("tokens", "targets")}

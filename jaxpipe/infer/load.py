@@ -6,16 +6,17 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from jaxpipe.checkpoint.inherit import tokenizer_of
+from jaxpipe.checkpoint.meta import ModelConfig, model_of
+from jaxpipe.checkpoint.resume import find
+from jaxpipe.checkpoint.store import read_meta
+from jaxpipe.checkpoint.weights import open_hf, over, read_weights
+from jaxpipe.data.tokenizer import has_tokenizer
 from jaxpipe.errors import CheckpointError, ConfigError
-from jaxpipe.infer.text import ByteTokenizer, Tokenizer, load_tokenizer
+from jaxpipe.infer.serving.text import ByteTokenizer, Tokenizer, load_tokenizer
 from jaxpipe.models.hf.files import CONFIG
-from jaxpipe.runtime.mesh import make_mesh
-from jaxpipe.runtime.tree import Tree
-from jaxpipe.train.inherit import tokenizer_of
-from jaxpipe.train.resume import find
-from jaxpipe.train.store import read_meta
-from jaxpipe.train.tokenizer import has_tokenizer
-from jaxpipe.train.weights import ModelConfig, model_of, open_hf, over, read_weights
+from jaxpipe.runtime.layout.mesh import make_mesh
+from jaxpipe.runtime.layout.tree import Tree
 
 
 @dataclass(frozen=True)

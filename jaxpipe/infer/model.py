@@ -18,8 +18,8 @@ from jaxpipe.models import encdec, gpt
 from jaxpipe.models.encdec_config import EncDecConfig
 from jaxpipe.models.gpt_config import GPTConfig
 from jaxpipe.nn.nnx_part import NNXPart
-from jaxpipe.runtime.rest import tensor_dims
-from jaxpipe.runtime.tree import Tree
+from jaxpipe.runtime.layout.rest import tensor_dims
+from jaxpipe.runtime.layout.tree import Tree
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
@@ -50,7 +50,7 @@ class Decoder:
         logits: ``(params, x_RCD) -> logits_RCV``.
         cache: ``(rows, length, source_len, dtype) -> shapes`` of what a block keeps.
         ties: Leaves that live in the embedding, see `jaxpipe.runtime.model.Model`.
-        tensor: The dims that lie on the mesh axis `tensor`, see `jaxpipe.runtime.relayout.Layout`.
+        tensor: The dims that lie on the mesh axis `tensor`, see `jaxpipe.runtime.layout.relayout.Layout`.
         vocab_size: V.
         d_model: D.
         dtype: Of what passes between blocks.

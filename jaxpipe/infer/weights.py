@@ -1,8 +1,8 @@
 """Where the weights lie while tokens are generated: blocks with their stage, embedding and head on every device.
 
-Blocks rest as in training (`jaxpipe.runtime.relayout`), each an array of its own: a stack of weights sliced by index
-would be copied in every tick. Embedding and head are whole on each device of `pipe`, for the first and the last stage
-need them in every tick and all devices run one program; over `tensor` they are cut as everything else.
+Blocks rest as in training (`jaxpipe.runtime.layout.relayout`), each an array of its own: a stack of weights sliced by
+index would be copied in every tick. Embedding and head are whole on each device of `pipe`, for the first and the last
+stage need them in every tick and all devices run one program; over `tensor` they are cut as everything else.
 
 What is only ever used in the dtype of the computation is cast once, here.
 
@@ -22,13 +22,13 @@ from jaxpipe.errors import ConfigError
 from jaxpipe.infer.model import Decoder
 from jaxpipe.plan.chain import Chain
 from jaxpipe.plan.partition import partition
-from jaxpipe.runtime.casts import cast_dtypes
-from jaxpipe.runtime.inputs import check_canonical
-from jaxpipe.runtime.mesh import PIPE, TENSOR, settled
+from jaxpipe.runtime.layout.casts import cast_dtypes
+from jaxpipe.runtime.layout.inputs import check_canonical
+from jaxpipe.runtime.layout.mesh import PIPE, TENSOR, settled
+from jaxpipe.runtime.layout.relayout import Layout
+from jaxpipe.runtime.layout.rest import slashed
+from jaxpipe.runtime.layout.tree import Tree, drop_path, get_path, tie
 from jaxpipe.runtime.options import stage_counts
-from jaxpipe.runtime.relayout import Layout
-from jaxpipe.runtime.rest import slashed
-from jaxpipe.runtime.tree import Tree, drop_path, get_path, tie
 from jaxpipe.schedule import build
 
 

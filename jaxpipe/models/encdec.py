@@ -26,12 +26,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxpipe.flax_nnx import nnx
-from jaxpipe.models.attention import attend
-from jaxpipe.models.attention_choice import Requested
 from jaxpipe.models.encdec_config import BYTES, PRESETS, T5_TOKENS, EncDecConfig, num_params
 from jaxpipe.models.layers import Rotary, attend_cached, attend_kept, cut, linear, normal, rms_norm
-from jaxpipe.models.products import dot_general
 from jaxpipe.models.relative import RelativeBias
+from jaxpipe.ops.attention import attend
+from jaxpipe.ops.attention_choice import Requested
+from jaxpipe.ops.products import dot_general
 
 __all__ = [
     "BYTES",

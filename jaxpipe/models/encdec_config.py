@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jaxpipe.errors import ConfigError
-from jaxpipe.models.attention_choice import Requested, check_attention
-from jaxpipe.models.fields import WideDType, check_above_zero, check_fields, wide
+from jaxpipe.models.fields import WideDType, check_above_zero, check_fields
+from jaxpipe.ops.attention_choice import Requested, check_attention
+from jaxpipe.ops.dtypes import wide
 
 
 @dataclass(frozen=True, kw_only=True)

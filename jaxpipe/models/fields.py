@@ -27,11 +27,6 @@ def nearest(value: Any, choices: Sequence[str]) -> str:
     return found[0] if found else "auto"
 
 
-def wide(dtype: Any) -> Any:
-    """Float32, or float64 for float64: what norms, softmax, rotation and logits are computed in."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 def check_fields(cfg: Any, **least: int) -> None:
     """Checks every field of a config by its annotation, and turns dtypes into their names.
 

@@ -22,24 +22,13 @@ import jax.numpy as jnp
 
 from jaxpipe.errors import ConfigError
 from jaxpipe.flax_nnx import nnx
-from jaxpipe.models.attention import attend
-from jaxpipe.models.attention_choice import Requested
 from jaxpipe.models.gpt_config import BYTES, GPT2_TOKENS, PRESETS, GPTConfig, flops_per_token, num_params
-from jaxpipe.models.layers import (
-    Rotary,
-    attend_cached,
-    cut,
-    enter,
-    gather,
-    lay,
-    leave,
-    linear,
-    normal,
-    rms_norm,
-)
+from jaxpipe.models.layers import Rotary, attend_cached, cut, enter, gather, lay, leave, linear, normal, rms_norm
 from jaxpipe.models.moe import MoE
-from jaxpipe.models.products import dot_general
-from jaxpipe.models.tensor import tensor_devices
+from jaxpipe.ops.attention import attend
+from jaxpipe.ops.attention_choice import Requested
+from jaxpipe.ops.products import dot_general
+from jaxpipe.ops.tensor import tensor_devices
 
 __all__ = [
     "BLOCKS",

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jaxpipe.errors import ConfigError
-from jaxpipe.models.attention_choice import Choice, Requested, check_attention, choose
-from jaxpipe.models.fields import DType, WideDType, check_above_zero, check_fields, wide
+from jaxpipe.models.fields import DType, WideDType, check_above_zero, check_fields
+from jaxpipe.ops.attention_choice import Choice, Requested, check_attention, choose
+from jaxpipe.ops.dtypes import wide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +202,7 @@ class GPTConfig:
 
         Args:
             seq_len: T.
-            capability: Of the devices, see `jaxpipe.models.attention_choice.choose`.
+            capability: Of the devices, see `jaxpipe.ops.attention_choice.choose`.
 
         Example:
             >>> print(PRESETS["tiny"].attention_for(128, None))

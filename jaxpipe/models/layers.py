@@ -20,9 +20,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpipe.flax_nnx import nnx
-from jaxpipe.models.attention_choice import LONG
-from jaxpipe.models.fields import wide
-from jaxpipe.models.tensor import TENSOR, tensor_devices
+from jaxpipe.ops.attention_choice import LONG
+from jaxpipe.ops.dtypes import wide
+from jaxpipe.ops.tensor import TENSOR, tensor_devices
 
 
 def cut(value: jax.Array, dim: int) -> nnx.Param:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpipe.flax_nnx import nnx
-from jaxpipe.models.fields import wide
 from jaxpipe.models.layers import cut, normal
+from jaxpipe.ops.dtypes import wide
 
 
 class RelativeBias(nnx.Module):

@@ -1,4 +1,11 @@
-"""Adapters: modules of a neural network library as a pipeline's model."""
+"""Adapters: modules of a neural network library as a pipeline's model, or with a pipeline inside.
+
+    pipelined    `Pipelined`, an NNX layer whose blocks run as a pipeline; `linen_pipelined` for Linen; `layer` for both
+    wrap         `from_nnx`: a model that exists already; `blocks` finds its blocks
+    nnx          `nnx_model`, `linen` `linen_model`: a model from its parts; `parts`, `nnx_part`, `linen_part` below
+
+Read `pipelined` first.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

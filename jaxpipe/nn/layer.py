@@ -6,12 +6,12 @@ from typing import Any
 import jax
 
 from jaxpipe.errors import ConfigError, whole_number
-from jaxpipe.runtime.carry import part
-from jaxpipe.runtime.mesh import PIPE, check_axes, make_mesh
+from jaxpipe.runtime.layer.sweeps import Inputs, Sweeps
+from jaxpipe.runtime.layout.mesh import PIPE, check_axes, make_mesh
 from jaxpipe.runtime.model import Tree
 from jaxpipe.runtime.options import stage_counts
-from jaxpipe.runtime.stage import Remat
-from jaxpipe.runtime.sweeps import Inputs, Sweeps
+from jaxpipe.runtime.stage.carry import part
+from jaxpipe.runtime.stage.stage import Remat
 from jaxpipe.schedule import Schedule, build
 from jaxpipe.schedule.ir import check_schedule
 

@@ -18,8 +18,8 @@ from jaxpipe.errors import ConfigError
 from jaxpipe.nn.linen_part import LinenPart, call_with_flag, flags, parameters
 from jaxpipe.nn.linen_pipelined import Pipelined
 from jaxpipe.nn.parts import blocks_of, embed_of, head_of
+from jaxpipe.runtime.layout.tree import Tree
 from jaxpipe.runtime.model import Model, Specs
-from jaxpipe.runtime.tree import Tree
 
 __all__ = ["BlockCall", "BlockInit", "Pipelined", "linen_model"]
 

@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-from flax import core, errors
-from flax import linen as nn
+from flax import core, errors, linen as nn
 from jax.sharding import AbstractMesh
 
 from jaxpipe.errors import ConfigError
+from jaxpipe.runtime.layout.tree import Tree
 from jaxpipe.runtime.model import Specs
-from jaxpipe.runtime.tree import Tree
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import core
-from flax import linen as nn
+from flax import core, linen as nn
 
 from jaxpipe.errors import ConfigError, whole_number
 from jaxpipe.nn.layer import check_inputs, make_sweeps, sort_inputs
 from jaxpipe.nn.linen_part import LinenPart, call_with_flag
-from jaxpipe.runtime.mesh import PIPE
+from jaxpipe.runtime.layer.sweeps import Sweeps
+from jaxpipe.runtime.layout.mesh import PIPE
 from jaxpipe.runtime.model import Tree
-from jaxpipe.runtime.stage import Remat
-from jaxpipe.runtime.sweeps import Sweeps
+from jaxpipe.runtime.stage.stage import Remat
 from jaxpipe.schedule import Schedule
 
 

@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec
 from jaxpipe.errors import ConfigError
 from jaxpipe.nn.nnx_part import BlockCall, Factory, NNXPart, block_part
 from jaxpipe.nn.parts import blocks_of, embed_of, head_of
+from jaxpipe.runtime.layout.tree import Tree
 from jaxpipe.runtime.model import Model, VocabEmbed, VocabHead
-from jaxpipe.runtime.tree import Tree
 
 
 def nnx_model(

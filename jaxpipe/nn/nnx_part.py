@@ -10,8 +10,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpipe.errors import ConfigError
 from jaxpipe.flax_nnx import nnx
-from jaxpipe.runtime.mesh import TENSOR
-from jaxpipe.runtime.tree import Tree
+from jaxpipe.runtime.layout.mesh import TENSOR
+from jaxpipe.runtime.layout.tree import Tree
 
 Factory = Callable[[nnx.Rngs], nnx.Module]
 """Makes a module from random streams."""

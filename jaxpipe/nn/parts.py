@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from jaxpipe.errors import ConfigError
+from jaxpipe.runtime.layout.tree import Tree
 from jaxpipe.runtime.model import Block, Embed, HeadLoss, Specs
-from jaxpipe.runtime.tree import Tree
 
 
 class Part(Protocol):

@@ -13,9 +13,9 @@ from jaxpipe.flax_nnx import nnx
 from jaxpipe.jax_internals import Tracer
 from jaxpipe.nn.layer import check_inputs, make_sweeps, sort_inputs
 from jaxpipe.nn.nnx_part import Factory, NNXPart
-from jaxpipe.runtime.mesh import PIPE
+from jaxpipe.runtime.layout.mesh import PIPE
 from jaxpipe.runtime.model import Tree
-from jaxpipe.runtime.stage import Remat
+from jaxpipe.runtime.stage.stage import Remat
 from jaxpipe.schedule import Schedule
 
 

@@ -20,8 +20,8 @@ from jaxpipe.jax_internals import dce_jaxpr
 from jaxpipe.nn.blocks import check_alike, find_blocks, take_out
 from jaxpipe.nn.nnx_part import BlockCall, NNXPart, block_part, params_of
 from jaxpipe.nn.parts import block_of, embed_of, head_of
+from jaxpipe.runtime.layout.tree import Tree, get_path, set_path, shapes_of, tie, untie
 from jaxpipe.runtime.model import Block, Model
-from jaxpipe.runtime.tree import Tree, get_path, set_path, shapes_of, tie, untie
 
 
 def from_nnx(

@@ -10,7 +10,7 @@ from jaxpipe.plan.problem import Option, Problem
 from jaxpipe.plan.rhythm import Prices
 from jaxpipe.plan.splits import splits
 from jaxpipe.schedule.catalog import CATALOG
-from jaxpipe.schedule.table import Slots
+from jaxpipe.schedule.lowering.table import Slots
 
 
 def bound(problem: Problem, option: Option, costs: ModelCosts) -> float:

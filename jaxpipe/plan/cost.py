@@ -3,8 +3,8 @@
 `ModelCosts` has three sources and is the same value from each:
 
     analytic   counted here, from a `ModelShape` and a `DeviceSpec`
-    compiled   the operations and bytes that XLA finds in one block (`jaxpipe.train.compiled`)
-    measured   one block of each kind timed on a device (`jaxpipe.train.profiling`)
+    compiled   the operations and bytes that XLA finds in one block (`jaxpipe.measure.compiled`)
+    measured   one block of each kind timed on a device (`jaxpipe.measure.profiling`)
 
 The analytic time of a part is the sum of three: its matrix products at `DeviceSpec.flops_per_s`, or the time to read
 and write their operands if that is longer; its elementwise work at the memory's bandwidth; and, where `tensor` devices
@@ -93,7 +93,7 @@ class ModelCosts:
         tick_s: What a tick takes besides its lanes.
         hop_s: Seconds of a hop of `carry_bytes`, where it was measured; None: by the device's links.
         alone: How many times as fast a lane is while no other device computes, where devices share cores.
-        conditional: Whether lanes are conditionals, as everywhere but on CPU devices (`jaxpipe.runtime.lane`).
+        conditional: Whether lanes are conditionals, as everywhere but on CPU devices (`jaxpipe.runtime.loop.lane`).
         head_chunks: In how many chunks the logits of a microbatch are computed.
         passes_in_place: Whether XLA passes buffers through every branch of a conditional without a copy, not only
             through the first.

@@ -1,7 +1,8 @@
 """How long transfers take: hops between neighbours, and collectives of a group, by ring.
 
-Groups follow `jaxpipe.runtime.mesh`: the axis `tensor` is innermost, `pipe` outermost. A group is given by its size and
-its stride, the number of devices from one member to the next; it stays inside a host if ``size * stride`` does.
+Groups follow `jaxpipe.runtime.layout.mesh`: the axis `tensor` is innermost, `pipe` outermost. A group is given by its
+size and its stride, the number of devices from one member to the next; it stays inside a host if ``size * stride``
+does.
 """
 
 from jaxpipe.plan.device import LINK_FRACTION, DeviceSpec

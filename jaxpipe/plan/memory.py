@@ -24,7 +24,7 @@ from itertools import accumulate, pairwise
 from jaxpipe.plan.cost import ModelCosts, Remat, accumulator_bytes
 from jaxpipe.schedule import ModelBytes
 from jaxpipe.schedule.ir import Placement
-from jaxpipe.schedule.table import Slots, temporary_bytes
+from jaxpipe.schedule.lowering.table import Slots, temporary_bytes
 
 ACTIVATIONS = ("activation slots", "residual slots", "gradient slots", "weight-residual slots", "two carries")
 
@@ -165,7 +165,7 @@ def model_bytes(
 
 
 def commits_inside(costs: ModelCosts, blocks: StageBlocks) -> bool:
-    """Whether lanes are conditionals that write slots and add to sums themselves (`jaxpipe.runtime.lane`)."""
+    """Whether lanes are conditionals that write slots and add to sums themselves (`jaxpipe.runtime.loop.lane`)."""
     alike = blocks.repeats == 1 and len(blocks.distinct) == 1
     return costs.conditional and (costs.passes_in_place or alike)
 

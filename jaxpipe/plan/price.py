@@ -7,7 +7,7 @@ from jaxpipe.plan.links import all_reduce_s, gather_s, hop_s
 from jaxpipe.plan.memory import Memory, StageBlocks, memory, model_bytes
 from jaxpipe.plan.problem import Option, Problem
 from jaxpipe.plan.rhythm import Prices
-from jaxpipe.schedule.table import Slots
+from jaxpipe.schedule.lowering.table import Slots
 
 SPLIT = frozenset(("zb_h1", "zb_h2", "interleaved_zb", "zb_v", "v_half", "v_min", "dualpipe_v"))
 """Schedules whose backwards are split into I and W."""

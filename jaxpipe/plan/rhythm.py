@@ -4,9 +4,9 @@ The steady phase repeats itself, so there are far fewer kinds of tick than ticks
 is one for fewer with more of the same: from 4P microbatches on, P more add the same ticks and slots every time.
 `rhythms` therefore builds schedules for at most 4P microbatches and adds the rest, where P divides their number.
 
-`Rhythm.makespan` is the model of `jaxpipe.schedule.lockstep.lockstep_makespan`, which tests hold it to, and two things
-more that are true of devices simulated on a CPU: hops that nothing hides, and cores that devices share, so that one
-which waits leaves its core to the others.
+`Rhythm.makespan` is the model of `jaxpipe.schedule.lowering.lockstep.lockstep_makespan`, which tests hold it to, and
+two things more that are true of devices simulated on a CPU: hops that nothing hides, and cores that devices share, so
+that one which waits leaves its core to the others.
 """
 
 from collections import Counter, defaultdict
@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 from jaxpipe.plan.problem import Order, Packing
 from jaxpipe.schedule import Costs, Schedule, build
-from jaxpipe.schedule.lockstep import lanes_that_send
-from jaxpipe.schedule.pack import Packed, packings
-from jaxpipe.schedule.slots import KINDS, action_ticks, lifetimes
-from jaxpipe.schedule.table import Slots
+from jaxpipe.schedule.lowering.lockstep import lanes_that_send
+from jaxpipe.schedule.lowering.pack import Packed, packings
+from jaxpipe.schedule.lowering.slots import KINDS, action_ticks, lifetimes
+from jaxpipe.schedule.lowering.table import Slots
 
 
 class Beat(NamedTuple):

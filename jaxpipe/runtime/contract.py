@@ -1,6 +1,6 @@
 """Does a model keep its side of the contract? What only shows when its functions are called, asked by shapes alone.
 
-What a block returns is checked in `jaxpipe.runtime.build`, what a head returns in `jaxpipe.runtime.model`.
+What a block returns is checked in `jaxpipe.runtime.stage.build`, what a head returns in `jaxpipe.runtime.model`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxpipe.errors import ConfigError, JaxpipeError, PartitionError
-from jaxpipe.runtime.carry import join, part
+from jaxpipe.runtime.layout.rest import slashed
+from jaxpipe.runtime.layout.tree import Tree, get_path
 from jaxpipe.runtime.model import Model
-from jaxpipe.runtime.rest import slashed
-from jaxpipe.runtime.tree import Tree, get_path
+from jaxpipe.runtime.stage.carry import join, part
 
 
 def check_new(model: Model, key: Any, embed: Tree, carry: Tree, head: Tree) -> None:

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxpipe.errors import ConfigError, PartitionError, one_of_type
-from jaxpipe.models.losses import linear_cross_entropy, num_chunks, tokens_at_once, wide_ids
-from jaxpipe.runtime.mesh import TENSOR
-from jaxpipe.runtime.rest import tensor_dims
-from jaxpipe.runtime.tree import Tree, drop_path, get_path
+from jaxpipe.ops.losses import linear_cross_entropy, num_chunks, tokens_at_once, wide_ids
+from jaxpipe.runtime.layout.mesh import TENSOR
+from jaxpipe.runtime.layout.rest import tensor_dims
+from jaxpipe.runtime.layout.tree import Tree, drop_path, get_path
 
 Specs = Mapping[str, Any]
 """Partition specs by slash-separated path, or a tree of them like the parameters."""
@@ -109,7 +109,7 @@ class VocabHead:
     """A way out that ends in a matrix over the vocabulary and a cross entropy, which can be cut by vocabulary.
 
     The loss of a token is its weight times the cross entropy of its target, in nats. Logits are float32 or wider; those
-    of many tokens are computed in chunks, see `jaxpipe.models.losses`. Metrics are ``{"loss": [rows, ...]}``, the cross
+    of many tokens are computed in chunks, see `jaxpipe.ops.losses`. Metrics are ``{"loss": [rows, ...]}``, the cross
     entropies.
 
     Attributes:
@@ -117,11 +117,11 @@ class VocabHead:
         kernel: Path of the matrix in `params`, a leaf ``[V, D]``.
         features: ``(params without the kernel, carry, mb, key) -> [rows, ..., D]``, in the dtype of the product.
         targets: ``mb -> (ids, weights)``: integers ``[rows, ...]`` in [0, V), and a float each. A target
-            of -100 has weight 0 (`jaxpipe.models.losses.IGNORED`). Where the weight is 0 the target may be anything;
+            of -100 has weight 0 (`jaxpipe.ops.losses.IGNORED`). Where the weight is 0 the target may be anything;
             elsewhere one out of range gives NaN.
         specs: Which dims lie cut over the mesh axis `tensor`: partition specs by path, see `Model`.
         chunk: Tokens of a microbatch whose logits are computed at once. None: by the size of the vocabulary, see
-            `jaxpipe.models.losses.LOGITS_AT_ONCE`.
+            `jaxpipe.ops.losses.LOGITS_AT_ONCE`.
     """
 
     init: Callable[[Any, Tree, Tree], Tree]

@@ -9,9 +9,9 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxpipe.errors import ConfigError, PartitionError
-from jaxpipe.runtime.mesh import TENSOR
+from jaxpipe.runtime.layout.mesh import TENSOR
 from jaxpipe.runtime.model import Model, VocabEmbed, VocabHead
-from jaxpipe.runtime.stage import Remat
+from jaxpipe.runtime.stage.stage import Remat
 from jaxpipe.schedule import Schedule
 from jaxpipe.schedule.stages import even_stages, parse_stages
 
@@ -86,7 +86,7 @@ def stage_remats(remat: Remat | Sequence[Remat], stages: int) -> tuple[Remat, ..
 
 
 def vocab_leaves(model: Model, head: str) -> dict[str, str]:
-    """The leaves of embedding and head that stay cut by vocabulary, see `jaxpipe.runtime.ends.Ends`.
+    """The leaves of embedding and head that stay cut by vocabulary, see `jaxpipe.runtime.stage.ends.Ends`.
 
     Raises:
         ConfigError: An unknown value, or a model whose ends are not made for it.

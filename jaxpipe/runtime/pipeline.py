@@ -15,24 +15,24 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpipe.errors import ConfigError, ScheduleError
 from jaxpipe.jax_internals import Tracer
-from jaxpipe.runtime.batch import check_names, warn_of_unread
-from jaxpipe.runtime.build import annotations, build_stages, check_kinds, check_params, one_of_each
-from jaxpipe.runtime.casts import end_dtypes
-from jaxpipe.runtime.compile import Outcome, Program
 from jaxpipe.runtime.contract import check_passed, explained, parts_of
-from jaxpipe.runtime.derivatives import with_gradient, without_derivative
-from jaxpipe.runtime.ends import Ends, check_weight, loss_dtype, metric_shapes
-from jaxpipe.runtime.initial import init_params
-from jaxpipe.runtime.inputs import batch_rows, check_canonical, check_parameters, some_key, typed_key
-from jaxpipe.runtime.lane import PASSES_IN_PLACE, skip_of
-from jaxpipe.runtime.logical import logical_optimizer
-from jaxpipe.runtime.mesh import BATCH, PIPE, TENSOR, batch_shards, batch_text, check_axes, on_cpu
+from jaxpipe.runtime.layer.derivatives import with_gradient, without_derivative
+from jaxpipe.runtime.layout.batch import check_names, warn_of_unread
+from jaxpipe.runtime.layout.casts import end_dtypes
+from jaxpipe.runtime.layout.inputs import batch_rows, check_canonical, check_parameters, some_key, typed_key
+from jaxpipe.runtime.layout.logical import logical_optimizer
+from jaxpipe.runtime.layout.mesh import BATCH, PIPE, TENSOR, batch_shards, batch_text, check_axes, on_cpu
+from jaxpipe.runtime.layout.relayout import Layout, Shard
+from jaxpipe.runtime.layout.tree import shapes_of, tie
+from jaxpipe.runtime.loop.compile import Outcome, Program
+from jaxpipe.runtime.loop.lane import PASSES_IN_PLACE, skip_of
+from jaxpipe.runtime.measure.sizes import model_bytes
 from jaxpipe.runtime.model import Losses, Model, Tree, check_model, losses_of
 from jaxpipe.runtime.options import check_offload, check_tensor, stage_counts, stage_remats, vocab_leaves
-from jaxpipe.runtime.relayout import Layout, Shard
-from jaxpipe.runtime.sizes import model_bytes
-from jaxpipe.runtime.stage import Context, Remat
-from jaxpipe.runtime.tree import shapes_of, tie
+from jaxpipe.runtime.stage.build import annotations, build_stages, check_kinds, check_params, one_of_each
+from jaxpipe.runtime.stage.ends import Ends, check_weight, loss_dtype, metric_shapes
+from jaxpipe.runtime.stage.initial import init_params
+from jaxpipe.runtime.stage.stage import Context, Remat
 from jaxpipe.schedule import Costs, ModelBytes, Schedule, TickTable, lower
 from jaxpipe.schedule.costs import relative_costs
 from jaxpipe.schedule.ir import check_schedule
@@ -58,7 +58,7 @@ class Pipeline:
             and head stay cut by vocabulary, and every device computes its slice of the logits of each microbatch that
             leaves the last stage, so that neither time nor memory piles up there; the model's ends must be a
             `VocabEmbed` and a `VocabHead` (the embedding may be another if nothing is tied to it).
-        idle: ``skip``: idle lanes compute nothing. ``mask``: they compute and discard; see `jaxpipe.runtime.lane`.
+        idle: ``skip``: idle lanes compute nothing. ``mask``: they compute and discard; see `jaxpipe.runtime.loop.lane`.
         offload: Keep what forwards leave for backwards in the host's memory, where the backend can (GPUs and TPUs): it
             takes room for one microbatch on the device, and the host's link carries it twice.
         packing: See `jaxpipe.schedule.lower`.
@@ -156,7 +156,7 @@ class Pipeline:
             batch: Any batch, arrays or shapes, leaves ``[B, ...]``.
 
         Returns:
-            The pipeline tree: ``{"embed", "blocks", "head"}``, see `jaxpipe.runtime.relayout`.
+            The pipeline tree: ``{"embed", "blocks", "head"}``, see `jaxpipe.runtime.layout.relayout`.
         """
         key, mb = some_key(key), self._microbatch(batch)
         check_names(self.model, batch, whole=False)

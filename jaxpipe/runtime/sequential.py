@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxpipe.errors import ConfigError, whole_number
-from jaxpipe.runtime import keys
-from jaxpipe.runtime.batch import check_names
 from jaxpipe.runtime.contract import Part, check_new, explained
-from jaxpipe.runtime.ends import accumulator_dtype, summable
-from jaxpipe.runtime.inputs import batch_rows, check_canonical, some_key, typed_key
+from jaxpipe.runtime.layout.batch import check_names
+from jaxpipe.runtime.layout.inputs import batch_rows, check_canonical, some_key, typed_key
+from jaxpipe.runtime.layout.tree import tie, untie
 from jaxpipe.runtime.model import Model, Tree, carry_and_aux, check_model, loss_and_metrics, losses_of
-from jaxpipe.runtime.tree import tie, untie
+from jaxpipe.runtime.stage import keys
+from jaxpipe.runtime.stage.ends import accumulator_dtype, summable
 
 
 def sequential(model: Model, row_groups: int = 1) -> "Sequential":

@@ -11,9 +11,9 @@ from itertools import product
 from typing import Literal, NamedTuple
 
 from jaxpipe.errors import ScheduleError
-from jaxpipe.schedule.catalog import CATALOG, build
+from jaxpipe.schedule.catalog import CATALOG, entry
 from jaxpipe.schedule.costs import Costs
-from jaxpipe.schedule.greedy import Policy, list_schedule
+from jaxpipe.schedule.families.craft.greedy import Policy, list_schedule
 from jaxpipe.schedule.ir import Placement, Schedule
 from jaxpipe.schedule.simulate import Runtime, Timing, simulate
 from jaxpipe.schedule.verify import verify
@@ -74,6 +74,7 @@ def auto(
         ScheduleError: The limit is below one microbatch, or the numbers contradict each other.
 
     Example:
+        >>> from jaxpipe.schedule import build
         >>> choice = auto(devices=4, microbatches=8, memory=4)
         >>> choice.timing.makespan <= simulate(build("1f1b", devices=4, microbatches=8)).makespan
         True
@@ -147,7 +148,7 @@ def _entries(devices: int, microbatches: int, tried: Sequence[int]) -> Iterator[
     for (name, family), repeats in product(CATALOG.items(), tried):
         factor, plus = family.least
         if name != "inference" and family.repeats in (None, repeats) and microbatches >= factor * devices + plus:
-            yield build(name, devices=devices, microbatches=microbatches, repeats=repeats)
+            yield entry(name, devices=devices, microbatches=microbatches, repeats=repeats)
 
 
 def _searched(

@@ -1,10 +1,10 @@
 """The names that `build` takes."""
 
 import difflib
-from collections.abc import Sequence
+from typing import Any
 
 from jaxpipe.errors import ScheduleError, whole_number
-from jaxpipe.schedule import (
+from jaxpipe.schedule.families import (
     breadth_first,
     circular,
     dualpipe_v,
@@ -20,7 +20,6 @@ from jaxpipe.schedule import (
     zb_h2,
     zb_v,
 )
-from jaxpipe.schedule.costs import Costs, check_costs
 from jaxpipe.schedule.family import Family
 from jaxpipe.schedule.ir import Schedule
 
@@ -45,38 +44,13 @@ MAX_CELLS = 1 << 24
 """Forwards of a schedule, on all devices: a hundred times those of the largest runs, and what still fits in memory."""
 
 
-def build(
-    name: str,
-    *,
-    devices: int,
-    microbatches: int,
-    repeats: int | None = None,
-    group_size: int | None = None,
-    costs: Costs | None = None,
-    memory: float | Sequence[float] | None = None,
-) -> Schedule:
-    """Builds a schedule of the catalogue.
-
-    Args:
-        name: A key of `CATALOG`, or ``auto`` for what the function `auto` chooses.
-        devices: P ≥ 1.
-        microbatches: M ≥ 1; some families need more.
-        repeats: V ≥ 1, stages per device, by default the family's own: 2 on the snake placement, else 1.
-        group_size: For `interleaved_1f1b`, how many microbatches go round the ring together, P ≤ group_size ≤ M. By
-            default groups are balanced.
-        costs: For `auto`, the times that it minimises.
-        memory: For `auto`, the most activations that a device may keep, see there.
-
-    Returns:
-        A schedule that `verify` accepts.
+def counted(
+    devices: Any, microbatches: Any, repeats: Any = None, group_size: Any = None
+) -> tuple[int, int, int | None, int | None]:
+    """The numbers of a schedule as Python's own.
 
     Raises:
-        ScheduleError: An unknown name (the nearest is shown) or a number for which the family has no schedule.
-
-    Example:
-        >>> from jaxpipe.schedule import build
-        >>> [str(action) for action in build("1f1b", devices=2, microbatches=2).order[0]]
-        ['0F0', '0F1', '0B0', '0B1']
+        ScheduleError: One is no whole number of at least 1, or together they are too large.
     """
     devices = whole_number("devices", devices, error=ScheduleError)
     microbatches = whole_number("microbatches", microbatches, error=ScheduleError)
@@ -84,27 +58,29 @@ def build(
         None if value is None else whole_number(option, value, error=ScheduleError)
         for option, value in (("repeats", repeats), ("group_size", group_size))
     )
-    check_costs(costs)
     stages = devices * (repeats or 1)
     if microbatches * stages > MAX_CELLS:
         raise ScheduleError(
             f"devices*microbatches*repeats={devices}*{microbatches}*{repeats or 1}={microbatches * stages} must be at "
             f"most {MAX_CELLS}; try microbatches={max(1, MAX_CELLS // stages)}"
         )
-    if name == "auto":
-        if group_size is not None:
-            raise ScheduleError(f"group_size={group_size} has no effect for auto; try 'interleaved_1f1b'")
-        from jaxpipe.schedule.auto import auto  # which builds the entries to compare with
+    return devices, microbatches, repeats, group_size
 
-        return auto(devices=devices, microbatches=microbatches, repeats=repeats, costs=costs, memory=memory).schedule
+
+def entry(
+    name: str, *, devices: int, microbatches: int, repeats: int | None = None, group_size: int | None = None
+) -> Schedule:
+    """The schedule of a name, see `jaxpipe.schedule.build`.
+
+    Raises:
+        ScheduleError: No such name, or numbers for which it does not exist.
+    """
+    devices, microbatches, repeats, group_size = counted(devices, microbatches, repeats, group_size)
     family = CATALOG.get(name) if isinstance(name, str) else None
     if family is None:
         names = [*CATALOG, "auto"]
         near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)[0]
         raise ScheduleError(f"schedule={name!r} is not one of {', '.join(names)}; try {near!r}")
-    for option, value in (("costs", costs), ("memory", memory)):
-        if value is not None:
-            raise ScheduleError(f"{option} has no effect for {name}, whose order is fixed; try 'auto'")
     repeats = family.default_repeats if repeats is None else repeats
     if family.repeats not in (None, repeats):
         others = " or interleaved_1f1b for other repeats" if family.placement == "loop" else ""

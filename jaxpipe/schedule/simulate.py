@@ -24,11 +24,11 @@ from typing import Literal
 from jaxpipe.errors import ScheduleError
 from jaxpipe.schedule.costs import Costs, check_costs
 from jaxpipe.schedule.ir import Action, Schedule, check_schedule
-from jaxpipe.schedule.lockstep import run_lanes
-from jaxpipe.schedule.lower import choose
-from jaxpipe.schedule.pack import Packing
+from jaxpipe.schedule.lowering.lockstep import run_lanes
+from jaxpipe.schedule.lowering.lower import choose
+from jaxpipe.schedule.lowering.pack import Packing
+from jaxpipe.schedule.lowering.timing import Heads, Interval, Timing, timing_of
 from jaxpipe.schedule.rules import Value, reads, writes
-from jaxpipe.schedule.timing import Heads, Interval, Timing, timing_of
 
 Runtime = Literal["async", "lockstep", "lockstep_local"]
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import NamedTuple, NoReturn
 
 from jaxpipe.errors import ScheduleError
+from jaxpipe.schedule.forms.grids import grid
 from jaxpipe.schedule.ir import PHASES, Action, Schedule, check_schedule
 from jaxpipe.schedule.rules import Deadlock, reads, run_order, writes
-from jaxpipe.schedule.show import grid
 
 
 class BrokenRule(ScheduleError):

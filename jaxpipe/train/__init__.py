@@ -1,20 +1,30 @@
-"""Training runs: a TOML config in, a trained model, metrics and curves out.
+"""Training runs: a config in, a trained model, metrics and a page out.
 
-Reading order: `sections` and `config` (what can be said), `corpus` and `data` (tokens, then batches), `model`,
-`assemble` (the parts of a run), `optim`, `step` (one compiled step), `track` (its numbers), `loop` (all steps).
+    assemble  from a config to the parts of a run
+    loop      what comes before the steps and after them; `training` the steps in order
+    step      one compiled step and one measurement; `optim` the optimizer
+    track     a step's numbers; `health` what if they are wrong; `watchdog` what if none come; `signals` Ctrl-C
+    keeper    when the run is saved
+    evaluate  a checkpoint on held-out data
+    products  what is left for people at the end; `report/` metrics, page, summary
+    model     the old place of `jaxpipe.models.build`
+
+What a run may say is in `jaxpipe.config`, its tokens in `jaxpipe.data`, its checkpoints in `jaxpipe.checkpoint`. Read
+`assemble` first, then `training`.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from jaxpipe.train.config import Config, load
+from jaxpipe.config.run import Config
 from jaxpipe.train.health import NonFiniteError
 
 if TYPE_CHECKING:
+    from jaxpipe.checkpoint.inherit import load
     from jaxpipe.train.loop import train
     from jaxpipe.train.training import Result
 
-_LAZY = {"train": "jaxpipe.train.loop", "Result": "jaxpipe.train.training"}
+_LAZY = {"load": "jaxpipe.checkpoint.inherit", "train": "jaxpipe.train.loop", "Result": "jaxpipe.train.training"}
 """Imported at first use: a plan reads a run's config and needs no model."""
 
 __all__ = ["Config", "NonFiniteError", "Result", "load", "train"]

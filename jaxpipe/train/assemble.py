@@ -9,22 +9,22 @@ from dataclasses import dataclass
 import jax
 from jax.sharding import Mesh
 
+from jaxpipe.config.keys import in_keys
+from jaxpipe.config.run import Config
+from jaxpipe.data.batches import Batches
+from jaxpipe.data.corpus import open_corpus
 from jaxpipe.errors import ScheduleError
-from jaxpipe.models.attention_choice import capability_of
+from jaxpipe.hosts.share import check_mesh, put_rows
+from jaxpipe.measure.planning import Resolved
+from jaxpipe.measure.predict import refuse_open, resolved
+from jaxpipe.models.build import gpt_model
+from jaxpipe.ops.attention_choice import capability_of
 from jaxpipe.plan import Plan
-from jaxpipe.runtime.mesh import make_mesh, on_cpu, simulate_devices
+from jaxpipe.runtime.layout.mesh import make_mesh, on_cpu, simulate_devices
 from jaxpipe.runtime.model import Model
 from jaxpipe.runtime.pipeline import Pipeline
 from jaxpipe.schedule import Schedule, build, show
 from jaxpipe.schedule.stages import format_stages
-from jaxpipe.train.config import Config
-from jaxpipe.train.corpus import open_corpus
-from jaxpipe.train.data import Batches
-from jaxpipe.train.keys import in_keys
-from jaxpipe.train.model import gpt_model
-from jaxpipe.train.planning import Resolved
-from jaxpipe.train.predict import refuse_open, resolved
-from jaxpipe.train.processes.share import check_mesh, put_rows
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def assemble(config: Config, model: Model | None = None) -> Assembly:
         model: A model in place of the config's GPT.
 
     Raises:
-        DataError: See `jaxpipe.train.corpus` and `jaxpipe.train.data`.
+        DataError: See `jaxpipe.data.corpus` and `jaxpipe.data.batches`.
         ConfigError: The mesh needs more devices than there are.
         ScheduleError: The schedule does not exist in this size, or is none to train with.
         PartitionError: The blocks cannot be spread evenly over the stages.

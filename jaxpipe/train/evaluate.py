@@ -9,23 +9,22 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxpipe.checkpoint.inherit import tokenizer_of
+from jaxpipe.checkpoint.meta import Meta, model_of
+from jaxpipe.checkpoint.resume import Start, find, restore
+from jaxpipe.checkpoint.store import read_meta
+from jaxpipe.config import toml
+from jaxpipe.config.run import SCHEMA, Config, from_tables
+from jaxpipe.config.sections import MeshConfig
+from jaxpipe.data.batches import Batches
+from jaxpipe.data.tokenizer import load_tokenizer
 from jaxpipe.errors import ConfigError
+from jaxpipe.models.build import gpt_model
 from jaxpipe.models.gpt_config import GPTConfig
-from jaxpipe.runtime.mesh import AXES, simulate_devices
-from jaxpipe.runtime.state import StateLayout
-from jaxpipe.train import toml
+from jaxpipe.runtime.layout.mesh import AXES, simulate_devices
+from jaxpipe.runtime.layout.state import StateLayout
+from jaxpipe.terminal import Report, Silent
 from jaxpipe.train.assemble import assemble
-from jaxpipe.train.config import SCHEMA, Config, from_tables
-from jaxpipe.train.data import Batches
-from jaxpipe.train.inherit import tokenizer_of
-from jaxpipe.train.meta import Meta
-from jaxpipe.train.model import gpt_model
-from jaxpipe.train.resume import Start, find, restore
-from jaxpipe.train.sections import MeshConfig
-from jaxpipe.train.store import read_meta
-from jaxpipe.train.terminal import Report, Silent
-from jaxpipe.train.tokenizer import load_tokenizer
-from jaxpipe.train.weights import model_of
 
 _DECODED = 2**20
 
@@ -72,8 +71,8 @@ def evaluate(
 
     Raises:
         CheckpointError: It is missing, damaged or of another model.
-        ConfigError: See `jaxpipe.train.config`.
-        DataError: See `jaxpipe.train.corpus`.
+        ConfigError: See `jaxpipe.config.run`.
+        DataError: See `jaxpipe.data.corpus`.
     """
     report = report or Silent()
     path = find(checkpoint)

@@ -5,8 +5,8 @@ from collections import deque
 from collections.abc import Mapping
 from statistics import fmean, pstdev
 
+from jaxpipe.config.sections import HealthConfig
 from jaxpipe.errors import JaxpipeError
-from jaxpipe.train.sections import HealthConfig
 
 WINDOW = 64
 """Losses that a spike is compared with."""

@@ -17,15 +17,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxpipe.checkpoint.meta import Meta
+from jaxpipe.checkpoint.quiet import forget_failures, in_one_line
+from jaxpipe.checkpoint.store import Leaves, Store
+from jaxpipe.config.sections import CheckpointConfig
 from jaxpipe.errors import CheckpointError
-from jaxpipe.runtime.checksum import as_text
-from jaxpipe.runtime.state import CanonicalLeaf, StateLayout, host_copies
-from jaxpipe.train.agree import all_agree, first_says
-from jaxpipe.train.meta import Meta
-from jaxpipe.train.quiet import forget_failures, in_one_line
-from jaxpipe.train.sections import CheckpointConfig
-from jaxpipe.train.store import Leaves, Store
-from jaxpipe.train.terminal import Report
+from jaxpipe.hosts.agree import all_agree, first_says
+from jaxpipe.runtime.layout.checksum import as_text
+from jaxpipe.runtime.layout.state import CanonicalLeaf, StateLayout, host_copies
+from jaxpipe.terminal import Report
 
 RETRY_S = 30.0
 """Time after which a failed save is tried again."""

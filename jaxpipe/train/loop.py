@@ -6,24 +6,24 @@ from typing import Any
 
 import optax
 
+from jaxpipe.checkpoint.folder import RunFolder
+from jaxpipe.checkpoint.inherit import keep_tokenizer
+from jaxpipe.checkpoint.resume import Start, check_start, choose
+from jaxpipe.checkpoint.store import Store
+from jaxpipe.config.run import Config
+from jaxpipe.data.fingerprint import fingerprint
 from jaxpipe.errors import ConfigError, UnavailableError
+from jaxpipe.hosts.crew import Crew
+from jaxpipe.hosts.share import check_crew
+from jaxpipe.measure.predict import Beside
 from jaxpipe.runtime.gpu import set_gpu_options
+from jaxpipe.terminal import Report, Silent
 from jaxpipe.train.assemble import Assembly, assemble
-from jaxpipe.train.config import Config
-from jaxpipe.train.fingerprint import fingerprint
-from jaxpipe.train.folder import RunFolder
-from jaxpipe.train.inherit import keep_tokenizer
-from jaxpipe.train.metrics import MetricsLog
-from jaxpipe.train.predict import Beside
-from jaxpipe.train.processes.crew import Crew
-from jaxpipe.train.processes.share import check_crew
 from jaxpipe.train.products import draw
-from jaxpipe.train.resume import Start, check_start, choose
+from jaxpipe.train.report.metrics import MetricsLog
+from jaxpipe.train.report.sinks import check_sinks, open_sinks
+from jaxpipe.train.report.summary import summarize
 from jaxpipe.train.signals import StopSignal
-from jaxpipe.train.sinks import check_sinks, open_sinks
-from jaxpipe.train.store import Store
-from jaxpipe.train.summary import summarize
-from jaxpipe.train.terminal import Report, Silent
 from jaxpipe.train.training import Result, Training
 from jaxpipe.train.watchdog import Watchdog
 
@@ -43,7 +43,7 @@ def train(
         model: A `Model` to train in place of the config's GPT; it sees ``tokens`` and ``targets``, int32 ``[rows, T]``.
         optimizer: Any optax transformation in place of the config's AdamW; it sees logical layers.
         report: Who is told of progress; nobody by default.
-        crew: The processes that train together, see `jaxpipe.train.processes`. Process 0 writes and reports, but every
+        crew: The processes that train together, see `jaxpipe.hosts`. Process 0 writes and reports, but every
             process saves its part of a checkpoint.
 
     Returns:

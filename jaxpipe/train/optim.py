@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from jaxpipe.train.sections import OptimConfig
+from jaxpipe.config.sections import OptimConfig
 
 
 def learning_rate(config: OptimConfig, *, steps: int) -> optax.Schedule:

@@ -2,17 +2,17 @@
 
 import numpy as np
 
+from jaxpipe.checkpoint.folder import RunFolder
+from jaxpipe.data.tokenizer import load_tokenizer
+from jaxpipe.hosts.share import here
+from jaxpipe.models.build import gpt_logits
+from jaxpipe.terminal import Report
 from jaxpipe.train.assemble import Assembly
-from jaxpipe.train.folder import RunFolder
-from jaxpipe.train.metrics import MetricsLog, plot_loss
-from jaxpipe.train.model import gpt_logits
-from jaxpipe.train.processes.share import here
-from jaxpipe.train.report_page import write_page
-from jaxpipe.train.sample import continue_tokens
+from jaxpipe.train.report.metrics import MetricsLog, plot_loss
+from jaxpipe.train.report.page import write_page
+from jaxpipe.train.report.sample import continue_tokens
+from jaxpipe.train.report.summary import Summary
 from jaxpipe.train.step import TrainState
-from jaxpipe.train.summary import Summary
-from jaxpipe.train.terminal import Report
-from jaxpipe.train.tokenizer import load_tokenizer
 
 
 def sample_text(run: Assembly, state: TrainState, key) -> str:

@@ -5,7 +5,7 @@ import threading
 import time
 from types import FrameType
 
-from jaxpipe.train.processes.crew import Crew
+from jaxpipe.hosts.crew import Crew
 
 
 class StopSignal:

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxpipe.runtime.meeting import check_meetings
-from jaxpipe.runtime.mesh import TENSOR
+from jaxpipe.runtime.layout.mesh import TENSOR
+from jaxpipe.runtime.measure.meeting import check_meetings
 
 
 class TrainState(NamedTuple):
@@ -45,7 +45,7 @@ def make_train_step(pipe, tx: optax.GradientTransformation, state, batch, *args:
     """Compiles what `lower_train_step` traces, from the same arguments.
 
     Raises:
-        PartitionError: Annotations of the model over `tensor` that would hang, see `jaxpipe.runtime.meeting`.
+        PartitionError: Annotations of the model over `tensor` that would hang, see `jaxpipe.runtime.measure.meeting`.
     """
     step = lower_train_step(pipe, tx, state, batch, *args, **options).compile()
     if pipe.mesh.shape.get(TENSOR, 1) > 1:

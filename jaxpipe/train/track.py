@@ -5,10 +5,10 @@ import time
 from collections.abc import Callable, Mapping
 from statistics import fmean
 
+from jaxpipe.config.sections import HealthConfig
+from jaxpipe.terminal import Report
 from jaxpipe.train.health import Health
-from jaxpipe.train.metrics import MetricsLog
-from jaxpipe.train.sections import HealthConfig
-from jaxpipe.train.terminal import Report
+from jaxpipe.train.report.metrics import MetricsLog
 
 
 class Track:

@@ -16,22 +16,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxpipe.runtime.state import StateLayout
+from jaxpipe.checkpoint.folder import RunFolder
+from jaxpipe.checkpoint.meta import Meta
+from jaxpipe.checkpoint.resume import Start, check_data, compare, restore
+from jaxpipe.checkpoint.store import Store
+from jaxpipe.measure.peak import peak_steps_per_s
+from jaxpipe.measure.predict import Beside
+from jaxpipe.runtime.layout.state import StateLayout
+from jaxpipe.terminal import Report
 from jaxpipe.train.assemble import Assembly
-from jaxpipe.train.folder import RunFolder
 from jaxpipe.train.health import Health, NonFiniteError, RollBack
 from jaxpipe.train.keeper import Keeper
-from jaxpipe.train.meta import Meta
-from jaxpipe.train.metrics import MetricsLog
 from jaxpipe.train.optim import adamw, learning_rate
-from jaxpipe.train.peak import peak_steps_per_s
-from jaxpipe.train.predict import Beside
 from jaxpipe.train.products import sample_text
-from jaxpipe.train.resume import Start, check_data, compare, restore
+from jaxpipe.train.report.metrics import MetricsLog
 from jaxpipe.train.signals import StopSignal
 from jaxpipe.train.step import init_state, make_eval_step, make_train_step
-from jaxpipe.train.store import Store
-from jaxpipe.train.terminal import Report
 from jaxpipe.train.track import Track
 from jaxpipe.train.watchdog import Heartbeat, Watchdog
 
@@ -42,7 +42,7 @@ class Result:
 
     Attributes:
         step: Optimizer steps taken.
-        metrics: Metrics of the last step, see `jaxpipe.train.metrics`; empty if there was none.
+        metrics: Metrics of the last step, see `jaxpipe.train.report.metrics`; empty if there was none.
         val_loss: Last validation loss, nats per token; nan if there was none.
         stopped_by: Name of the signal that ended the run early, else None.
         saved: Whether the last state is in a checkpoint; None where checkpoints are off.

@@ -11,7 +11,7 @@ from jaxpipe.jax_internals import cudnn_checks
 @cache
 def h100s(count: int) -> list[Any]:
     """H100s to compile for, whose fused attention compiles too."""
-    from jaxpipe.train.targets import h100_devices
+    from jaxpipe.measure.targets import h100_devices
 
     _trust_cudnn()
     return h100_devices(count)

@@ -10,8 +10,8 @@ from hlo import copies, loop_bodies
 
 from jaxpipe.errors import ConfigError, PartitionError
 from jaxpipe.infer import Generator, Sampling
-from jaxpipe.infer.program import Programs
-from jaxpipe.runtime.mesh import make_mesh
+from jaxpipe.infer.loop.program import Programs
+from jaxpipe.runtime.layout.mesh import make_mesh
 
 NEW = 10
 GIVEN = prompts(GPT.vocab_size, (3, 9, 1, 5, 8, 4, 12))

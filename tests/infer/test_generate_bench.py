@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxpipe.cli import main
+from jaxpipe.cli.main import main
 
 SMALL = ["model.preset=tiny", "model.num_layers=2", "model.d_model=16", "train.seq_len=16"]
 

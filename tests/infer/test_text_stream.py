@@ -8,12 +8,12 @@ import pytest
 import tokenizing
 
 from jaxpipe.infer import Piece
-from jaxpipe.infer.server import Limits
-from jaxpipe.infer.server.form import Choice
-from jaxpipe.infer.server.prompts import Prompts
-from jaxpipe.infer.server.work import Work
-from jaxpipe.infer.text import ByteTokenizer, Tokenizer
-from jaxpipe.infer.text_stream import TextStream, TokenTexts
+from jaxpipe.infer.serving.text import ByteTokenizer, Tokenizer
+from jaxpipe.infer.serving.text_stream import TextStream, TokenTexts
+from jaxpipe.serve import Limits
+from jaxpipe.serve.requests.form import Choice
+from jaxpipe.serve.requests.prompts import Prompts
+from jaxpipe.serve.requests.work import Work
 
 BYTES = ByteTokenizer()
 decode = BYTES.decode

@@ -11,11 +11,11 @@ from flax import nnx
 from helpers import token_loss, turned
 
 from jaxpipe.errors import ConfigError
+from jaxpipe.models.build import encdec_model
 from jaxpipe.models.encdec import PRESETS, DecoderBlock, EncDec, EncDecConfig, Head, num_params, shared
 from jaxpipe.models.relative import relative_buckets
+from jaxpipe.runtime.layout.tree import untie
 from jaxpipe.runtime.sequential import sequential
-from jaxpipe.runtime.tree import untie
-from jaxpipe.train.model import encdec_model
 
 T5 = EncDecConfig(
     vocab_size=17,

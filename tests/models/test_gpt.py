@@ -13,7 +13,7 @@ from helpers import turned
 from jaxpipe.errors import ConfigError
 from jaxpipe.models.gpt import GPT, PRESETS, Block, GPTConfig, Head, flops_per_token, num_params
 from jaxpipe.models.layers import Rotary
-from jaxpipe.runtime.arithmetic import dot_flops
+from jaxpipe.runtime.measure.arithmetic import dot_flops
 
 GPT2 = GPTConfig(vocab_size=17, max_seq_len=8, num_layers=2, num_heads=2, d_model=12)
 LLAMA_LIKE = replace(GPT2, positions="rotary", norm="rmsnorm", mlp="swiglu", bias=False, tied=False, d_ff=20)

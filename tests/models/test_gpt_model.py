@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 from helpers import token_loss
 
+from jaxpipe.models.build import gpt_logits, gpt_model
 from jaxpipe.models.gpt import GPT, PRESETS, GPTConfig
 from jaxpipe.runtime.sequential import sequential
-from jaxpipe.train.model import gpt_logits, gpt_model
 
 TIED = GPTConfig(vocab_size=17, max_seq_len=8, num_layers=2, num_heads=2, d_model=12)
 UNTIED = replace(TIED, positions="rotary", norm="rmsnorm", mlp="swiglu", bias=False, tied=False)

@@ -13,14 +13,14 @@ import pytest
 from hf_models import answer, as_jax, close, write_folder
 from safetensors.numpy import load_file, save_file
 
+from jaxpipe.checkpoint.convert import from_hf
+from jaxpipe.checkpoint.weights import HFWeights, open_hf, over
 from jaxpipe.errors import ConfigError, DataError
 from jaxpipe.models.encdec import PRESETS as ENCDEC
 from jaxpipe.models.gpt import PRESETS
 from jaxpipe.models.gpt_config import GPTConfig
 from jaxpipe.models.hf import config_json, family_for, leaf_shapes, read_config
-from jaxpipe.runtime.mesh import make_mesh
-from jaxpipe.train.convert import from_hf
-from jaxpipe.train.weights import HFWeights, open_hf, over
+from jaxpipe.runtime.layout.mesh import make_mesh
 
 DATA = Path(__file__).parents[1] / "data" / "hf"
 NAMES = sorted(path.name for path in DATA.iterdir())

@@ -11,11 +11,11 @@ from flax import nnx
 from helpers import token_loss
 
 from jaxpipe.errors import ConfigError
+from jaxpipe.models.build import gpt_logits, gpt_model
 from jaxpipe.models.gpt import GPT, GPTConfig, flops_per_token, num_params
 from jaxpipe.models.moe import MoE, balance_loss, choose, places, z_loss
-from jaxpipe.runtime.arithmetic import dot_flops
+from jaxpipe.runtime.measure.arithmetic import dot_flops
 from jaxpipe.runtime.sequential import sequential
-from jaxpipe.train.model import gpt_logits, gpt_model
 
 SWITCH = GPTConfig(vocab_size=17, max_seq_len=8, num_layers=3, num_heads=2, d_model=12, num_experts=4)
 MIXTRAL_LIKE = replace(

@@ -10,10 +10,10 @@ import pytest
 from helpers import QUICK, tree_allclose
 
 import jaxpipe as jp
+from jaxpipe.models.build import encdec_model, gpt_model
 from jaxpipe.models.encdec_config import EncDecConfig
 from jaxpipe.models.gpt import GPTConfig
 from jaxpipe.schedule import build
-from jaxpipe.train.model import encdec_model, gpt_model
 
 VOCAB, SOURCE, TARGET, ROWS = 24, 7, 6, 2
 

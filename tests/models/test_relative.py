@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxpipe.models.blockwise import by_distance
 from jaxpipe.models.relative import RelativeBias, relative_buckets
+from jaxpipe.ops.blockwise import by_distance
 
 
 def bucket(distance: int, bidirectional: bool, num_buckets: int, max_distance: int) -> int:

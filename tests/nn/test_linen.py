@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import errors
-from flax import linen as nn
+from flax import errors, linen as nn
 from helpers import LENGTH, QUICK, ROWS, VOCAB, WIDTH, toy_batch, tree_allclose
 
 import jaxpipe as jp
 from jaxpipe.errors import ConfigError, PartitionError
-from jaxpipe.models.losses import cross_entropy
 from jaxpipe.nn import linen_model
+from jaxpipe.ops.losses import cross_entropy
 from jaxpipe.schedule import build
 
 LAYERS, MICROBATCHES = 4, 2

@@ -15,7 +15,7 @@ from helpers import tree_allclose
 import jaxpipe as jp
 from jaxpipe.errors import ConfigError, PartitionError, ScheduleError
 from jaxpipe.nn import Pipelined
-from jaxpipe.runtime.sizes import memory_of
+from jaxpipe.runtime.measure.sizes import memory_of
 from jaxpipe.schedule import build
 
 B, T, D = 4, 3, 8

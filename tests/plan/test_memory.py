@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from jaxpipe.models.losses import LOGITS_AT_ONCE
+from jaxpipe.config.run import from_tables
+from jaxpipe.measure.planning import gpt_shape
+from jaxpipe.ops.losses import LOGITS_AT_ONCE
 from jaxpipe.plan import analytic, find_device
 from jaxpipe.plan.memory import memory, model_bytes, stage_blocks, terms
-from jaxpipe.schedule.table import Slots
-from jaxpipe.train.config import from_tables
-from jaxpipe.train.planning import gpt_shape
+from jaxpipe.schedule.lowering.table import Slots
 
 CONFIG = from_tables({"model": {"vocab_size": 256, "num_layers": 8, "num_heads": 4, "d_model": 64}})
 SLOTS = Slots(activation=3, residual=2, gradient=0, weight_residual=2)

@@ -5,8 +5,8 @@ import pytest
 from jaxpipe.plan.rhythm import Cores, Prices, choose, rhythms
 from jaxpipe.schedule import Costs, build, lower
 from jaxpipe.schedule.catalog import CATALOG
-from jaxpipe.schedule.lockstep import lockstep_makespan
-from jaxpipe.schedule.pack import packings
+from jaxpipe.schedule.lowering.lockstep import lockstep_makespan
+from jaxpipe.schedule.lowering.pack import packings
 
 NAMES = [name for name in CATALOG if name != "inference"]
 

@@ -14,11 +14,11 @@ from helpers import toy_batch, toy_model
 import jaxpipe as jp
 from jaxpipe.errors import ConfigError
 from jaxpipe.flax_nnx import nnx
+from jaxpipe.models.build import encdec_model, gpt_model
 from jaxpipe.models.encdec import PRESETS as ENCDECS
 from jaxpipe.models.gpt import PRESETS
 from jaxpipe.nn import from_nnx, linen_model, nnx_model
 from jaxpipe.schedule import build
-from jaxpipe.train.model import encdec_model, gpt_model
 
 ROWS, WORDS, WIDTH = 8, 12, 4
 TOKENS = np.zeros((ROWS, 5), np.int32)

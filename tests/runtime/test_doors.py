@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 import jaxpipe as jp
 from jaxpipe.errors import ConfigError, PartitionError, ScheduleError
-from jaxpipe.runtime.mesh import by_links
+from jaxpipe.runtime.layout.mesh import by_links
 from jaxpipe.schedule import build
 
 

@@ -13,8 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxpipe as jp
 from jaxpipe.jax_internals import cudnn_checks
-from jaxpipe.models.attention import attend
-from jaxpipe.runtime.sweeps import Inputs, Sweeps
+from jaxpipe.ops.attention import attend
+from jaxpipe.runtime.layer.sweeps import Inputs, Sweeps
 from jaxpipe.schedule import build
 
 pytestmark = h100.MARKS

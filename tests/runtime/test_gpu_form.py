@@ -14,10 +14,10 @@ from helpers import QUICK, pairwise, toy_batch, toy_oracle, toy_pipeline, tree_a
 
 import jaxpipe as jp
 from jaxpipe.errors import ScheduleError
+from jaxpipe.models.build import gpt_model
 from jaxpipe.models.gpt import GPTConfig
-from jaxpipe.runtime.compile import Program
+from jaxpipe.runtime.loop.compile import Program
 from jaxpipe.schedule import build
-from jaxpipe.train.model import gpt_model
 
 FORMS: dict[str, dict[str, Any]] = {
     "inside": {"skip": "branch", "ends_inside": True},  # jaxlib 0.11.1 and newer

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import pytest
 from hlo import holds_product, products
 
+from jaxpipe.measure.planning import resolve
 from jaxpipe.plan import find_device
-from jaxpipe.runtime.sizes import tree_bytes
-from jaxpipe.train.config import load
-from jaxpipe.train.planning import resolve
+from jaxpipe.runtime.measure.sizes import tree_bytes
+from jaxpipe.train import load
 
 pytestmark = h100.MARKS
 

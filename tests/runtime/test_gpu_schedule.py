@@ -10,9 +10,9 @@ import pytest
 from hlo import branches_of, holds_product, hops, loop_bodies, products
 
 import jaxpipe as jp
-from jaxpipe.runtime.lane import PASSES_IN_PLACE
-from jaxpipe.runtime.sizes import tree_bytes
-from jaxpipe.schedule.table import ARRIVAL, Phase, TickTable
+from jaxpipe.runtime.loop.lane import PASSES_IN_PLACE
+from jaxpipe.runtime.measure.sizes import tree_bytes
+from jaxpipe.schedule.lowering.table import ARRIVAL, Phase, TickTable
 
 pytestmark = h100.MARKS
 

@@ -10,13 +10,13 @@ import pytest
 from helpers import QUICK, toy_batch, toy_pipeline, tree_allclose
 
 import jaxpipe as jp
-from jaxpipe.models import losses
+from jaxpipe.models.build import encdec_model, gpt_model
 from jaxpipe.models.encdec import EncDecConfig
 from jaxpipe.models.gpt import GPTConfig
-from jaxpipe.models.losses import IGNORED
+from jaxpipe.ops import losses
+from jaxpipe.ops.losses import IGNORED
 from jaxpipe.runtime.model import look_up
 from jaxpipe.schedule import build
-from jaxpipe.train.model import encdec_model, gpt_model
 
 WORDS, LENGTH, GROUPS = 13, 6, 4
 GPT = GPTConfig(vocab_size=WORDS, max_seq_len=LENGTH, num_layers=2, num_heads=2, d_model=8)

@@ -27,7 +27,7 @@ def test_a_model_of_many_leaves_is_relaid():
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", 2)
         import jaxpipe as jp
-        from jaxpipe.runtime.relayout import Layout
+        from jaxpipe.runtime.layout.relayout import Layout
         schedule = jp.schedule.build("1f1b", devices=2, microbatches=2)
         layout = Layout(jp.make_mesh(pipe=2), schedule, ("block",) * 4, (2, 2))
         blocks = {{f"w{{n}}": np.full((4, 512, 512), n, np.float32) for n in range({MANY})}}

@@ -10,7 +10,7 @@ from hlo import hlo_text
 
 import jaxpipe as jp
 from jaxpipe.errors import PartitionError
-from jaxpipe.runtime.meeting import check_meetings
+from jaxpipe.runtime.measure.meeting import check_meetings
 from jaxpipe.schedule import build
 
 

@@ -11,10 +11,9 @@ import optax
 import pytest
 from helpers import QUICK, ROWS, TOLERANCE, toy_batch, toy_oracle, toy_pipeline, tree_allclose
 from hlo import hlo_text, loop_bodies
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 
-from jaxpipe.runtime.sizes import memory_of
+from jaxpipe.runtime.measure.sizes import memory_of
 
 CASES: Any = {
     # pipe, data, fsdp, tensor: schedule, repeats, microbatches, remat, dropout, tied, shard

@@ -12,9 +12,9 @@ import pytest
 
 import jaxpipe as jp
 from jaxpipe.jax_internals import scan_counts
+from jaxpipe.models.build import gpt_model
 from jaxpipe.models.gpt import GPTConfig
 from jaxpipe.schedule import build
-from jaxpipe.train.model import gpt_model
 
 VOCAB, LENGTH, WIDTH, ROWS, MICROBATCHES = 24, 6, 10, 2, 4
 QUICK = {"xla_backend_optimization_level": 0}

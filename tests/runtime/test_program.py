@@ -11,8 +11,8 @@ from helpers import QUICK, ROWS, toy_batch, toy_pipeline
 from hlo import computations, copies, hlo_text, holds_product, loop_bodies
 
 import jaxpipe as jp
-from jaxpipe.runtime.sizes import memory_of
-from jaxpipe.runtime.traffic import traffic
+from jaxpipe.runtime.measure.sizes import memory_of
+from jaxpipe.runtime.measure.traffic import traffic
 
 WIDTH, LENGTH, BLOCKS = 24, 20, 2
 

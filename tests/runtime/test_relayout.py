@@ -7,7 +7,7 @@ from helpers import toy_batch, toy_model, toy_pipeline, tree_allclose
 
 import jaxpipe as jp
 from jaxpipe.errors import PartitionError
-from jaxpipe.runtime.rest import first_dim
+from jaxpipe.runtime.layout.rest import first_dim
 
 SPLITS = [
     ("1f1b", 1, 1, 8),

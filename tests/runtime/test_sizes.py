@@ -9,10 +9,10 @@ import pytest
 from helpers import VOCAB, toy_batch, toy_pipeline
 
 import jaxpipe as jp
+from jaxpipe.models.build import gpt_model
 from jaxpipe.models.gpt import GPTConfig
-from jaxpipe.runtime.sizes import memory_of
+from jaxpipe.runtime.measure.sizes import memory_of
 from jaxpipe.schedule import build
-from jaxpipe.train.model import gpt_model
 
 
 @pytest.mark.parametrize(("name", "remat"), [("1f1b", "none"), ("zb_h1", "full")])

@@ -8,12 +8,12 @@ import pytest
 from helpers import toy_batch, toy_pipeline
 
 import jaxpipe as jp
+from jaxpipe.models.build import gpt_model
 from jaxpipe.models.gpt import GPTConfig
-from jaxpipe.runtime.arithmetic import arithmetic_ratio, dot_flops
-from jaxpipe.runtime.casts import cast_dtypes
-from jaxpipe.runtime.stage import Stage
+from jaxpipe.runtime.layout.casts import cast_dtypes
+from jaxpipe.runtime.measure.arithmetic import arithmetic_ratio, dot_flops
+from jaxpipe.runtime.stage.stage import Stage
 from jaxpipe.schedule import build
-from jaxpipe.train.model import gpt_model
 
 
 def stage_of(pipe: jp.Pipeline, batch, random: bool = False) -> Stage:

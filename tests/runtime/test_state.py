@@ -10,8 +10,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxpipe as jp
 from jaxpipe.errors import ConfigError
-from jaxpipe.runtime.checksum import PIECE, _piece_checksum, as_text, checksum, host_checksum
-from jaxpipe.runtime.state import StateLayout, host_copies
+from jaxpipe.runtime.layout.checksum import PIECE, _piece_checksum, as_text, checksum, host_checksum
+from jaxpipe.runtime.layout.state import StateLayout, host_copies
 
 OPTIMIZERS = {
     "adafactor, accumulated": optax.MultiSteps(

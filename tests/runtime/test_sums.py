@@ -10,11 +10,11 @@ import pytest
 from helpers import QUICK, toy_batch, toy_model, tree_allclose
 
 import jaxpipe as jp
+from jaxpipe.models.build import gpt_model
 from jaxpipe.models.gpt import GPTConfig
-from jaxpipe.runtime.sweep_loops import Inputs
-from jaxpipe.runtime.sweeps import Sweeps
+from jaxpipe.runtime.layer.sweep_loops import Inputs
+from jaxpipe.runtime.layer.sweeps import Sweeps
 from jaxpipe.schedule import build
-from jaxpipe.train.model import gpt_model
 
 ROWS = 16
 

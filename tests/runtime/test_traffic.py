@@ -6,8 +6,8 @@ import pytest
 from hlo import hlo_text
 from jax import lax
 
-from jaxpipe.runtime.lane import Lane, run_lane
-from jaxpipe.runtime.traffic import Traffic, traffic, turns_of_loops
+from jaxpipe.runtime.loop.lane import Lane, run_lane
+from jaxpipe.runtime.measure.traffic import Traffic, traffic, turns_of_loops
 
 ROWS, ROW = 8, 1000
 BUFFER = jax.ShapeDtypeStruct((ROWS, ROW), jnp.float32)

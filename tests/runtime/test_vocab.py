@@ -13,10 +13,10 @@ from hlo import hlo_text, loop_bodies
 
 import jaxpipe as jp
 from jaxpipe.errors import ConfigError
+from jaxpipe.models.build import gpt_model
 from jaxpipe.models.gpt import GPTConfig
-from jaxpipe.runtime.sizes import memory_of
+from jaxpipe.runtime.measure.sizes import memory_of
 from jaxpipe.schedule import build
-from jaxpipe.train.model import gpt_model
 
 
 def vocab_model(
@@ -195,7 +195,7 @@ def test_only_the_cut_vocabulary_reduces_inside_the_loop():
 
 
 def test_lanes_of_a_tick_have_names_of_their_own():
-    """What `jaxpipe.runtime.traffic` tells lanes apart by."""
+    """What `jaxpipe.runtime.measure.traffic` tells lanes apart by."""
     found = re.findall(r'op_name="[^"]*/(\w+)/branch_0/while"', hlo_text(compiled("vocab_parallel")[1]))
     assert set(found) == {"embed", "forward", "head", "backward", "embed_gradient"}
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpipe.runtime.traffic import computations
-from jaxpipe.runtime.wall import wall
+from jaxpipe.runtime.measure.traffic import computations
+from jaxpipe.runtime.stage.wall import wall
 
 
 def test_a_wall_changes_neither_values_nor_gradients():

@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 from jaxpipe.jax_internals import ClosedJaxpr, Jaxpr
-from jaxpipe.runtime.wide import wide_gradients
+from jaxpipe.runtime.stage.wide import wide_gradients
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.bfloat16)
 

@@ -1,12 +1,11 @@
 """`auto` is never worse than the catalogue, and better where costs are uneven or memory lies between two families."""
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from jaxpipe.errors import ScheduleError
 from jaxpipe.schedule import CATALOG, Costs, auto, build, simulate, verify
-from jaxpipe.schedule.greedy import Policy, list_schedule
+from jaxpipe.schedule.families.craft.greedy import Policy, list_schedule
 
 HEAVY_HEAD = [0.2, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.9]
 

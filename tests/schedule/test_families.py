@@ -3,11 +3,10 @@
 import importlib
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from jaxpipe.schedule import CATALOG, Costs, Schedule, build, show, simulate, verify
-from jaxpipe.schedule.interleaved import group_sizes
+from jaxpipe.schedule.families.interleaved import group_sizes
 
 PICTURES = {
     "gpipe": """\

@@ -5,16 +5,15 @@ import time
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from jaxpipe.errors import ScheduleError
 from jaxpipe.schedule import CATALOG, Costs, build, lower, verify
 from jaxpipe.schedule.ir import Action, Schedule
-from jaxpipe.schedule.lower import tabulate
-from jaxpipe.schedule.pack import order_peak, packings
-from jaxpipe.schedule.replay import check
-from jaxpipe.schedule.table import ModelBytes, TickTable
+from jaxpipe.schedule.lowering.lower import tabulate
+from jaxpipe.schedule.lowering.pack import order_peak, packings
+from jaxpipe.schedule.lowering.replay import check
+from jaxpipe.schedule.lowering.table import ModelBytes, TickTable
 
 
 def picture(table: TickTable) -> str:

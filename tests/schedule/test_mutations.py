@@ -10,8 +10,8 @@ import pytest
 
 from jaxpipe.errors import ScheduleError
 from jaxpipe.schedule import CATALOG, Action, Schedule, build, from_csv, from_json, parse, to_json, verify
+from jaxpipe.schedule.forms.grids import title
 from jaxpipe.schedule.ir import PHASES
-from jaxpipe.schedule.show.grids import title
 
 Mutation = tuple[str, set[str], Schedule]
 """The kind, the texts of the action before and after, and what has become of the schedule."""

@@ -6,15 +6,9 @@ import pytest
 
 from jaxpipe.schedule import CATALOG, Costs, build, verify
 from jaxpipe.schedule.ir import Action, Schedule
-from jaxpipe.schedule.lockstep import lockstep_local_makespan, lockstep_makespan
-from jaxpipe.schedule.lower import choose
-from jaxpipe.schedule.pack import (
-    LANE,
-    Packed,
-    order_peak,
-    pack,
-    packings,
-)
+from jaxpipe.schedule.lowering.lockstep import lockstep_local_makespan, lockstep_makespan
+from jaxpipe.schedule.lowering.lower import choose
+from jaxpipe.schedule.lowering.pack import LANE, Packed, order_peak, pack, packings
 
 UNIT, UNEVEN, SLOW_INPUT = Costs(1, 1, 1), Costs(1, 1.1, 0.9), Costs(1, 2.1, 0.9)
 

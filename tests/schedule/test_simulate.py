@@ -3,13 +3,12 @@
 import time
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from jaxpipe.errors import ScheduleError
 from jaxpipe.schedule import Action, Costs, Schedule, build, simulate
-from jaxpipe.schedule.lockstep import lockstep_local_makespan, lockstep_makespan
-from jaxpipe.schedule.lower import choose
+from jaxpipe.schedule.lowering.lockstep import lockstep_local_makespan, lockstep_makespan
+from jaxpipe.schedule.lowering.lower import choose
 from jaxpipe.schedule.simulate import Runtime
 
 

@@ -3,15 +3,14 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from jaxpipe.errors import ScheduleError
 from jaxpipe.schedule import CATALOG, TickTable, build
-from jaxpipe.schedule.lower import lower, tabulate
-from jaxpipe.schedule.pack import order_peak, pack, packings
-from jaxpipe.schedule.replay import check
-from jaxpipe.schedule.slots import KINDS, action_ticks, colour, lifetimes
+from jaxpipe.schedule.lowering.lower import lower, tabulate
+from jaxpipe.schedule.lowering.pack import order_peak, pack, packings
+from jaxpipe.schedule.lowering.replay import check
+from jaxpipe.schedule.lowering.slots import KINDS, action_ticks, colour, lifetimes
 
 INTERVALS = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 8)), max_size=25).map(
     lambda pairs: [(start, start + length, (n, 0)) for n, (start, length) in enumerate(pairs)]

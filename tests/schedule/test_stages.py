@@ -4,8 +4,7 @@ import re
 from itertools import product
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from jaxpipe.errors import PartitionError
 from jaxpipe.schedule import even_stages, format_stages, parse_stages

@@ -3,12 +3,11 @@
 import json
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from jaxpipe.errors import ScheduleError
 from jaxpipe.schedule import CATALOG, Costs, Schedule, build
-from jaxpipe.schedule.text import from_csv, from_json, parse, to_csv, to_json
+from jaxpipe.schedule.forms.text import from_csv, from_json, parse, to_csv, to_json
 
 TORCH_INTERLEAVED = "0F0,0F1,2F0,2F1,,,,2B0,,2B1,,0B0,,0B1\n,1F0,1F1,,3F0,3B0,3F1,3B1,,1B0,,1B1\n"
 """As torch.distributed.pipelining 2.13 writes it for 2 ranks, 2 stages per rank and 2 microbatches."""

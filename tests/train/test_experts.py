@@ -5,13 +5,13 @@ import pytest
 from helpers import QUICK
 from test_loop import config, metrics  # noqa: F401
 
+from jaxpipe.checkpoint.resume import find
+from jaxpipe.checkpoint.store import read_meta
+from jaxpipe.models.build import gpt_model
 from jaxpipe.runtime.sequential import sequential
 from jaxpipe.train import train
 from jaxpipe.train.assemble import assemble
 from jaxpipe.train.evaluate import evaluate
-from jaxpipe.train.model import gpt_model
-from jaxpipe.train.resume import find
-from jaxpipe.train.store import read_meta
 
 EXPERTS = (
     "model.num_experts=2",

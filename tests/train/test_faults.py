@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from forked_runs import Runs
 
-from jaxpipe.cli import main
-from jaxpipe.train.metrics import MetricsLog
-from jaxpipe.train.owned import OWN
-from jaxpipe.train.store import Store
+from jaxpipe.checkpoint.owned import OWN
+from jaxpipe.checkpoint.store import Store
+from jaxpipe.cli.main import main
+from jaxpipe.train.report.metrics import MetricsLog
 
 CONFIG = """
 [model]

@@ -11,15 +11,15 @@ import optax
 import pytest
 
 import jaxpipe as jp
+from jaxpipe.checkpoint.store import Store
+from jaxpipe.config.sections import HealthConfig
+from jaxpipe.data.batches import Batches
+from jaxpipe.data.corpus import Segment
+from jaxpipe.models.build import gpt_model
+from jaxpipe.terminal import Silent
 from jaxpipe.train import NonFiniteError, load, train
-from jaxpipe.train.corpus import Segment
-from jaxpipe.train.data import Batches
 from jaxpipe.train.health import FEWEST, Health, RollBack
 from jaxpipe.train.keeper import Keeper
-from jaxpipe.train.model import gpt_model
-from jaxpipe.train.sections import HealthConfig
-from jaxpipe.train.store import Store
-from jaxpipe.train.terminal import Silent
 
 POISON = 1
 """A byte that makes the loss of its window nan."""

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from forked_runs import Runs
 
-from jaxpipe.train.owned import OWN
-from jaxpipe.train.store import Store
+from jaxpipe.checkpoint.owned import OWN
+from jaxpipe.checkpoint.store import Store
 
 CONFIG = """
 [model]

@@ -14,12 +14,12 @@ import optax
 import pytest
 
 from jaxpipe.errors import ConfigError, PartitionError, ScheduleError
+from jaxpipe.models.build import gpt_model
 from jaxpipe.runtime.sequential import sequential
+from jaxpipe.terminal import Silent
 from jaxpipe.train import NonFiniteError, load, train
 from jaxpipe.train.assemble import Assembly, assemble
-from jaxpipe.train.model import gpt_model
 from jaxpipe.train.optim import adamw
-from jaxpipe.train.terminal import Silent
 
 TEXT = b"".join(b"%d squared is %d.\n" % (i, i * i) for i in range(400))
 CONFIG = """

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxpipe.config.sections import OptimConfig
 from jaxpipe.train.optim import adamw, decays, learning_rate
-from jaxpipe.train.sections import OptimConfig
 
 
 def test_learning_rate_warms_up_then_falls_to_the_last():

@@ -5,8 +5,8 @@ from pathlib import Path
 import jax
 from hlo import hlo_text, loop_bodies
 
+from jaxpipe.train import load
 from jaxpipe.train.assemble import assemble
-from jaxpipe.train.config import load
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.toml"
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpipe.train.sample import continue_tokens
+from jaxpipe.train.report.sample import continue_tokens
 
 VOCAB, WINDOW = 50, 8
 

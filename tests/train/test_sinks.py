@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
+from jaxpipe.checkpoint.folder import RunFolder
+from jaxpipe.config.run import Config
+from jaxpipe.config.sections import MetricsConfig, TrainConfig
 from jaxpipe.errors import ConfigError
 from jaxpipe.models.gpt import PRESETS
-from jaxpipe.train.config import Config
-from jaxpipe.train.folder import RunFolder
-from jaxpipe.train.metrics import MetricsLog
-from jaxpipe.train.sections import MetricsConfig, TrainConfig
-from jaxpipe.train.sinks import check_sinks, open_sinks
+from jaxpipe.train.report.metrics import MetricsLog
+from jaxpipe.train.report.sinks import check_sinks, open_sinks
 
 
 def config(**keys) -> Config:

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from jaxpipe.train.terminal import Lines, Live, terminal_report
+from jaxpipe.terminal import Lines, Live, terminal_report
 
 VALUES = {"loss": 2.5, "tokens_per_s": 12345.6, "step_time_s": 2.0}
 

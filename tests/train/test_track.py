@@ -7,9 +7,9 @@ import time
 
 import pytest
 
+from jaxpipe.terminal import Lines, Silent
 from jaxpipe.train.health import NonFiniteError
-from jaxpipe.train.metrics import MetricsLog
-from jaxpipe.train.terminal import Lines, Silent
+from jaxpipe.train.report.metrics import MetricsLog
 from jaxpipe.train.track import Track
 
 

@@ -1,7 +1,13 @@
 """Weights of Hugging Face: which of their tensors is which of our leaves, and how configs translate. No torch.
 
-A family (`gpt2`, `llama`, `qwen`, `t5`) is one file: its config both ways, and its table of keys. Files are read and
-written in pieces, as safetensors, and nothing is ever unpickled.
+A family (`gpt2`, `llama`, `t5`) is one file: its config both ways, and its table of tensors; `families` lists them,
+`family` says what one is.
+
+    facts   a config.json read strictly; `keys` what becomes of every key, `rope` of those of rotary positions
+    files   a folder: safetensors in pieces, and nothing is ever unpickled
+    leaves  which tensors make a leaf; `shapes` of all leaves
+
+Read `family` first.
 """
 
 from jaxpipe.models.hf.families import Family, config_json, family_for, family_of, read_config

@@ -3,8 +3,8 @@
 A key is *honoured* (it becomes a field of our config), *refused* (every value but the one that our model computes
 with), or *idle*: transformers computes the same logits whatever its value is. Keys that are none of these are refused.
 What stands here was found by changing each key that transformers' config classes have, that its models read, or that
-published repositories carry, and comparing logits; ``tests/train/test_hf_keys_parity.py`` does it again where that is
-installed.
+published repositories carry, and comparing logits; ``tests/checkpoint/test_hf_keys_parity.py`` does it again where
+transformers is installed.
 """
 
 from dataclasses import dataclass

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from jaxpipe.schedule.costs import Costs
+from jaxpipe.schedule.forms.grids import tick_actions, title
 from jaxpipe.schedule.ir import Action, Schedule
 from jaxpipe.schedule.rules import writes
-from jaxpipe.schedule.show.grids import tick_actions, title
 from jaxpipe.schedule.simulate import Interval, Runtime, Timing, simulate
 
 if TYPE_CHECKING:
-    from jaxpipe.schedule.lower import TickTable
+    from jaxpipe.schedule.lowering.lower import TickTable
 
 FILL = {"F": "#0b4f8a", "B": "#e69f00", "I": "#f2d45c", "W": "#009e73"}
 """Four steps of lightness, so that they stay apart in grey print, in hues that stay apart for colour-blind readers
