@@ -69,6 +69,22 @@ def test_imports_go_down_only(path):
     assert imported(path) - {"__version__"} <= below | {part}
 
 
+FOLDERS_OF_RUNTIME = ("layout", "stage", "loop", "measure", "layer")
+"""Each may import those before it."""
+
+
+@pytest.mark.parametrize("folder", FOLDERS_OF_RUNTIME)
+def test_the_folders_of_runtime_go_down_too(folder):
+    found = {
+        name.split(".")[2]
+        for path in (ROOT / "runtime" / folder).glob("*.py")
+        for name in modules_of(path)
+        if name.startswith("jaxpipe.runtime.")
+    }
+    above = set(FOLDERS_OF_RUNTIME[FOLDERS_OF_RUNTIME.index(folder) + 1 :])
+    assert not found & (above | {"pipeline", "sequential"})
+
+
 def loaded(tree: ast.AST) -> Iterator[ast.ImportFrom | ast.Import]:
     """The imports that happen when a module is loaded or its functions run."""
     for node in ast.iter_child_nodes(tree):
